@@ -1,0 +1,71 @@
+"""cmlm_fast: fused ops and a trainer for CMLM post-training of text encoders (arXiv 2106.02327)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from . import _library, ops
+from .backends import available, use_backend
+from .ops import (
+    ComplementaryMask,
+    complementary_mask,
+    info_nce,
+    mlm_cross_entropy,
+    token_contrastive,
+    token_similarity,
+)
+
+if TYPE_CHECKING:
+    from .losses import CMLMConfig, CMLMLoss, InfoNCELoss, TokenContrastiveLoss
+    from .modeling import CMLMModel
+    from .trainer import CMLMTrainer, CMLMTrainingArguments
+
+try:
+    __version__ = version("cmlm_fast")
+except PackageNotFoundError:  # imported from a source tree that was never installed
+    __version__ = "0.0.0"
+
+_library.load_kernels()
+
+# transformers takes seconds to import: the names that need it are looked up when first used.
+_LAZY = {
+    "CMLMConfig": "losses",
+    "CMLMLoss": "losses",
+    "InfoNCELoss": "losses",
+    "TokenContrastiveLoss": "losses",
+    "CMLMModel": "modeling",
+    "CMLMTrainer": "trainer",
+    "CMLMTrainingArguments": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
+
+__all__ = [
+    "CMLMConfig",
+    "CMLMLoss",
+    "CMLMModel",
+    "CMLMTrainer",
+    "CMLMTrainingArguments",
+    "ComplementaryMask",
+    "InfoNCELoss",
+    "TokenContrastiveLoss",
+    "available",
+    "complementary_mask",
+    "info_nce",
+    "mlm_cross_entropy",
+    "ops",
+    "token_contrastive",
+    "token_similarity",
+    "use_backend",
+]

@@ -1,0 +1,128 @@
+"""The torch library `cmlm_fast`: how an op is declared, and which compiled kernels were loaded.
+
+`declare` turns one contract (schema, reference, fake, autograd, samples) into two registered ops:
+
+    cmlm_fast::<op>              native kernels (C++, CUDA) where loaded, else the reference, on any device
+    cmlm_fast::<op>_reference    the plain PyTorch formula, on any device
+
+Triton kernels register a third, `cmlm_fast::<op>_triton`, with the same schema. All of them share one fake kernel and
+one autograd formula, so a kernel can only differ from the reference in speed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("cmlm_fast", "DEF")
+
+#: Why a compiled library is absent, by name ("_C", "_C_cuda"); a loaded library has no entry.
+load_errors: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What every backend of one op must agree on.
+
+    Attributes:
+        name: op name without the namespace.
+        samples: `samples(dtype, device)` yields `(label, args)`; `args` are positional arguments of the raw op.
+        dtypes: dtypes of the floating inputs (or of the ids, for an op on ids).
+        differentiable: positions in `args` of the tensors that take gradients.
+        exact: True where backends must agree bit for bit.
+    """
+
+    name: str
+    samples: Callable[[torch.dtype, torch.device], Iterator[tuple[str, tuple[Any, ...]]]]
+    dtypes: tuple[torch.dtype, ...]
+    differentiable: tuple[int, ...] = ()
+    exact: bool = False
+
+
+contracts: dict[str, Contract] = {}
+
+
+def expect(op: str, condition: bool, argument: str, rule: str, value: object) -> None:
+    """Raise `ValueError` in the package's one error pattern unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {value}")
+
+
+def expect_values(op: str, condition: torch.Tensor | bool, argument: str, rule: str, value: object) -> None:
+    """As `expect`, for rules on what a tensor holds: `RuntimeError`, the exception that compiled kernels raise."""
+    if not bool(condition):
+        raise RuntimeError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {value}")
+
+
+def declare(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> None:
+    """Register `cmlm_fast::<name>` and `cmlm_fast::<name>_reference`.
+
+    `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of `torch.library.register_autograd`;
+    `ctx.backend` is the suffix of the op that ran, for `op(name, ctx.backend)` in the backward pass.
+    """
+    for suffix in ("", "_reference"):
+        register(name + suffix, schema, reference, fake, suffix, setup_context, backward)
+
+
+def register(
+    qualified: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    suffix: str,
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> None:
+    """Define one op, its kernel for every device, its fake kernel and its autograd formula."""
+    LIBRARY.define(qualified + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(qualified, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cmlm_fast::{qualified}", fake, lib=LIBRARY)
+    if backward is None or setup_context is None:
+        return
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = suffix
+        setup_context(ctx, inputs, output)
+
+    torch.library.register_autograd(f"cmlm_fast::{qualified}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def op(name: str, suffix: str = "") -> Any:
+    """The callable `torch.ops.cmlm_fast.<name><suffix>.default`."""
+    return getattr(torch.ops.cmlm_fast, name + suffix).default
+
+
+def load_kernels() -> None:
+    """Load `_C` (and `_C_cuda` where CUDA is); remember in `load_errors` why one did not load."""
+    folder = Path(__file__).parent
+    path = Path(os.environ.get("CMLM_FAST_LIBRARY") or folder / "_C.so")
+    if os.environ.get("CMLM_FAST_NATIVE") == "0":
+        load_errors["_C"] = "CMLM_FAST_NATIVE=0 is set"
+    else:
+        _load("_C", path)
+    if torch.version.cuda is None:
+        load_errors["_C_cuda"] = "this PyTorch is built without CUDA"
+    else:
+        _load("_C_cuda", folder / "_C_cuda.so")
+
+
+def _load(name: str, path: Path) -> None:
+    if not path.exists():
+        load_errors[name] = f"{path.name} was not built (a pure-Python install, or no compiler was there)"
+        return
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        load_errors[name] = f"{path.name} does not load: {error}"

@@ -1,0 +1,16 @@
+"""The ops: one file each, holding schema, reference, checks, samples, autograd and the public function."""
+
+from .complementary_mask import ComplementaryMask, complementary_mask
+from .info_nce import info_nce
+from .mlm_cross_entropy import mlm_cross_entropy
+from .token_contrastive import token_contrastive
+from .token_similarity import token_similarity
+
+__all__ = [
+    "ComplementaryMask",
+    "complementary_mask",
+    "info_nce",
+    "mlm_cross_entropy",
+    "token_contrastive",
+    "token_similarity",
+]

@@ -1,0 +1,109 @@
+"""InfoNCE whose negatives come from every rank of a process group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._library import expect
+from ..backends import resolve
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all ranks, [ΣB_r, D]; the backward pass sums every rank's gradient of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int], group: Any) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        parts = [rows.new_empty(size, *rows.shape[1:]) for size in sizes]
+        # all_gather wants equal shapes; uneven batches are padded to the longest and cut again.
+        longest = max(sizes)
+        padded = torch.cat([rows, rows.new_zeros(longest - rows.shape[0], *rows.shape[1:])])
+        buffers = [torch.empty_like(padded) for _ in parts]
+        dist.all_gather(buffers, padded, group=group)
+        return torch.cat([buffer[:size] for buffer, size in zip(buffers, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        # Float32, so that the sum over ranks rounds no more than one process would.
+        total = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        total = total.clone() if total is grad else total
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.sizes)[dist.get_rank(ctx.group)].to(grad.dtype), None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's part of one loss; each rank's part gets the gradient of the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """A replicated parameter (the temperature): identity, whose gradient is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def info_nce_across_ranks(
+    z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, symmetric: bool, normalize: bool,
+    reduction: str, *, group: Any, backend: str | None,
+) -> Tensor:  # fmt: skip
+    """The loss of the concatenated batch. Each rank contrasts its own rows with all ranks' rows: O(B_rank · ΣB) work."""
+    expect("info_nce", reduction != "none", "reduction", "'mean' or 'sum' when group is given", repr(reduction))
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    expect("info_nce", rank >= 0, "group", "a process group that this rank is a member of", group)
+    count = torch.tensor([z1.shape[0]], device=z1.device)
+    counts = [torch.empty_like(count) for _ in range(world)]
+    dist.all_gather(counts, count, group=group)
+    sizes = [int(size) for size in counts]
+    first, total = sum(sizes[:rank]), sum(sizes)
+    all1, all2 = _GatherRows.apply(z1, sizes, group), _GatherRows.apply(z2, sizes, group)
+    temperature = _SumGradient.apply(temperature, group)
+    if labels is not None:
+        # SupCon's positives are a set a row: every rank computes the whole loss, and its own rows' gradient is complete
+        # without a sum over ranks, so each rank's copy is weighed by 1/world before the gather adds the copies up.
+        every = _GatherRows.apply(labels, sizes, group)
+        args = (all1, all2, temperature, every, scheme, symmetric, normalize, reduction)
+        loss = resolve("info_nce", z1.device, backend)(*args, all1.requires_grad, all2.requires_grad)[0]
+        return _SumOverRanks.apply(loss / world, group)
+    contrast = resolve("token_contrastive", z1.device, backend)
+
+    def rows(query: Tensor, key: Tensor, target: Tensor, token: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        grads = (query.requires_grad, key.requires_grad)
+        loss: Tensor = contrast(query, key, target, temperature, None, None, token, tokens, normalize, "sum", *grads)[0]
+        return loss
+
+    own = torch.arange(first, first + z1.shape[0], device=z1.device)
+    if scheme == "cross":
+        part = rows(z1, all2, own)
+        if symmetric:
+            part = (part + rows(z2, all1, own)) / 2
+        terms = total
+    else:
+        # A row's own vector carries the token of its sequence, as does its positive: excluded, and kept as the target.
+        keys, tokens = torch.cat([all1, all2]), torch.arange(total, device=z1.device).repeat(2)
+        part = rows(z1, keys, own + total, own, tokens) + rows(z2, keys, own, own, tokens)
+        terms = 2 * total
+    if reduction == "mean":
+        part = part / max(terms, 1)
+    return _SumOverRanks.apply(part, group)

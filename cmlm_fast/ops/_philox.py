@@ -1,0 +1,35 @@
+"""Philox4x32-10 (Salmon et al., SC'11) on int64 tensors that hold 32-bit words; the same bits as csrc/common/philox.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def philox(counter: Tensor, sample: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words w0..w3 (int64) of each draw.
+
+    Args:
+        counter: int64, the first counter word c (0 ≤ c < 2³²).
+        sample: int64, broadcastable to `counter`: the 64-bit sample id.
+        seed: 64-bit key (any Python int; its low 64 bits count).
+        step: 32-bit step.
+    """
+    c0, sample = torch.broadcast_tensors(counter & _WORD, sample)
+    c1 = torch.full_like(c0, step & _WORD)
+    c2, c3 = sample & _WORD, (sample >> 32) & _WORD
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # int64 products wrap; shifting and masking the wrapped bits still gives the unsigned high and low words.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def position_shift(sample_ids: Tensor, jitter: int, seed: int, step: int) -> Tensor:
+    """Offset in [0, jitter] of view 2's position ids, int64 [B]: w3·(jitter + 1) >> 32 of the draw at c = 2³² − 1."""
+    words = philox(torch.full_like(sample_ids, _WORD), sample_ids, seed, step)
+    return (words[3] * (jitter + 1)) >> 32

@@ -1,0 +1,107 @@
+"""The pieces that the contrastive references share: unit vectors, candidates, softmax weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._library import expect, expect_values
+
+IGNORE = -100
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Losses, sums and exponentials: float64 for float64 inputs, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Rows of `x` in the accumulation dtype, divided by max(‖x‖, 1e-12) when `normalize`; and that divisor."""
+    x = x.to(loss_dtype(x.dtype))
+    if not normalize:
+        return x, None
+    norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return x / norm, norm
+
+
+def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Gradient of `unit_rows`: from the unit vectors back to the rows, in the rows' dtype."""
+    if norm is not None:
+        grad = (grad - unit * (grad * unit).sum(-1, keepdim=True)) / norm
+    return grad.to(dtype)
+
+
+def candidates(n: int, m: int, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
+               query_token: Tensor | None, key_token: Tensor | None, device: torch.device) -> Tensor:  # fmt: skip
+    """Bool [n, m]: key j is a candidate of row i. The target always is."""
+    column = torch.arange(m, device=device)
+    mask = torch.ones(n, m, dtype=torch.bool, device=device)
+    if key_start is not None:
+        mask &= column >= key_start[:, None]
+    if key_end is not None:
+        mask &= column < key_end[:, None]
+    if key_token is not None:
+        mask &= key_token != -1
+        if query_token is not None:
+            mask &= key_token != query_token[:, None]
+    if target is not None:
+        mask |= column == target[:, None]
+    return mask
+
+
+def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor:
+    """`temperature` as the 0-dim tensor that the raw ops take; a number is checked here, a tensor by the kernel."""
+    dtype = loss_dtype(rows.dtype)
+    if not isinstance(temperature, Tensor):
+        expect(op, 0.0 < temperature < float("inf"), "temperature", "finite and > 0", temperature)
+        return torch.full((), temperature, dtype=dtype, device=rows.device)
+    expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
+    return temperature.reshape(()).to(device=rows.device, dtype=dtype)
+
+
+def check_temperature(op: str, temperature: Tensor) -> None:
+    """The rule on a temperature tensor's value."""
+    value = float(temperature)
+    expect_values(op, 0.0 < value < float("inf"), "temperature", "finite and > 0", value)
+
+
+def check_rows(op: str, first: str, a: Tensor, second: str, b: Tensor, temperature: Tensor) -> None:
+    """The rules on two matrices of vectors and the temperature."""
+    expect(op, a.dim() == 2, first, "of shape [rows, D]", list(a.shape))
+    expect(op, b.dim() == 2 and b.shape[1] == a.shape[1], second, f"of shape [rows, D = {a.shape[1]}]", list(b.shape))
+    expect(op, a.shape[1] >= 1, first, "of D >= 1", list(a.shape))
+    expect(op, a.dtype in FLOATING, first, "float32, bfloat16, float16 or float64", a.dtype)
+    expect(op, b.dtype == a.dtype, second, f"{a.dtype} like {first}", b.dtype)
+    expect(op, b.device == a.device, second, f"on {a.device} like {first}", b.device)
+    scalar = temperature.dim() == 0 and temperature.dtype == loss_dtype(a.dtype) and temperature.device == a.device
+    expect(op, scalar, "temperature", f"a 0-dim {loss_dtype(a.dtype)} tensor on {a.device}",
+           f"{temperature.dtype} {list(temperature.shape)} on {temperature.device}")  # fmt: skip
+
+
+def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes: tuple[torch.dtype, ...],
+                 device: torch.device) -> None:  # fmt: skip
+    """The rules on an optional vector that belongs to rows or keys."""
+    if tensor is None:
+        return
+    expect(op, tensor.shape == (length,), name, f"of shape [{length}]", list(tensor.shape))
+    expect(op, tensor.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), tensor.dtype)
+    expect(op, tensor.device == device, name, f"on {device}", tensor.device)
+
+
+def autocast_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def random_rows(shapes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device, seed: int) -> Iterator[Any]:
+    """Gaussian matrices for the samples."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes)
