@@ -24,6 +24,11 @@ LIBRARY = torch.library.Library("cmlm_fast", "DEF")
 #: Why a compiled library is absent, by name ("_C", "_C_cuda"); a loaded library has no entry.
 load_errors: dict[str, str] = {}
 
+#: Every op defined here, and the (op, dispatch key) pairs that a compiled library implements. Plain sets, since
+#: torch.compile traces the choice of a backend.
+registered: set[str] = set()
+native_kernels: set[tuple[str, str]] = set()
+
 
 @dataclass(frozen=True)
 class Contract:
@@ -86,8 +91,9 @@ def register(
     backward: Callable[..., Any] | None,
 ) -> None:
     """Define one op, its kernel for every device, its fake kernel and its autograd formula."""
+    registered.add(qualified)
     LIBRARY.define(qualified + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(qualified, implementation, "CompositeExplicitAutograd")
+    LIBRARY.impl(qualified, _without_autocast(implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"cmlm_fast::{qualified}", fake, lib=LIBRARY)
     if backward is None or setup_context is None:
         return
@@ -97,6 +103,16 @@ def register(
         setup_context(ctx, inputs, output)
 
     torch.library.register_autograd(f"cmlm_fast::{qualified}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel's dtypes are its own: the public functions have already cast what autocast casts."""
+
+    def run(*args: Any) -> Any:
+        with torch.autocast(args[0].device.type, enabled=False):
+            return implementation(*args)
+
+    return run
 
 
 def op(name: str, suffix: str = "") -> Any:
@@ -116,6 +132,10 @@ def load_kernels() -> None:
         load_errors["_C_cuda"] = "this PyTorch is built without CUDA"
     else:
         _load("_C_cuda", folder / "_C_cuda.so")
+    for name in registered:
+        for key in ("CPU", "CUDA"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmlm_fast::{name}", key):
+                native_kernels.add((name, key))
 
 
 def _load(name: str, path: Path) -> None:

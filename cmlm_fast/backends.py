@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ._library import contracts, load_errors, op
+from ._library import contracts, load_errors, native_kernels, op, registered
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
@@ -27,13 +27,15 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": (
 
 _SUFFIX = {"reference": "_reference", "cpp": "", "cuda": "", "triton": "_triton"}
 _DISPATCH_KEY = {"cpp": ("cpu", "CPU", "_C"), "cuda": ("cuda", "CUDA", "_C_cuda")}
-_resolved: dict[tuple[str, str, str | None], Any] = {}
 
 
 def _from_environment() -> str | None:
     name = os.environ.get("CMLM_FAST_BACKEND", "auto")
     return None if name in ("", "auto") else name
 
+
+#: What `resolve` found before, so that a call costs one look-up.
+_resolved: dict[tuple[str, str, str | None], Any] = {}
 
 _current: str | None = _from_environment()
 
@@ -54,7 +56,7 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
-        if not hasattr(torch.ops.cmlm_fast, name + "_triton"):
+        if name + "_triton" not in registered:
             return "this op has no Triton kernel"
         return None if device_type == "cuda" else f"Triton kernels run on GPU tensors, not on {device_type}"
     device, key, library = _DISPATCH_KEY[backend]
@@ -62,7 +64,7 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
         return f"{backend} kernels run on {device} tensors, not on {device_type}"
     if library in load_errors:
         return load_errors[library]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cmlm_fast::{name}", key):
+    if (name, key) not in native_kernels:
         return f"this op has no {backend} kernel"
     return None
 
@@ -70,13 +72,12 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
 def resolve(name: str, device: torch.device, backend: str | None = None) -> Any:
     """The torch op that runs op `name` on `device`: of `backend`, or of the current choice."""
     choice = _current if backend is None else backend
-    key = (name, device.type, choice)
-    found = _resolved.get(key)
-    return _resolve(key) if found is None else found
+    found = _resolved.get((name, device.type, choice))
+    return _resolve(name, device.type, choice) if found is None else found
 
 
-def _resolve(key: tuple[str, str, str | None]) -> Any:
-    name, device_type, choice = key
+def _resolve(name: str, device_type: str, asked: str | None) -> Any:
+    choice = asked
     if choice is None or choice == "auto":
         preference = PREFERENCE.get(device_type, ("reference",))
         choice = next(backend for backend in preference if _absence(name, device_type, backend) is None)
@@ -85,8 +86,8 @@ def _resolve(key: tuple[str, str, str | None]) -> Any:
     reason = _absence(name, device_type, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
-    _resolved[key] = op(name, _SUFFIX[choice])
-    return _resolved[key]
+    _resolved[name, device_type, asked] = found = op(name, _SUFFIX[choice])
+    return found
 
 
 @contextmanager

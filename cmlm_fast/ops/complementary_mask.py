@@ -26,7 +26,7 @@ _NAME = "complementary_mask"
 _SCHEMA = (
     "(Tensor input_ids, Tensor cu_seqlens, Tensor special_ids, Tensor? eligible, Tensor? unit_ids, Tensor? sample_ids, "
     "int mask_token_id, int vocab_size, float rate, float complement_rate, bool exact, float mask_share, "
-    "float random_share, int seed, int step) -> (Tensor view1, Tensor view2, Tensor role)"
+    "float random_share, SymInt seed, SymInt step) -> (Tensor view1, Tensor view2, Tensor role)"
 )
 
 

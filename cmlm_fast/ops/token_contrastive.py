@@ -172,7 +172,8 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         return torch.randint(0, high, (size,), generator=generator).to(device, kind)
 
     yield "63x1000", make(63, 1000, 40, ignored=0.2)
-    yield "one-row", make(1, 1, 1)
+    yield "one-row", make(1, 1, 3)
+    yield "one-number", make(1, 1, 1, normalize=False)
     yield "all-ignored", make(5, 9, 8, ignored=1.1)
     yield "no-rows", make(0, 7, 8)
     yield "nothing", make(0, 0, 8)

@@ -1,0 +1,143 @@
+"""What tests and benchmarks share: the eager formulas of the ops, errors against float64, poisoned memory.
+
+The eager formulas are what a user would write in PyTorch, with autograd, in the inputs' own dtype. In float64 they are the
+truth; in a lower dtype their error is the yardstick: a kernel may err at most twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import contracts, op
+from .ops._scores import IGNORE, candidates
+
+#: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
+    losses = torch.where(valid, losses, 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / valid.sum().clamp_min(1) if reduction == "mean" else losses.sum()
+
+
+def eager_scores(query: Tensor, key: Tensor, target: Tensor | None, temperature: Tensor, *rest: Any) -> Tensor:
+    """token_similarity as a user writes it: normalise, multiply, mask."""
+    *options, normalize = rest
+    if normalize:
+        query, key = F.normalize(query, dim=-1, eps=1e-12), F.normalize(key, dim=-1, eps=1e-12)
+    mask = candidates(query.shape[0], key.shape[0], target, *options, query.device)
+    return (query @ key.T / temperature).masked_fill(~mask, float("-inf"))
+
+
+def eager_token_contrastive(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> Tensor:
+    """token_contrastive as a user writes it: the whole score matrix, then cross entropy."""
+    *options, normalize, reduction, _, _ = rest
+    valid = target != IGNORE
+    if key.shape[0] == 0:
+        return _reduce(query.sum(1) * 0 + key.sum() * 0 + temperature * 0, valid, reduction)
+    scores = eager_scores(query, key, target, temperature, *options, normalize)
+    scores = torch.where(valid[:, None], scores, 0.0)
+    return _reduce(F.cross_entropy(scores, target.clamp_min(0), reduction="none"), valid, reduction)
+
+
+def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, symmetric: bool,
+                   normalize: bool, reduction: str, *_: Any) -> Tensor:  # fmt: skip
+    """info_nce as a user writes it."""
+    if normalize:
+        z1, z2 = F.normalize(z1, dim=-1, eps=1e-12), F.normalize(z2, dim=-1, eps=1e-12)
+    batch = z1.shape[0]
+    index = torch.arange(batch, device=z1.device)
+    if labels is None and scheme == "cross":
+        scores = z1 @ z2.T / temperature
+        losses = F.cross_entropy(scores, index, reduction="none") if batch else z1.sum(1) * 0 + z2.sum(1) * 0
+        if symmetric and batch:
+            losses = (losses + F.cross_entropy(scores.T, index, reduction="none")) / 2
+        return _reduce(losses, torch.ones_like(index, dtype=torch.bool), reduction)
+    z = torch.cat([z1, z2])
+    scores = (z @ z.T / temperature).masked_fill(torch.eye(2 * batch, dtype=torch.bool, device=z.device), float("-inf"))
+    if labels is None:
+        positives = torch.cat([index + batch, index])
+        losses = F.cross_entropy(scores, positives, reduction="none") if batch else z.sum(1) * 0
+        return _reduce(losses, torch.ones_like(positives, dtype=torch.bool), reduction)
+    twice = torch.cat([labels, labels])
+    same = (twice == twice[:, None]).fill_diagonal_(False)
+    log_p = torch.where(same, F.log_softmax(scores, 1), 0.0)
+    count = same.sum(1)
+    return _reduce(-log_p.sum(1) / count.clamp_min(1), count > 0, reduction)
+
+
+EAGER: dict[str, Callable[..., Tensor]] = {
+    "token_contrastive": eager_token_contrastive,
+    "token_similarity": eager_scores,
+    "info_nce": eager_info_nce,
+}
+
+
+def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """`args` with every floating tensor in `dtype`, keeping strides where the dtype stays."""
+    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def value_and_gradients(function: Callable[..., Any], name: str, args: tuple[Any, ...]) -> list[Tensor]:
+    """`[output, *gradients]` of `function(*args)` in float64, with a fixed random upstream gradient."""
+    inputs = list(args)
+    for position in contracts[name].differentiable:
+        inputs[position] = inputs[position].detach().requires_grad_()
+    out = function(*inputs)
+    out = out[0] if isinstance(out, tuple) else out
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    finite = torch.isfinite(out)
+    leaves = [inputs[position] for position in contracts[name].differentiable]
+    grads = torch.autograd.grad(
+        torch.where(finite, out, 0.0), leaves, upstream.to(out.device, out.dtype), allow_unused=True
+    )
+    values = [out.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))]
+    return [value.double() for value in values]
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """‖value − truth‖ / ‖truth‖ over finite entries; infinities must agree, NaN never passes (it gives infinity)."""
+    if not torch.equal(torch.isfinite(value), torch.isfinite(truth)) or value.isnan().any():
+        return float("inf")
+    finite = torch.isfinite(truth)
+    difference, scale = (value - truth)[finite].norm(), truth[finite].norm()
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...]) -> Iterator[tuple[str, float, float]]:
+    """(what, the op's error, eager's error) against float64, for the output and each gradient."""
+    dtype = args[contracts[name].differentiable[0]].dtype
+    truth = value_and_gradients(EAGER[name], name, cast(args, torch.float64))
+    eager = value_and_gradients(EAGER[name], name, args)
+    ours = value_and_gradients(op(name, suffix), name, args)
+    labels = ["output", *(f"gradient {position}" for position in contracts[name].differentiable)]
+    for label, got, plain, exact in zip(labels, ours, eager, truth, strict=True):
+        yield label, error(got, exact), error(plain, exact) + ROUNDING[dtype] / 2
+
+
+def assert_no_worse_than_eager(name: str, suffix: str, args: tuple[Any, ...]) -> None:
+    """The op's output and gradients err at most twice as much as the eager formula in the same dtype."""
+    for label, ours, eager in errors_beside_eager(name, suffix, args):
+        if not ours <= 2 * eager:
+            raise AssertionError(f"{name}{suffix} {label}: error {ours:.3g} against float64, eager's {eager:.3g}")
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within, `torch.empty` of any caller, C++ too, is filled with NaN (integers: the largest value)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]

@@ -1,0 +1,33 @@
+"""The sweep that parity and registration tests run: op × backend × dtype × sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from cmlm_fast.backends import BACKENDS, _SUFFIX, available
+from cmlm_fast._library import contracts
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def cases(dtypes: tuple[torch.dtype, ...] | None = None) -> list[Any]:
+    """`(name, suffix, device, dtype, label)` of every op on every backend that can run here."""
+    found = []
+    for name, contract in contracts.items():
+        for device in DEVICES:
+            backends = [backend for backend in BACKENDS if available(name, device)[backend] is None]
+            for backend in backends:
+                for dtype in contract.dtypes if dtypes is None else [d for d in contract.dtypes if d in dtypes]:
+                    for label, _ in contract.samples(dtype, torch.device(device)):
+                        case = f"{name}-{backend}-{device}-{str(dtype)[6:]}-{label}"
+                        marks = [pytest.mark.gpu] if device == "cuda" else []
+                        found.append(pytest.param(name, _SUFFIX[backend], device, dtype, label, id=case, marks=marks))
+    return found
+
+
+def sample(name: str, dtype: torch.dtype, device: str, label: str) -> tuple[Any, ...]:
+    """The arguments of one sample of an op."""
+    return dict(contracts[name].samples(dtype, torch.device(device)))[label]

@@ -1,0 +1,90 @@
+"""Choosing a backend, loading the package, and what a pure-Python install still does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cmlm_fast
+from cmlm_fast._library import contracts, op
+from cmlm_fast.backends import BACKENDS, PREFERENCE, resolve
+
+CPU = torch.device("cpu")
+
+
+def python(code, **environment):
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize("name", contracts)
+def test_auto_takes_the_first_available_backend(name):
+    reasons = cmlm_fast.available(name, "cpu")
+    first = next(backend for backend in PREFERENCE["cpu"] if reasons[backend] is None)
+    assert resolve(name, CPU) is resolve(name, CPU, first)
+    assert resolve(name, CPU, "reference") is op(name, "_reference")
+
+
+@pytest.mark.parametrize("name", contracts)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_named_backend_runs_or_says_why_not(name, backend):
+    reason = cmlm_fast.available(name, "cpu")[backend]
+    if reason is None:
+        assert resolve(name, CPU, backend) is not None
+    else:
+        with pytest.raises(RuntimeError, match=f"expected backend to be available, got '{backend}'"):
+            resolve(name, CPU, backend)
+
+
+def test_use_backend_nests_and_restores():
+    auto = resolve("info_nce", CPU)
+    with cmlm_fast.use_backend("reference"):
+        assert resolve("info_nce", CPU) is op("info_nce", "_reference")
+        with cmlm_fast.use_backend("auto"):
+            assert resolve("info_nce", CPU) is auto
+        assert resolve("info_nce", CPU) is op("info_nce", "_reference")
+    assert resolve("info_nce", CPU) is auto
+    with pytest.raises(ValueError, match="expected backend to be auto or one of .*, got 'fast'"), cmlm_fast.use_backend("fast"):
+        pass
+    with pytest.raises(ValueError, match="expected op to be one of"):
+        cmlm_fast.available("softmax")
+
+
+def test_environment_variable_names_the_backend():
+    code = (
+        "import torch; from cmlm_fast.backends import resolve; print(resolve('info_nce', torch.device('cpu')))"
+    )
+    assert "info_nce_reference" in python(code, CMLM_FAST_BACKEND="reference")
+
+
+def test_without_kernels_everything_still_works():
+    code = (
+        "import torch, cmlm_fast as c; z = torch.eye(4); "
+        "print(c.available('info_nce')['cpp']); print(round(c.info_nce(z, z, temperature=1.).item(), 4))"
+    )
+    assert python(code, CMLM_FAST_NATIVE="0").splitlines() == ["CMLM_FAST_NATIVE=0 is set", "0.7437"]
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path):
+    (tmp_path / "broken.so").write_text("not a library")
+    reason = python(
+        "import cmlm_fast; print(cmlm_fast.available('info_nce')['cpp'])", CMLM_FAST_LIBRARY=str(tmp_path / "broken.so")
+    )
+    assert "broken.so does not load" in reason
+
+
+def test_import_is_light():
+    code = (
+        "import torch, time, sys; import numpy; start = time.perf_counter(); import cmlm_fast; "
+        "print(time.perf_counter() - start); "
+        "print([m for m in ('transformers', 'triton', 'datasets', 'typer', 'torch._dynamo') if m in sys.modules])"
+    )
+    best = min(python(code).splitlines() for _ in range(3))
+    assert best[1] == "[]" and float(best[0]) < 0.1

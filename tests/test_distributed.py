@@ -1,0 +1,59 @@
+"""info_nce over real gloo processes with uneven batches: loss and gradients of one process on the joined batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from cmlm_fast import info_nce
+
+SIZES = [5, 1, 8]
+KINDS = {
+    "cross": {},
+    "one-sided": {"symmetric": False},
+    "nt_xent": {"scheme": "nt_xent"},
+    "supcon": {},
+    "sum": {"reduction": "sum"},
+}
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(sum(SIZES), 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    return z1, z2, torch.randint(0, 4, (sum(SIZES),), generator=generator)
+
+
+def loss_and_gradients(z1, z2, labels, kind, group=None):
+    z1, z2, tau = z1.clone().requires_grad_(), z2.clone().requires_grad_(), torch.tensor(0.1, dtype=torch.float64)
+    tau.requires_grad_()
+    options = {**KINDS[kind], **({"labels": labels} if kind == "supcon" else {})}
+    loss = info_nce(z1, z2, temperature=tau, group=group, **options)
+    (2 * loss).backward()
+    return loss.detach(), z1.grad, z2.grad, tau.grad
+
+
+def worker(rank, world, store, results):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    first, last = sum(SIZES[:rank]), sum(SIZES[: rank + 1]) if rank < world - 1 else sum(SIZES)
+    own = [t[first:last] for t in batch()]
+    results[rank] = {kind: loss_and_gradients(*own, kind, dist.group.WORLD) for kind in KINDS}
+    with pytest.raises(ValueError, match="expected reduction to be 'mean' or 'sum' when group is given, got 'none'"):
+        info_nce(own[0], own[1], reduction="none", group=dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_equals_one_process_on_the_joined_batch(world, tmp_path):
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(worker, (world, tmp_path / "store", results), nprocs=world)
+        ranks = [results[rank] for rank in range(world)]
+    for kind in KINDS:
+        loss, grad1, grad2, grad_tau = loss_and_gradients(*batch(), kind)
+        for rank in ranks:
+            torch.testing.assert_close(rank[kind][0], loss)
+            torch.testing.assert_close(rank[kind][3], grad_tau)
+        torch.testing.assert_close(torch.cat([rank[kind][1] for rank in ranks]), grad1)
+        torch.testing.assert_close(torch.cat([rank[kind][2] for rank in ranks]), grad2)

@@ -1,0 +1,104 @@
+"""info_nce: what only it has. Across processes: test_distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmlm_fast import available, info_nce
+from cmlm_fast.backends import BACKENDS, _SUFFIX
+from cmlm_fast.ops._scores import loss_dtype
+from cmlm_fast.testing import assert_no_worse_than_eager
+
+HERE = [backend for backend in BACKENDS if available("info_nce")[backend] is None]
+
+
+def rows(n, d, dtype=torch.float32, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed + n + d), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=40, deadline=None)
+@given(b=st.integers(0, 90), d=st.integers(2, 40), seed=st.integers(0, 2**31),
+       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+       kind=st.sampled_from(["cross", "one-sided", "nt_xent", "labels"]), classes=st.integers(1, 60),
+       reduction=st.sampled_from(["mean", "sum", "none"]), tau=st.sampled_from([0.01, 0.05, 1.0]))  # fmt: skip
+def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduction, tau):
+    labels = torch.randint(0, classes, (b,), generator=torch.Generator().manual_seed(seed)) if kind == "labels" else None
+    args = (rows(b, d, dtype, seed), rows(b, d, dtype, seed + 1), torch.tensor(tau, dtype=loss_dtype(dtype)), labels,
+            "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, reduction, True, True)  # fmt: skip
+    assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("kind", ["cross", "one-sided", "nt_xent", "labels"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_that_cross_chunks(backend, kind, dtype):
+    b, d = (1700, 24) if kind in ("cross", "one-sided") else (900, 24)
+    labels = torch.arange(b) % 211 if kind == "labels" else None
+    args = (rows(b, d, dtype), rows(b, d, dtype, 1), torch.tensor(0.05), labels,
+            "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, "mean", True, True)  # fmt: skip
+    assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_equals_the_plain_formulas(backend):
+    z1, z2, index = rows(12, 8), rows(12, 8, seed=1), torch.arange(12)
+    u1, u2 = F.normalize(z1, dim=-1), F.normalize(z2, dim=-1)
+    s = u1 @ u2.T / 0.05
+    row, column = F.cross_entropy(s, index), F.cross_entropy(s.T, index)
+    torch.testing.assert_close(info_nce(z1, z2, backend=backend), (row + column) / 2)
+    torch.testing.assert_close(info_nce(z1, z2, symmetric=False, backend=backend), row)
+    z = torch.cat([u1, u2])
+    s = (z @ z.T / 0.05).fill_diagonal_(float("-inf"))
+    simclr = F.cross_entropy(s, torch.cat([index + 12, index]))
+    torch.testing.assert_close(info_nce(z1, z2, scheme="nt_xent", backend=backend), simclr)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_supcon_by_loops_and_rows_without_positives_left_out(backend):
+    labels = torch.tensor([0, 0, 1, 2, 1, 3])
+    z1, z2 = rows(6, 8), rows(6, 8, seed=1)
+    z = F.normalize(torch.cat([z1, z2]), dim=-1).double()
+    losses = []
+    for i in range(12):
+        others = [a for a in range(12) if a != i]
+        positives = [p for p in others if labels[p % 6] == labels[i % 6]]
+        normaliser = torch.logsumexp(torch.stack([z[i] @ z[a] / 0.05 for a in others]), 0)
+        losses.append(sum(normaliser - z[i] @ z[p] / 0.05 for p in positives) / len(positives))
+    got = info_nce(z1, z2, labels=labels, reduction="none", backend=backend)
+    torch.testing.assert_close(got.double(), torch.stack(losses), rtol=1e-4, atol=1e-5)
+    # With both views there is always one positive: the other view. So distinct labels are NT-Xent.
+    distinct = info_nce(z1, z2, labels=torch.arange(6), backend=backend)
+    torch.testing.assert_close(distinct, info_nce(z1, z2, scheme="nt_xent", backend=backend))
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("scheme", ["cross", "nt_xent"])
+def test_one_and_no_sequence(backend, scheme):
+    for b in (0, 1):
+        z1, z2 = rows(b, 8).requires_grad_(), rows(b, 8, seed=1).requires_grad_()
+        loss = info_nce(z1, z2, scheme=scheme, backend=backend)
+        loss.backward()
+        assert loss == 0 and not z1.grad.any() and not z2.grad.any()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("kind", [{}, {"scheme": "nt_xent"}, {"labels": torch.arange(9) % 3}])
+def test_frozen_view_and_learned_temperature(backend, kind):
+    z1, z2, tau = rows(9, 8), rows(9, 8, seed=1).requires_grad_(), torch.tensor(0.07, requires_grad=True)
+    info_nce(z1, z2, temperature=tau, backend=backend, **kind).backward()
+    w1, w2, sigma = rows(9, 8).requires_grad_(), rows(9, 8, seed=1).requires_grad_(), torch.tensor(0.07)
+    sigma.requires_grad_()
+    info_nce(w1, w2, temperature=sigma, backend=backend, **kind).backward()
+    assert torch.equal(z2.grad, w2.grad) and torch.equal(tau.grad, sigma.grad) and tau.grad != 0 and w1.grad.any()
+
+
+def test_autocast_multiplies_in_its_dtype_and_returns_float32():
+    z1, z2 = rows(20, 32), rows(20, 32, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(z1, z2)
+    assert loss.dtype == torch.float32 and torch.equal(loss, info_nce(z1.bfloat16(), z2.bfloat16()))

@@ -1,0 +1,45 @@
+"""mlm_cross_entropy: PyTorch's own loss on the rows that count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmlm_fast import mlm_cross_entropy
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_equals_cross_entropy_with_ignored_rows(reduction, bias, dtype):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator).to(dtype).requires_grad_() for n in (40, 90))
+    b = torch.randn(90, generator=generator).to(dtype).requires_grad_() if bias else None
+    target = torch.randint(0, 90, (40,), generator=generator)
+    target[::3] = -100
+    leaves = [hidden, weight, *([b] if b is not None else [])]
+    got = mlm_cross_entropy(hidden, weight, b, target, reduction=reduction)
+    wide = F.linear(hidden, weight, b).to(torch.promote_types(dtype, torch.float32))
+    expected = F.cross_entropy(wide, target, reduction=reduction)
+    torch.testing.assert_close(got, expected)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for ours, theirs in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_to_predict_gives_zero_not_nan(reduction, rows):
+    hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    loss = mlm_cross_entropy(hidden, weight, None, torch.full((rows,), -100), reduction=reduction)
+    loss.sum().backward()
+    assert not loss.any() and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_target_outside_the_vocabulary():
+    with pytest.raises(RuntimeError, match=r"expected target to be in \[0, V = 20\) or -100, got \[1, 20\]"):
+        mlm_cross_entropy(torch.randn(3, 8), torch.randn(20, 8), None, torch.tensor([1, 20, -100]))

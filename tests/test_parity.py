@@ -1,0 +1,45 @@
+"""Every op on every backend, dtype and sample: equal to the truth as far as its contract says, and deterministic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sweep import cases, sample
+
+from cmlm_fast._library import contracts, op
+from cmlm_fast.testing import assert_no_worse_than_eager, poisoned_memory
+
+EVERY = ("name", "suffix", "device", "dtype", "label")
+
+
+@pytest.mark.parametrize(EVERY, cases())
+def test_equals_the_truth(name, suffix, device, dtype, label):
+    args = sample(name, dtype, device, label)
+    with poisoned_memory():
+        if contracts[name].exact:
+            expected, got = op(name, "_reference")(*args), op(name, suffix)(*args)
+            assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+        else:
+            assert_no_worse_than_eager(name, suffix, args)
+
+
+@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.bfloat16, torch.int64)))
+def test_same_bits_every_time(name, suffix, device, dtype, label):
+    args = sample(name, dtype, device, label)
+    first, again = op(name, suffix)(*args), op(name, suffix)(*args)
+    pairs = zip(first, again, strict=True) if isinstance(first, tuple) else [(first, again)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def flags(args: tuple, first: bool, second: bool) -> tuple:
+    return (*args[:-2], first, second)
+
+
+@pytest.mark.parametrize(EVERY, [c for c in cases((torch.float32,)) if c.values[0] in ("token_contrastive", "info_nce")])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
+def test_only_wanted_gradients_are_made(name, suffix, device, dtype, label, wanted):
+    args = sample(name, dtype, device, label)
+    both, some = op(name, suffix)(*args), op(name, suffix)(*flags(args, *wanted))
+    assert torch.equal(both[0], some[0])
+    for flag, whole, part in zip(wanted, both[1:3], some[1:3], strict=True):
+        assert torch.equal(part, whole) if flag else part.shape == (0,)

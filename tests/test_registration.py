@@ -1,0 +1,142 @@
+"""Every op on every backend is a well-behaved torch op: opcheck, gradcheck in double, torch.compile, error texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sweep import cases, sample
+
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cmlm_fast
+from cmlm_fast._library import contracts, op
+from cmlm_fast.backends import BACKENDS
+
+EVERY = ("name", "suffix", "device", "dtype", "label")
+
+
+@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64)))
+def test_opcheck(name, suffix, device, dtype, label):
+    args = list(sample(name, dtype, device, label))
+    for position in contracts[name].differentiable:
+        args[position] = args[position].detach().requires_grad_()
+    report = torch.library.opcheck(op(name, suffix), tuple(args))
+    assert set(report.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(EVERY, cases((torch.float64,)))
+def test_gradcheck_in_double(name, suffix, device, dtype, label):
+    args = list(sample(name, dtype, device, label))
+    positions = contracts[name].differentiable
+    leaves = tuple(args[position].detach().requires_grad_() for position in positions)
+
+    def output(*values):
+        for position, value in zip(positions, values, strict=True):
+            args[position] = value
+        out = op(name, suffix)(*args)
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.where(torch.isfinite(out), out, 0.0)
+
+    # Small τ makes the third derivative large, and with it the finite differences' own error.
+    assert torch.autograd.gradcheck(output, leaves, fast_mode=True, eps=1e-7, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64)))
+def test_compiles_without_graph_break(name, suffix, device, dtype, label):
+    args = sample(name, dtype, device, label)
+    torch._dynamo.reset()
+    plain = op(name, suffix)(*args)
+    compiled = torch.compile(op(name, suffix), fullgraph=True, backend="aot_eager")(*args)
+    pairs = zip(plain, compiled, strict=True) if isinstance(plain, tuple) else [(plain, compiled)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def rows(n, d=8, **options):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(n), **options)
+
+
+IDS = torch.arange(5, 69).view(4, 16) % 45 + 5
+TWELVE, TWENTY = torch.arange(12), torch.arange(20)
+HEAD_TARGET = torch.tensor([1, 2, -100, 4, 29, -100, 0, 3, -100, 5, 6, 7])
+Q, K, VOCABULARY = rows(12).requires_grad_(), rows(20), rows(30)
+
+PUBLIC = {
+    "complementary_mask": lambda step: cmlm_fast.complementary_mask(
+        IDS, mask_token_id=3, vocab_size=50, special_ids=(0, 1, 2, 3), step=step
+    ).view1.sum(),
+    "token_contrastive": lambda step: cmlm_fast.token_contrastive(
+        Q, K, TWELVE, query_token=TWELVE, key_token=TWENTY
+    ),
+    "token_similarity": lambda step: cmlm_fast.token_similarity(Q, K).sum(),
+    "info_nce": lambda step: cmlm_fast.info_nce(Q, K[:12], scheme="nt_xent"),
+    "mlm_cross_entropy": lambda step: cmlm_fast.mlm_cross_entropy(Q, VOCABULARY, None, HEAD_TARGET),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_function_compiles_once(name):
+    call = PUBLIC[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    plain = [call(step).item() for step in range(2, 8)]
+    assert [compiled(step).item() for step in range(2, 8)] == pytest.approx(plain, rel=1e-6)
+    # A changing step becomes a dynamic integer at its first change; everything else compiles once.
+    assert counter.frame_count <= (2 if name == "complementary_mask" else 1)
+
+
+def test_training_step_compiles_with_inductor():
+    def step(query, key, z1, z2, target):
+        return cmlm_fast.token_contrastive(query, key, target) + 0.1 * cmlm_fast.info_nce(z1, z2)
+
+    def run(function):
+        leaves = [rows(n).requires_grad_() for n in (12, 20, 6, 7)]
+        leaves[3] = rows(6).requires_grad_()
+        loss = function(*leaves, torch.arange(12))
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    torch._dynamo.reset()
+    for got, expected in zip(run(torch.compile(step, fullgraph=True)), run(step), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+BAD = {
+    "query": (lambda: cmlm_fast.token_contrastive(rows(3)[0], rows(4), torch.zeros(3, dtype=torch.int64)), "query"),
+    "width": (lambda: cmlm_fast.token_contrastive(rows(3, 7), rows(4), torch.zeros(3, dtype=torch.int64)), "key"),
+    "dtype": (lambda: cmlm_fast.token_contrastive(rows(3), rows(4).half(), torch.zeros(3, dtype=torch.int64)), "key"),
+    "integer rows": (lambda: cmlm_fast.info_nce(rows(3).long(), rows(3).long()), "z1"),
+    "device": (lambda: cmlm_fast.info_nce(rows(3), rows(3).to("meta")), "z2"),
+    "batch": (lambda: cmlm_fast.info_nce(rows(3), rows(4)), "z2"),
+    "scheme": (lambda: cmlm_fast.info_nce(rows(3), rows(3), scheme="simclr"), "scheme"),
+    "symmetric": (lambda: cmlm_fast.info_nce(rows(3), rows(3), scheme="nt_xent", symmetric=False), "symmetric"),
+    "reduction": (lambda: cmlm_fast.info_nce(rows(3), rows(3), reduction="batchmean"), "reduction"),
+    "zero temperature": (lambda: cmlm_fast.info_nce(rows(3), rows(3), temperature=0.0), "temperature"),
+    "NaN temperature": (lambda: cmlm_fast.info_nce(rows(3), rows(3), temperature=float("nan")), "temperature"),
+    "target shape": (lambda: cmlm_fast.token_contrastive(rows(3), rows(4), torch.zeros(2, dtype=torch.int64)), "target"),
+    "target dtype": (lambda: cmlm_fast.token_contrastive(rows(3), rows(4), torch.zeros(3, dtype=torch.int32)), "target"),
+    "lone query_token": (
+        lambda: cmlm_fast.token_contrastive(rows(3), rows(4), torch.arange(3), query_token=torch.arange(3)),
+        "key_token",
+    ),
+    "head width": (lambda: cmlm_fast.mlm_cross_entropy(rows(3), rows(9, 7), None, torch.arange(3)), "weight"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_names_argument_rule_and_value(case):
+    call, argument = BAD[case]
+    with pytest.raises(ValueError, match=rf"cmlm_fast::\w+: expected {argument} to be .+, got .+"):
+        call()
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if cmlm_fast.available("info_nce")[b] is None])
+def test_bad_values_have_the_same_words_on_every_backend(backend):
+    with pytest.raises(RuntimeError, match=r"expected target to be in \[0, M = 4\) or -100, got 4"):
+        cmlm_fast.token_contrastive(rows(3), rows(4), torch.tensor([0, 4, -100]), backend=backend)
+    with pytest.raises(RuntimeError, match=r"expected target to be in \[0, M = 4\) or -100, got -1"):
+        cmlm_fast.token_contrastive(rows(3), rows(4), torch.tensor([0, -1, -100]), backend=backend)
+    for bad in (float("nan"), 0.0, -1.0, float("inf")):
+        with pytest.raises(RuntimeError, match="expected temperature to be finite and > 0, got"):
+            cmlm_fast.info_nce(rows(3), rows(3), temperature=torch.tensor(bad), backend=backend)
+        with pytest.raises(RuntimeError, match="expected temperature to be finite and > 0, got"):
+            cmlm_fast.token_contrastive(rows(3), rows(4), torch.arange(3), temperature=torch.tensor(bad), backend=backend)
