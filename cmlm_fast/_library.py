@@ -1,12 +1,12 @@
 """The torch library `cmlm_fast`: how an op is declared, and which compiled kernels were loaded.
 
-`declare` turns one contract (schema, reference, fake, autograd, samples) into two registered ops:
+`declare` turns one contract (schema, reference, fake, autograd, samples) into registered ops of one schema:
 
     cmlm_fast::<op>              native kernels (C++, CUDA) where loaded, else the reference, on any device
     cmlm_fast::<op>_reference    the plain PyTorch formula, on any device
+    cmlm_fast::<op>_triton       Triton kernels, where cmlm_fast/kernels/<op>.py has them
 
-Triton kernels register a third, `cmlm_fast::<op>_triton`, with the same schema. All of them share one fake kernel and
-one autograd formula, so a kernel can only differ from the reference in speed.
+All of them share one fake kernel and one autograd formula, so a kernel can only differ from the reference in speed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,28 @@ def declare(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Register `cmlm_fast::<name>` and `cmlm_fast::<name>_reference`.
+    """Register `cmlm_fast::<name>`, `<name>_reference` and, where there is a kernel, `<name>_triton`.
 
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of `torch.library.register_autograd`;
     `ctx.backend` is the suffix of the op that ran, for `op(name, ctx.backend)` in the backward pass.
     """
     for suffix in ("", "_reference"):
-        register(name + suffix, schema, reference, fake, suffix, setup_context, backward)
+        _register(name + suffix, schema, reference, fake, suffix, setup_context, backward)
+    if (Path(__file__).parent / "kernels" / f"{name.removesuffix('_backward')}.py").exists():
+        _register(name + "_triton", schema, _triton_launcher(name), fake, "_triton", setup_context, backward)
 
 
-def register(
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """The launcher `cmlm_fast.kernels.<op>.<name>`, imported with triton at its first call."""
+
+    def launch(*args: Any) -> Any:
+        module = import_module(f"cmlm_fast.kernels.{name.removesuffix('_backward')}")
+        return getattr(module, name)(*args)
+
+    return launch
+
+
+def _register(
     qualified: str,
     schema: str,
     implementation: Callable[..., Any],

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -58,7 +59,11 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
     if backend == "triton":
         if name + "_triton" not in registered:
             return "this op has no Triton kernel"
-        return None if device_type == "cuda" else f"Triton kernels run on GPU tensors, not on {device_type}"
+        if find_spec("triton") is None:
+            return "the package triton is not installed"
+        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"Triton kernels run on GPU tensors, not on {device_type} (or interpreted, with TRITON_INTERPRET=1)"
     device, key, library = _DISPATCH_KEY[backend]
     if device_type != device:
         return f"{backend} kernels run on {device} tensors, not on {device_type}"
