@@ -1,0 +1,66 @@
+# make setup | demo | test | sanitize | bench | clean: each works alone from a fresh clone, with Python >= 3.10, gcc and make.
+#
+#   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
+#   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+# constraints.txt stays a relative path: pip splits on blanks, and the clone may lie under a folder with one.
+INSTALL := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+SANITIZED := build/sanitize
+
+.PHONY: setup demo test lint sanitize bench clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.package
+
+# The virtual environment. A distribution's Python may lack ensurepip; its own pip then fills the new environment.
+$(MADE):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python >= 3.10 needed, {sys.executable} is {v[0]}.{v[1]}; make PYTHON=...")'
+	$(PYTHON) -m venv --clear $(VENV) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install -q pip; }
+	@touch $@
+
+# torch first, at the pinned version: whatever comes later finds it there.
+$(VENV)/.torch: constraints.txt | $(MADE)
+	$(INSTALL) torch
+	$(INSTALL) setuptools pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES) CMakeLists.txt setup.py pyproject.toml
+	$(INSTALL) --no-build-isolation -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.package
+	$(INSTALL) --no-build-isolation -e '.[bench]'
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/cmlm-fast demo
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+test: lint
+	$(PY) -m pytest
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the parity tests. Python itself is not
+# instrumented, so the runtime is preloaded, and what Python never frees is no finding.
+sanitize: setup
+	CMLM_FAST_SANITIZE=1 CMLM_FAST_CUDA=0 $(PY) setup.py -q build_ext
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CMLM_FAST_LIBRARY=$(SANITIZED)/_C.so \
+	  $(PY) -m pytest -q tests/test_parity.py
+
+bench: $(VENV)/.bench
+	$(PY) -m benchmarks.bench_ops
+
+clean:
+	rm -rf build dist out *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find cmlm_fast -name '*.so' -delete
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+// The one error pattern, and what host functions ask of their tensors. Host code only: throw before any parallel_for, since an
+// exception that leaves a worker thread loses its words.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace cmlm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class Value>
+[[noreturn]] void fail(const char* op, const char* argument, const std::string& rule, const Value& value) {
+  std::ostringstream words;
+  words << "cmlm_fast::" << op << ": expected " << argument << " to be " << rule << ", got " << value;
+  throw std::runtime_error(words.str());  // RuntimeError in Python
+}
+
+// rule and value are evaluated only when the condition fails.
+#define CMLM_CHECK(op, condition, argument, rule, value)                         \
+  do {                                                                           \
+    if (!(condition)) [[unlikely]] ::cmlm::fail(op, argument, rule, value);      \
+  } while (false)
+
+// "Float [3, 4]", for messages.
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream words;
+  words << torch::headeronly::toString(tensor.scalar_type()) << " [";
+  for (int64_t d = 0; d < tensor.dim(); ++d) words << (d ? ", " : "") << tensor.size(d);
+  words << "]";
+  return words.str();
+}
+
+// A tensor of this dtype and shape whose memory the kernels can walk; size -1 stands for any.
+inline void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
+                         std::initializer_list<int64_t> shape) {
+  bool fits = tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t d = 0;
+  for (int64_t size : shape) fits = fits && (size < 0 || tensor.size(d) == size), ++d;
+  if (fits && tensor.is_contiguous() && tensor.is_cpu()) return;
+  std::ostringstream rule;
+  rule << "a contiguous CPU tensor, " << torch::headeronly::toString(dtype) << " [";
+  const char* comma = "";
+  for (int64_t size : shape) rule << comma << (size < 0 ? std::string("any") : std::to_string(size)), comma = ", ";
+  rule << "]";
+  fail(op, argument, rule.str(), describe(tensor) + (tensor.is_contiguous() ? "" : ", not contiguous"));
+}
+
+}  // namespace cmlm
