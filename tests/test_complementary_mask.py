@@ -203,6 +203,10 @@ def test_bad_values_say_so(backend):
         ids[4] = bad
         with pytest.raises(RuntimeError, match=rf"expected input_ids to be in \[0, vocab_size = 1000\), got {bad}"):
             complementary_mask(ids[None], backend=backend, **VOCABULARY)
+    units = torch.arange(10, dtype=torch.int32)
+    units[7] = -2
+    with pytest.raises(RuntimeError, match="expected unit_ids to be >= 0, got -2"):
+        complementary_mask(random_ids(1, 10), unit_ids=units[None], backend=backend, **VOCABULARY)
     where = torch.ones(10, dtype=torch.bool)
     where[4] = False  # an id that cannot be masked is nobody's business: padding may be -1
     complementary_mask(ids[None], eligible=where[None], backend=backend, **VOCABULARY)

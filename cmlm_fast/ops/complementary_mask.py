@@ -72,12 +72,14 @@ def _check(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None, un
     rule(0 <= step < 2**32, "step", "in [0, 2^32)", step)
 
 
-def _check_values(ids: Tensor, cu: Tensor, eligible: Tensor, vocab: int) -> None:
+def _check_values(ids: Tensor, cu: Tensor, eligible: Tensor, units: Tensor | None, vocab: int) -> None:
     malformed = cu[0] != 0 or cu[-1] != ids.numel() or bool((cu.diff() < 0).any())
     expect_values(_NAME, not malformed, "cu_seqlens", f"non-decreasing from 0 to {ids.numel()}", cu.tolist()[:8])
     outside = eligible & ((ids < 0) | (ids >= vocab))
     if outside.any():
         expect_values(_NAME, False, "input_ids", f"in [0, vocab_size = {vocab})", int(ids[outside][0]))
+    if units is not None and (units[eligible] < 0).any():
+        expect_values(_NAME, False, "unit_ids", ">= 0", int(units[eligible].min()))
 
 
 def _reference(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None, units: Tensor | None,
@@ -86,7 +88,7 @@ def _reference(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None
     _check(ids, cu, special, eligible, units, samples, mask_id, vocab, rate, complement, exact, mask_share,
            random_share, seed, step)  # fmt: skip
     can = ~torch.isin(ids, special) if eligible is None else eligible & ~torch.isin(ids, special)
-    _check_values(ids, cu, can, vocab)
+    _check_values(ids, cu, can, units, vocab)
     lengths = cu.diff().long()
     sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=ids.device), lengths)
     position = torch.arange(ids.numel(), device=ids.device) - cu.long()[sequence]
@@ -220,7 +222,8 @@ def complementary_mask(
 
     Raises:
         ValueError: a shape, dtype, device or number breaks its rule.
-        RuntimeError: `cu_seqlens` is malformed or an eligible id lies outside the vocabulary (checked on the CPU).
+        RuntimeError: `cu_seqlens` is malformed, an eligible id lies outside the vocabulary or its unit id is negative
+            (checked on the CPU).
 
     >>> ids = torch.arange(5, 25).view(2, 10)
     >>> masked = complementary_mask(ids, mask_token_id=3, vocab_size=30, special_ids=(0, 1, 2, 3), rate=0.2)

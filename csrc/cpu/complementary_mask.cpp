@@ -1,0 +1,161 @@
+// Complementary mask, CPU: checks, outputs, threads. The loops are in complementary_mask_kernel.cpp.
+#include "cpu/complementary_mask.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+
+namespace cmlm {
+namespace {
+
+constexpr const char* kOp = "complementary_mask";
+constexpr int64_t kTokensPerThread = 2048;        // below this a second thread costs more than it brings
+constexpr int64_t kStreamTokens = int64_t{1} << 19;
+
+// Length of the longest sequence.
+int64_t check_sequences(const int32_t* cu, int64_t sequences, int64_t tokens) {
+  int64_t longest = 0;
+  bool good = cu[0] == 0 && cu[sequences] == tokens;
+  for (int64_t b = 0; b < sequences; ++b) {
+    good = good && cu[b] <= cu[b + 1];
+    longest = std::max<int64_t>(longest, int64_t{cu[b + 1]} - cu[b]);
+  }
+  if (good) return longest;
+  std::string first = "[";
+  for (int64_t b = 0; b <= sequences && b < 8; ++b) first += (b ? ", " : "") + std::to_string(cu[b]);
+  fail(kOp, "cu_seqlens", "non-decreasing from 0 to " + std::to_string(tokens), first + "]");
+}
+
+// Tokenizers number their special tokens in one or two runs, and a run costs the kernel one comparison.
+void find_runs(MaskArgs& args, const int64_t* special, int64_t count) {
+  std::vector<int64_t> ids(special, special + count);
+  std::sort(ids.begin(), ids.end());
+  for (int64_t id : ids) {
+    const int last = args.special_runs - 1;
+    const int64_t next = last < 0 ? 0 : args.special_first[last] + static_cast<int64_t>(args.special_size[last]);
+    if (last >= 0 && id < next) continue;  // twice the same
+    if (last >= 0 && id == next) {
+      ++args.special_size[last];
+    } else {
+      args.special_first[args.special_runs] = id;
+      args.special_size[args.special_runs++] = 1;
+    }
+  }
+}
+
+bool is_special(const MaskArgs& args, int64_t id) {
+  for (int run = 0; run < args.special_runs; ++run)
+    if (static_cast<uint64_t>(id) - static_cast<uint64_t>(args.special_first[run]) < args.special_size[run]) return true;
+  return false;
+}
+
+// Names the first eligible token that breaks a rule; the kernel found that there is one.
+template <class Id>
+[[noreturn]] void fail_token(const MaskArgs& args, const Id* ids) {
+  for (int64_t i = 0;; ++i) {
+    if (is_special(args, ids[i]) || (args.eligible && !args.eligible[i])) continue;
+    CMLM_CHECK(kOp, ids[i] >= 0 && ids[i] < args.vocab, "input_ids", "in [0, vocab_size = " + std::to_string(args.vocab) + ")", ids[i]);
+    CMLM_CHECK(kOp, !args.unit_ids || args.unit_ids[i] >= 0, "unit_ids", ">= 0", args.unit_ids[i]);
+  }
+}
+
+// Sequences of tokens [begin, end): those that begin there (exact sampling needs whole ones), or the parts inside.
+bool mask_range(const MaskArgs& args, int64_t sequences, int64_t begin, int64_t end, int64_t scratch_words) {
+  const std::unique_ptr<int64_t[]> scratch(args.exact ? new int64_t[scratch_words] : nullptr);
+  const int32_t *cu = args.cu_seqlens, *last = cu + sequences;
+  const auto kernel = CMLM_KERNEL(mask_tokens);
+  bool good = true;
+  if (args.exact) {
+    for (const int32_t* at = std::lower_bound(cu, last, begin); at < last && *at < end; ++at)
+      if (at[0] < at[1]) good &= kernel(args, at - cu, at[0], at[1], scratch.get());
+  } else {
+    for (const int32_t* at = std::upper_bound(cu, last, begin) - 1; at < last && *at < end; ++at) {
+      const int64_t from = std::max<int64_t>(at[0], begin), to = std::min<int64_t>(at[1], end);
+      if (from < to) good &= kernel(args, at - cu, from, to, nullptr);
+    }
+  }
+  return good;
+}
+
+std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor ids, Tensor cu, Tensor special, std::optional<Tensor> eligible,
+                                                      std::optional<Tensor> units, std::optional<Tensor> samples, int64_t mask_id,
+                                                      int64_t vocab, double rate, double complement_rate, bool exact,
+                                                      double mask_share, double random_share, int64_t seed, int64_t step) {
+  const bool wide = dispatch_ids(kOp, "input_ids", ids, [](auto tag) { return sizeof(typename decltype(tag)::type) == 8; });
+  check_tensor(kOp, "input_ids", ids, ids.scalar_type(), {-1});
+  check_tensor(kOp, "cu_seqlens", cu, ScalarType::Int, {-1});
+  check_tensor(kOp, "special_ids", special, ScalarType::Long, {-1});
+  const int64_t tokens = ids.numel(), sequences = cu.numel() - 1;
+  CMLM_CHECK(kOp, sequences >= 0, "cu_seqlens", "int32 of shape [B + 1]", describe(cu));
+  CMLM_CHECK(kOp, special.numel() <= 16, "special_ids", "int64 of shape [S], S <= 16", describe(special));
+  if (eligible) check_tensor(kOp, "eligible", *eligible, ScalarType::Bool, {tokens});
+  if (units) check_tensor(kOp, "unit_ids", *units, ScalarType::Int, {tokens});
+  if (samples) check_tensor(kOp, "sample_ids", *samples, ScalarType::Long, {sequences});
+  CMLM_CHECK(kOp, 1 <= vocab && vocab < int64_t{1} << 31, "vocab_size", "in [1, 2^31)", vocab);
+  CMLM_CHECK(kOp, 0 <= mask_id && mask_id < vocab, "mask_token_id", "in [0, vocab_size = " + std::to_string(vocab) + ")", mask_id);
+  const auto share = [](const char* name, double value) { CMLM_CHECK(kOp, 0.0 <= value && value <= 1.0, name, "in [0, 1]", value); };
+  share("rate", rate);
+  share("complement_rate", complement_rate);
+  share("mask_share", mask_share);
+  share("random_share", random_share);
+  // The slack lets shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding, through.
+  CMLM_CHECK(kOp, mask_share + random_share <= 1.0 + 1e-9, "mask_share + random_share", "<= 1", mask_share + random_share);
+  CMLM_CHECK(kOp, 0 <= step && step < int64_t{1} << 32, "step", "in [0, 2^32)", step);
+  const int64_t longest = check_sequences(cu.const_data_ptr<int32_t>(), sequences, tokens);
+
+  Tensor view1 = torch::stable::empty_like(ids), view2 = torch::stable::empty_like(ids);
+  Tensor role = torch::stable::new_empty(ids, {tokens}, ScalarType::Byte);
+  if (tokens == 0) return {view1, view2, role};
+
+  const double two32 = 4294967296.0;
+  const auto floor32 = [](double x) { return static_cast<int64_t>(std::floor(x)); };
+  MaskArgs args{};
+  args.ids = ids.const_data_ptr();
+  args.cu_seqlens = cu.const_data_ptr<int32_t>();
+  find_runs(args, special.const_data_ptr<int64_t>(), special.numel());
+  args.eligible = eligible ? static_cast<const uint8_t*>(eligible->const_data_ptr()) : nullptr;
+  args.unit_ids = units ? units->const_data_ptr<int32_t>() : nullptr;
+  args.sample_ids = samples ? samples->const_data_ptr<int64_t>() : nullptr;
+  args.view1 = view1.mutable_data_ptr();
+  args.view2 = view2.mutable_data_ptr();
+  args.role = role.mutable_data_ptr<uint8_t>();
+  args.mask_id = mask_id;
+  args.vocab = vocab;
+  args.below_role1 = floor32(rate * two32);
+  args.below_role2 = args.below_role1 + floor32((two32 - static_cast<double>(args.below_role1)) * complement_rate);
+  args.below_mask = floor32(mask_share * two32);
+  args.below_random = args.below_mask + floor32(random_share * two32);
+  args.rate = rate;
+  args.complement_rate = complement_rate;
+  args.seed = static_cast<uint64_t>(seed);
+  args.step = static_cast<uint32_t>(step);
+  args.wide = wide;
+  args.exact = exact;
+  args.stream = tokens >= kStreamTokens;
+
+  const int64_t scratch = longest + kMaskPad + (units ? longest + kMaskPad + mask_table(longest) : 0);
+  isa();  // a wrong CMLM_FAST_ISA is reported here, not from a worker thread
+  std::atomic<bool> good{true};
+  torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
+    if (!mask_range(args, sequences, begin, end, scratch)) good.store(false, std::memory_order_relaxed);
+  });
+  if (!good)
+    wide ? fail_token(args, static_cast<const int64_t*>(args.ids)) : fail_token(args, static_cast<const int32_t*>(args.ids));
+  return {view1, view2, role};
+}
+
+}  // namespace
+}  // namespace cmlm
+
+STABLE_TORCH_LIBRARY_IMPL(cmlm_fast, CPU, m) {
+  m.impl("complementary_mask", TORCH_BOX(&cmlm::complementary_mask));
+}

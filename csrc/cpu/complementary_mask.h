@@ -1,0 +1,45 @@
+// What csrc/cpu/complementary_mask.cpp and its kernel share.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace cmlm {
+
+struct MaskArgs {
+  const void* ids;  // int64, or int32 if not wide
+  const int32_t* cu_seqlens;
+  const uint8_t* eligible;  // may be null, as unit_ids and sample_ids
+  const int32_t* unit_ids;
+  const int64_t* sample_ids;
+  void* view1;
+  void* view2;
+  uint8_t* role;
+  int64_t special_first[16];  // special ids as runs of consecutive ones: first and number
+  uint64_t special_size[16];
+  int special_runs;
+  int64_t mask_id, vocab;
+  int64_t below_role1, below_role2;   // bernoulli: w0 below the first -> role 1, else below the second -> role 2
+  int64_t below_mask, below_random;   // w1 below the first -> mask id, else below the second -> random id
+  double rate, complement_rate;
+  uint64_t seed;
+  uint32_t step;
+  bool wide, exact;
+  bool stream;  // outputs larger than the caches: write around them
+};
+
+// int64 words of scratch that the longest sequence needs: its keys; with unit ids the distinct ones and a table to find them.
+// All parts have room for a whole last vector.
+constexpr int64_t kMaskPad = 8;
+inline int64_t mask_table(int64_t length) {
+  int64_t size = 16;
+  while (size < 2 * length) size *= 2;
+  return size;
+}
+
+// Masks tokens [begin, end), all in sequence `sequence` (the whole of it for exact sampling). True if every eligible token has
+// an id within the vocabulary and a unit id >= 0.
+CMLM_DECLARE_KERNEL(bool, mask_tokens, (const MaskArgs& args, int64_t sequence, int64_t begin, int64_t end, int64_t* scratch))
+
+}  // namespace cmlm

@@ -1,0 +1,322 @@
+// Complementary mask, CPU. Definition: cmlm_fast/ops/complementary_mask.py.
+//
+// Work:   tokens split over threads (bernoulli anywhere, exact between sequences) -> one vector of tokens at a time, one Philox
+//         word in each 64-bit lane. Exact sampling: pass 1 draws, keeping keys in scratch and corrupted ids in view1; a search
+//         finds the two keys that part the roles; pass 2 writes.
+// Memory: reads the id once (8 bytes, int32: 4; plus 1 for eligible, 4 for unit_ids), writes both views and the role once
+//         (17 or 9 bytes): 25 bytes a token. Exact: two more passes over a sequence that the caches hold.
+// Same bits everywhere: a token's outputs depend on its position and sequence alone, never on how the work was split.
+#include "cpu/complementary_mask.h"
+
+#include <cstring>
+
+#include "common/philox.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace cmlm::CMLM_ISA {
+namespace {
+
+#if defined(CMLM_ISA_avx512)
+constexpr int kLanes = 8;
+#elif defined(CMLM_ISA_avx2)
+constexpr int kLanes = 4;
+#else
+constexpr int kLanes = 2;
+#endif
+static_assert(kLanes <= kMaskPad);
+
+typedef int64_t Lanes __attribute__((vector_size(8 * kLanes)));  // a comparison gives -1 or 0 in each lane
+typedef uint64_t Words __attribute__((vector_size(8 * kLanes)));
+template <class T>
+struct Narrow {
+  typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
+};
+
+constexpr int64_t kNoKey = INT64_MAX;
+
+struct MultiplyLanes {
+  CMLM_HOST_DEVICE Words operator()(Words word, uint32_t factor) const {
+    const Words factors = Words() + factor;
+#if defined(CMLM_ISA_avx512)
+    return (Words)_mm512_mul_epu32((__m512i)word, (__m512i)factors);
+#elif defined(CMLM_ISA_avx2)
+    return (Words)_mm256_mul_epu32((__m256i)word, (__m256i)factors);
+#elif defined(__x86_64__)
+    return (Words)_mm_mul_epu32((__m128i)word, (__m128i)factors);
+#else
+    return (word & 0xffffffff) * factors;
+#endif
+  }
+};
+
+template <class T>
+inline Lanes load(const T* from) {
+  typename Narrow<T>::type narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  return __builtin_convertvector(narrow, Lanes);
+}
+
+// GCC converts between bytes and 64-bit lanes one lane at a time.
+#if defined(CMLM_ISA_avx512)
+inline Lanes load(const uint8_t* from) {
+  return (Lanes)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
+}
+
+inline void store(uint8_t* to, Lanes values) {
+  _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8((__m512i)values));
+}
+#elif defined(CMLM_ISA_avx2)
+inline Lanes load(const uint8_t* from) {
+  return (Lanes)_mm256_cvtepu8_epi64(_mm_loadu_si32(from));
+}
+#endif
+
+template <class T>
+inline void store(T* to, Lanes values) {
+  const auto narrow = __builtin_convertvector(values, typename Narrow<T>::type);
+  std::memcpy(to, &narrow, sizeof narrow);
+}
+
+// Past the caches, where the address allows it.
+inline void store_around(int64_t* to, Lanes values) {
+#if defined(__x86_64__)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof values == 0) {
+#if defined(CMLM_ISA_avx512)
+    return _mm512_stream_si512((__m512i*)to, (__m512i)values);
+#elif defined(CMLM_ISA_avx2)
+    return _mm256_stream_si256((__m256i*)to, (__m256i)values);
+#else
+    return _mm_stream_si128((__m128i*)to, (__m128i)values);
+#endif
+  }
+#endif
+  store(to, values);
+}
+
+inline void store_around(int32_t* to, Lanes values) {
+  store(to, values);
+}
+
+inline bool any(Lanes lanes) {
+  int64_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= lanes[lane];
+  return all != 0;
+}
+
+// Tokens of one sequence from position t on, kLanes of them readable and writable.
+template <class Id>
+struct Row {
+  const Id* ids;
+  const uint8_t* eligible;
+  const int32_t* units;
+  Id *view1, *view2;
+  uint8_t* role;
+  int64_t t;
+
+  Row at(int64_t i) const {
+    return {ids + i, eligible ? eligible + i : nullptr, units ? units + i : nullptr, view1 + i, view2 + i, role + i, t + i};
+  }
+};
+
+// Calls f(row, i) for each vector of a row of n tokens; the last one, if short, works on a copy whose further tokens are not eligible.
+template <class Id, class F>
+inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) f(row.at(i), i);
+  const int rest = static_cast<int>(n - i);
+  if (rest == 0) return;
+  Id ids[kLanes] = {}, view1[kLanes] = {}, view2[kLanes];
+  uint8_t eligible[kLanes] = {}, role[kLanes];
+  int32_t units[kLanes] = {};
+  const Row<Id> last = row.at(i);
+  for (int j = 0; j < kLanes && j < rest; ++j) {
+    ids[j] = last.ids[j];
+    eligible[j] = last.eligible ? last.eligible[j] : 1;
+    units[j] = last.units ? last.units[j] : 0;
+    view1[j] = last.view1[j];
+  }
+  f(Row<Id>{ids, eligible, last.units ? units : nullptr, view1, view2, role, last.t}, i);
+  for (int j = 0; j < kLanes && j < rest; ++j) {
+    last.view1[j] = view1[j];
+    last.view2[j] = view2[j];
+    last.role[j] = role[j];
+  }
+}
+
+constexpr int64_t kNotEligible = int64_t{1} << 33;  // stands where a 32-bit word would: above every threshold
+
+struct Drawn {
+  Lanes ids, corrupted;
+  Lanes unit, assignment;  // the unit's id and its word w0, or kNotEligible
+};
+
+template <class Id>
+class Sequence {
+ public:
+  Sequence(const MaskArgs& args, int64_t sequence)
+      : args_(args), philox_(args.step, static_cast<uint64_t>(args.sample_ids ? args.sample_ids[sequence] : sequence), args.seed) {
+    for (int lane = 0; lane < kLanes; ++lane) iota_[lane] = lane;
+  }
+
+  bool bernoulli(const Row<Id>& row, int64_t n) {
+    for_each_vector(row, n, [&](const Row<Id>& r, int64_t) {
+      const Drawn d = draw(r);
+      write(r, d.ids, d.corrupted, d.assignment, args_.below_role1, args_.below_role2);
+    });
+    return !any(bad_);
+  }
+
+  bool exact(const Row<Id>& row, int64_t n, int64_t* keys) {
+    Lanes eligible = {};
+    for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
+      const Drawn d = draw(r);
+      // (w0, unit id) in one signed word, in the same order; below kNoKey since unit ids are below 2^31.
+      const Lanes key = (d.assignment << 32 | d.unit) ^ INT64_MIN;
+      store(keys + i, d.assignment == kNotEligible ? Lanes() + kNoKey : key);
+      store(r.view1, d.corrupted);
+      eligible -= d.assignment != kNotEligible;
+    });
+    if (any(bad_)) return false;
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t* units = keys;
+    int64_t slots = padded, count = 0;
+    if (args_.unit_ids) {
+      units = keys + padded;
+      count = distinct(keys, n, keys + padded);
+      slots = (count + kLanes - 1) / kLanes * kLanes;
+    } else {
+      for (int lane = 0; lane < kLanes; ++lane) count += eligible[lane];
+    }
+    const int64_t k1 = quota(args_.rate, count), k2 = quota(args_.complement_rate, count - k1);
+    const int64_t below1 = parting(units, slots, count, k1), below2 = parting(units, slots, count, k1 + k2);
+    for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
+      write(r, load(r.ids), load(r.view1), load(keys + i), below1, below2);
+    });
+    return true;
+  }
+
+ private:
+  inline Drawn draw(const Row<Id>& r) {
+    Drawn d;
+    d.ids = load(r.ids);
+    const Lanes position = iota_ + r.t;
+    const auto words = philox_((Words)position);
+    d.unit = position;
+    d.assignment = (Lanes)(words.w0 & 0xffffffff);
+    if (r.units) {
+      d.unit = load(r.units);
+      d.assignment = (Lanes)(philox_((Words)d.unit).w0 & 0xffffffff);
+    }
+    // Selections one after the other, not masks combined: with AVX-512 each is a compare and a masked move.
+    Lanes checked = d.ids;
+    for (int run = 0; run < args_.special_runs; ++run) {
+      const Words above = (Words)d.ids - static_cast<uint64_t>(args_.special_first[run]);
+      d.assignment = above < args_.special_size[run] ? Lanes() + kNotEligible : d.assignment;
+      checked = above < args_.special_size[run] ? Lanes() : checked;
+    }
+    if (r.eligible) {
+      const Lanes eligible = load(r.eligible);
+      d.assignment = eligible == 0 ? Lanes() + kNotEligible : d.assignment;
+      checked = eligible == 0 ? Lanes() : checked;
+    }
+    bad_ = (Words)checked >= static_cast<uint64_t>(args_.vocab) ? Lanes() - 1 : bad_;
+    if (r.units) bad_ |= (d.unit < 0) & (d.assignment != kNotEligible);
+    const Lanes w1 = (Lanes)(words.w1 & 0xffffffff);
+    const Lanes random = (Lanes)(MultiplyLanes{}(words.w2, static_cast<uint32_t>(args_.vocab)) >> 32);
+    d.corrupted = w1 < args_.below_random ? random : d.ids;
+    d.corrupted = w1 < args_.below_mask ? Lanes() + args_.mask_id : d.corrupted;
+    return d;
+  }
+
+  // Role 1 where key < below1, role 2 where below1 <= key < below2.
+  inline void write(const Row<Id>& r, Lanes ids, Lanes corrupted, Lanes key, int64_t below1, int64_t below2) const {
+    const Lanes view1 = key < below1 ? corrupted : ids;
+    const Lanes either = key < below2 ? corrupted : ids, view2 = key < below1 ? ids : either;
+    const Lanes masked = key < below2 ? Lanes() + 2 : Lanes(), role = key < below1 ? Lanes() + 1 : masked;
+    if (args_.stream) {
+      store_around(r.view1, view1);
+      store_around(r.view2, view2);
+    } else {
+      store(r.view1, view1);
+      store(r.view2, view2);
+    }
+    store(r.role, role);
+  }
+
+  static int64_t quota(double rate, int64_t of) {
+    int64_t k = static_cast<int64_t>(rate * static_cast<double>(of) + 0.5);
+    if (k == 0 && rate > 0) k = 1;
+    return k < of ? k : of;
+  }
+
+  // The different keys among keys[0, n), padded to whole vectors with kNoKey. Their top bits are Philox bits: a ready hash.
+  static int64_t distinct(const int64_t* keys, int64_t n, int64_t* out) {
+    const int64_t size = mask_table(n);
+    int64_t* table = out + n + kMaskPad;
+    for (int64_t i = 0; i < size; ++i) table[i] = kNoKey;
+    const int shift = 64 - __builtin_ctzll(static_cast<uint64_t>(size));
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t key = keys[i];
+      if (key == kNoKey) continue;
+      int64_t slot = static_cast<int64_t>(static_cast<uint64_t>(key) >> shift);
+      while (table[slot] != kNoKey && table[slot] != key) slot = (slot + 1) & (size - 1);
+      if (table[slot] == key) continue;
+      table[slot] = key;
+      out[count++] = key;
+    }
+    for (int pad = 0; pad < kLanes; ++pad) out[count + pad] = kNoKey;
+    return count;
+  }
+
+  // A value with exactly k of `count` different keys below it. The keys are uniform, so interpolation closes in within a
+  // few counting passes; halving, after a while, guarantees an end.
+  static int64_t parting(const int64_t* keys, int64_t slots, int64_t count, int64_t k) {
+    if (k == 0) return INT64_MIN;
+    if (k == count) return kNoKey;
+    int64_t low = INT64_MIN, high = kNoKey, at_low = 0, at_high = count;
+    for (int pass = 0;; ++pass) {
+      const uint64_t width = static_cast<uint64_t>(high) - static_cast<uint64_t>(low);
+      const double share = pass < 24 ? (k + 0.5 - at_low) / (at_high + 1.0 - at_low) : 0.5;
+      uint64_t offset = static_cast<uint64_t>(share * static_cast<double>(width));
+      offset = offset < 1 ? 1 : offset > width - 1 ? width - 1 : offset;
+      const int64_t middle = static_cast<int64_t>(static_cast<uint64_t>(low) + offset);
+      Lanes below = {};
+      for (int64_t i = 0; i < slots; i += kLanes) below -= load(keys + i) < middle;
+      int64_t at_middle = 0;
+      for (int lane = 0; lane < kLanes; ++lane) at_middle += below[lane];
+      if (at_middle == k) return middle;
+      (at_middle < k ? low : high) = middle;
+      (at_middle < k ? at_low : at_high) = at_middle;
+    }
+  }
+
+  const MaskArgs& args_;
+  const Philox<Words, MultiplyLanes> philox_;
+  Lanes iota_;
+  Lanes bad_ = {};
+};
+
+template <class Id>
+bool run(const MaskArgs& a, int64_t sequence, int64_t begin, int64_t end, int64_t* scratch) {
+  const Row<Id> row{static_cast<const Id*>(a.ids) + begin,
+                    a.eligible ? a.eligible + begin : nullptr,
+                    a.unit_ids ? a.unit_ids + begin : nullptr,
+                    static_cast<Id*>(a.view1) + begin,
+                    static_cast<Id*>(a.view2) + begin,
+                    a.role + begin,
+                    begin - a.cu_seqlens[sequence]};
+  Sequence<Id> work(a, sequence);
+  return a.exact ? work.exact(row, end - begin, scratch) : work.bernoulli(row, end - begin);
+}
+
+}  // namespace
+
+bool mask_tokens(const MaskArgs& args, int64_t sequence, int64_t begin, int64_t end, int64_t* scratch) {
+  return args.wide ? run<int64_t>(args, sequence, begin, end, scratch) : run<int32_t>(args, sequence, begin, end, scratch);
+}
+
+}  // namespace cmlm::CMLM_ISA

@@ -1,0 +1,58 @@
+// What csrc/cpu/token_contrastive.cpp and its kernel share. T is the dtype of the products: float, BFloat16 or double.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "cpu/vec.h"
+
+namespace cmlm {
+
+// A block of the transposed score matrix: keys × columns, a column for each query of the chunk. Columns are padded to a multiple
+// of kLanes with queries of scale 0, so that loops over them need no tail.
+template <class T>
+struct ScoreBlock {
+  using O = math_t<T>;
+  T* scores;                // [keys, columns]; raw products, then weights
+  int64_t keys, columns;
+  int64_t first;            // index of the first key
+  const O* key_scale;       // [keys] 1 / ‖k_j‖
+  const int32_t* key_token; // [keys] or null
+  const O* scale;           // [columns] s_ij = raw · scale_i · key_scale_j
+  const O* shift;           // [columns] exponents are s_ij − shift_i
+  const int32_t* start;     // [columns] or null: candidates are start_i <= j < start_i + length_i
+  const int32_t* length;
+  const int32_t* token;     // [columns] or null
+  O* sum;                   // [columns] of this block: Σ_j e_ij (token_max: the largest s_ij)
+  O* moment;                // [columns] Σ_j e_ij (s_ij − shift_i)
+};
+
+// One row of the query's gradient.
+template <class T>
+struct QueryRow {
+  using O = math_t<T>;
+  const T* sum;        // [D] Σ_{j≠t} e_ij k_j / ‖k_j‖
+  const T* query;      // [D]
+  const T* target;     // [D] key of the target
+  O sum_factor, target_factor, inverse_norm;
+};
+
+// y[r] = 1 / max(‖x_r‖, 1e-12) for `rows` rows of length d; all 1 unless normalize.
+CMLM_DECLARE_KERNEL(template <class T> void, token_inverse_norms, (const T* x, int64_t rows, int64_t d, bool normalize, math_t<T>* y))
+CMLM_DECLARE_KERNEL(template <class T> math_t<T>, token_dot, (const T* a, const T* b, int64_t d))
+// y = factor · x
+CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d, math_t<T> factor, T* y))
+// sum[i] = the largest score among the candidates of column i; -inf without one.
+CMLM_DECLARE_KERNEL(template <class T> void, token_max, (const ScoreBlock<T>& block))
+// e_ij = exp(s_ij − shift_i), 0 where j is no candidate; scores = e_ij · key_scale_j, and the sums.
+CMLM_DECLARE_KERNEL(template <class T> void, token_exp, (const ScoreBlock<T>& block))
+// y += x, or y = x if fresh
+CMLM_DECLARE_KERNEL(template <class T> void, token_add, (const T* x, int64_t n, bool fresh, math_t<T>* y))
+// y += factor · x
+CMLM_DECLARE_KERNEL(template <class T> void, token_add_scaled, (const T* x, int64_t d, math_t<T> factor, math_t<T>* y))
+// g = sum_factor · sum + target_factor · target, then through the normalisation: (g − q̂ (q̂·g)) / ‖q‖; scratch [d].
+CMLM_DECLARE_KERNEL(template <class T> void, token_finish_query, (const QueryRow<T>& row, int64_t d, bool normalize, math_t<T>* scratch, T* y))
+// g [d] = gradient of the unit key / ‖k‖; y = g − k̂ (k̂·g). y may be g.
+CMLM_DECLARE_KERNEL(template <class T> void, token_finish_key, (const math_t<T>* g, const T* key, int64_t d, bool normalize, math_t<T> inverse_norm, T* y))
+
+}  // namespace cmlm
