@@ -1,0 +1,32 @@
+"""From text to batches: read, clean, split, tokenise, collate. Built on `datasets`, so all of it is Arrow on disk.
+
+    load_texts      file or saved folder      ->  columns text (and text_pair)
+    clean_texts     drops blank and repeated rows, counts them
+    split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
+    tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
+    CMLMDataCollator                          ->  padded tensors for the masked-view step
+    mask_settings   what `complementary_mask` must know of a tokenizer
+
+Example:
+    >>> texts, counts = clean_texts(load_texts("reviews.txt"))
+    >>> train, evaluation = split_evaluation(texts, share=0.05, seed=42)
+    >>> dataset = tokenize_texts(train, tokenizer, max_length=128)
+    >>> batch = CMLMDataCollator(tokenizer)([dataset[0], dataset[1]])
+    >>> complementary_mask(batch["input_ids"], attention_mask=batch["attention_mask"],
+    ...                    sample_ids=batch["sample_ids"], **mask_settings(tokenizer))
+"""
+
+from .clean import TextCounts, clean_texts, split_evaluation
+from .collate import CMLMDataCollator, mask_settings
+from .load import load_texts
+from .tokens import tokenize_texts
+
+__all__ = [
+    "CMLMDataCollator",
+    "TextCounts",
+    "clean_texts",
+    "load_texts",
+    "mask_settings",
+    "split_evaluation",
+    "tokenize_texts",
+]

@@ -1,0 +1,74 @@
+"""Rows of token ids to a padded batch, and what the mask op must know of a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._errors import check_tokenizer
+
+_MAX_SPECIAL_IDS = 16  # `complementary_mask` takes as many
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    named = [getattr(tokenizer, f"{kind}_token_id", None) for kind in ("cls", "sep", "pad", "mask", "bos", "eos")]
+    others = [i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id]
+    return list(dict.fromkeys(i for i in (*named, *others) if i is not None))
+
+
+def mask_settings(tokenizer: Any) -> dict[str, Any]:
+    """What `complementary_mask` asks of a tokenizer: mask_token_id, vocab_size and special_ids (a tuple, at most 16).
+
+    vocab_size is the largest id + 1, which is len(tokenizer) unless ids have gaps. special_ids are cls, sep, pad, mask,
+    bos, eos and the tokenizer's extra special tokens; where these are more than 16, `CMLMDataCollator` marks the rest
+    as not eligible. The unknown token is not among them: an unknown word is a word of the text.
+
+    Example:
+        >>> mask_settings(bert_tokenizer)
+        {'mask_token_id': 103, 'vocab_size': 30522, 'special_ids': (101, 102, 0, 103)}
+    """
+    check_tokenizer(tokenizer, "mask_settings")
+    return {"mask_token_id": tokenizer.mask_token_id, "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+            "special_ids": tuple(_special_ids(tokenizer)[:_MAX_SPECIAL_IDS])}  # fmt: skip
+
+
+@dataclass
+class CMLMDataCollator:
+    """Rows of `tokenize_texts` to one padded batch of plain tensors, B rows of L tokens.
+
+    Returns input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded by the tokenizer on its
+    own side; sample_ids int64 [B]; unit_ids int32 [B, L], 0 at pads, where the rows have them; eligible bool [B, L]
+    only for a tokenizer of more than 16 special tokens. Masks are made later, on the device.
+
+    Args:
+        tokenizer: the tokenizer of `tokenize_texts`.
+        pad_to_multiple_of: round L up to a multiple of this.
+
+    Example:
+        >>> DataLoader(dataset, batch_size=8, collate_fn=CMLMDataCollator(tokenizer, pad_to_multiple_of=8))
+    """
+
+    tokenizer: Any
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer, "CMLMDataCollator")
+        self._more_special = torch.tensor(_special_ids(self.tokenizer)[_MAX_SPECIAL_IDS:], dtype=torch.int64)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
+        padded = self.tokenizer.pad([{name: row[name] for name in inputs} for row in rows], return_tensors="pt",
+                                    return_attention_mask=True, pad_to_multiple_of=self.pad_to_multiple_of)  # fmt: skip
+        batch: dict[str, Tensor] = dict(padded)
+        batch["sample_ids"] = torch.tensor([int(row["sample_id"]) for row in rows], dtype=torch.int64)
+        real = batch["attention_mask"].bool()
+        if "unit_ids" in rows[0]:
+            units = torch.cat([torch.as_tensor(row["unit_ids"], dtype=torch.int32) for row in rows])
+            batch["unit_ids"] = torch.zeros(real.shape, dtype=torch.int32).masked_scatter_(real, units)
+        if self._more_special.numel():
+            batch["eligible"] = real & ~torch.isin(batch["input_ids"], self._more_special)
+        return batch

@@ -1,0 +1,158 @@
+"""Read texts: a file or a saved folder to a `Dataset` with columns text (and text_pair)."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from ._errors import fail
+
+# The file's columns as `datasets` reads them. A BOM is no text, hence utf-8-sig. `parse_agent_traces` would turn JSON
+# with certain column names into chat transcripts; "NA" and "null" are words, so pandas must not read them as missing.
+_CSV = {"encoding": "utf-8-sig", "na_filter": False}
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"encoding": "utf-8-sig", "features": Features({"text": Value("string")})}),
+    ".csv": ("csv", {"sep": ",", **_CSV}),
+    ".tsv": ("csv", {"sep": "\t", **_CSV}),
+    ".jsonl": ("json", {"parse_agent_traces": False}),
+    ".json": ("json", {"parse_agent_traces": False}),
+    ".parquet": ("parquet", {}),
+}
+_TEXT_TYPES = ("string", "large_string", "string_view")
+
+
+def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
+    """The texts of a file, or of a folder saved with `datasets`, in order, as strings (or None).
+
+    Args:
+        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted), .jsonl or .json (objects, or
+            a list of strings), .parquet; text is UTF-8. Or a folder written by `save_to_disk`, with one split or a
+            split "train".
+        text_column: column that holds the text; default: "text" or "sentence", else the only column of strings.
+        text_pair_column: column that holds the second text of a pair, if any.
+
+    Returns:
+        Dataset with column text (and text_pair). What was read is cached by `datasets`; a changed file is read anew.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unknown suffix or column, a column that holds no text, no rows, bytes that are not UTF-8, or a file
+            that does not parse; names the argument, the rule and the value.
+
+    Example:
+        >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
+        ['text', 'text_pair']
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
+    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
+    wanted = {"text": _choose_column(types, text_column, text_pair_column)}
+    if text_pair_column is not None:
+        wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
+        if wanted["text"] == text_pair_column:
+            raise fail("load_texts", "text_pair_column", "another column than text_column", repr(text_pair_column))
+    dataset = dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+    strings = Features({name: Value("string") for name in dataset.column_names})
+    return dataset if dataset.features == strings else dataset.cast(strings)
+
+
+def _choose_column(types: Mapping[str, str], given: str | None, pair: str | None) -> str:
+    if given is not None:
+        return _check_column(types, "text_column", given)
+    texts = [name for name, kind in types.items() if kind in _TEXT_TYPES and name != pair]
+    usual = [name for name in ("text", "sentence") if name in texts]
+    if usual or len(texts) == 1:
+        return (usual or texts)[0]
+    rule = "given where no column is named text or sentence and not exactly one holds text"
+    raise fail("load_texts", "text_column", rule, f"columns {dict(types)}")
+
+
+def _check_column(types: Mapping[str, str], argument: str, name: str) -> str:
+    if name not in types:
+        raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(name))
+    if types[name] not in _TEXT_TYPES:
+        raise fail("load_texts", argument, "a column of text", f"{name!r} of type {types[name]}; columns {dict(types)}")
+    return name
+
+
+def _types(dataset: Dataset) -> dict[str, str]:
+    return {name: str(getattr(kind, "dtype", kind)) for name, kind in dataset.features.items()}
+
+
+def _read_folder(path: Path) -> tuple[Dataset, dict[str, str]]:
+    try:
+        saved = load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise fail("load_texts", "path", "a file or a folder saved with datasets", path) from error
+    if isinstance(saved, DatasetDict):
+        if "train" not in saved and len(saved) != 1:
+            raise fail("load_texts", "path", "a folder with a split 'train' or one split", f"{path}: {list(saved)}")
+        saved = saved["train"] if "train" in saved else next(iter(saved.values()))
+    if len(saved) == 0:
+        raise fail("load_texts", "path", "a folder with at least one row", path)
+    return saved, _types(saved)
+
+
+def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise fail("load_texts", "path", f"a saved datasets folder or a file ending in {', '.join(_READERS)}", path)
+    if path.stat().st_size == 0:
+        raise fail("load_texts", "path", "a file that is not empty", path)
+    reader, options = _READERS[suffix]
+    if reader != "parquet":
+        _check_utf8(path)
+    types: dict[str, str] | None = None
+    try:
+        if reader == "csv":
+            types = _csv_types(path, options)
+            options = {**options, "features": Features({name: Value("string") for name in types})}
+        # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern.
+        builder = load_dataset_builder(reader, data_files={"train": glob.escape(str(path.resolve()))}, **options)
+        builder.download_and_prepare()
+        rows = builder.info.splits["train"].num_examples
+        read = builder.as_dataset("train") if rows else None
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
+            raise OSError(cause.errno, f"load_texts: {path} could not be cached: {cause.strerror}") from error
+        raise fail("load_texts", "path", f"a valid {suffix} file", f"{path}: {' '.join(str(cause).split())}") from error
+    if read is None:
+        raise fail("load_texts", "path", "a file with at least one row", path)
+    return read, types or _types(read)
+
+
+def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
+    """Column types by the first 1000 rows; the file itself is read as strings, or a text such as "007" would suffer."""
+    head = pd.read_csv(path, nrows=1000, sep=options["sep"], encoding=options["encoding"], keep_default_na=False,
+                       na_values=[""])  # fmt: skip
+    if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
+        raise ValueError(f"the header has {head.shape[1]} fields, the first row more; is a comma in it not quoted?")
+    is_text = pd.api.types.is_string_dtype
+    return {str(name): "string" if is_text(kind) else str(kind) for name, kind in head.dtypes.items()}
+
+
+def _check_utf8(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while True:
+            chunk = file.read(1 << 20)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:  # error.object ends where the file was read to
+                offset = file.tell() - len(error.object) + error.start
+                line += error.object[: error.start].count(b"\n")
+                where = f"{path}: byte 0x{error.object[error.start]:02x} at offset {offset} (line {line})"
+                raise fail("load_texts", "path", "a UTF-8 file", where) from error
+            line += chunk.count(b"\n")
+            if not chunk:
+                return
