@@ -33,16 +33,6 @@ constexpr const char* kOp = "token_contrastive";
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-Tensor empty(std::initializer_list<int64_t> sizes) {
-  return torch::stable::empty(sizes, scalar_type_of<T>());
-}
-
 constexpr int64_t kPad = 32;  // columns of a chunk are padded to whole vectors with queries of scale 0
 
 int64_t rows_per_chunk(const TokenPairs& pairs) {

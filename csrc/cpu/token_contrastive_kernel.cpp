@@ -76,6 +76,20 @@ void token_exp(const ScoreBlock<T>& block) {
 }
 
 template <class T>
+void token_scores(const ScoreRow<T>& row) {
+  using O = math_t<T>;
+  T* __restrict scores = row.scores;
+  const O* __restrict key_scale = row.key_scale;
+  const T never = narrow<T>(-std::numeric_limits<O>::infinity());
+  for (int64_t j = 0; j < row.first; ++j) scores[j] = never;
+  for (int64_t j = row.last; j < row.m; ++j) scores[j] = never;
+  for (int64_t j = row.first; j < row.last; ++j) scores[j] = narrow<T>(widen(scores[j]) * (row.scale * key_scale[j]));
+  if (row.key_token == nullptr) return;
+  for (int64_t j = row.first; j < row.last; ++j)
+    scores[j] = (row.key_token[j] == -1) | (row.key_token[j] == row.token) ? never : scores[j];
+}
+
+template <class T>
 void token_inverse_norms(const T* x, int64_t rows, int64_t d, bool normalize, math_t<T>* y) {
   using O = math_t<T>;
   for (int64_t r = 0; r < rows; ++r)
@@ -128,6 +142,7 @@ void token_finish_key(const math_t<T>* g, const T* __restrict key, int64_t d, bo
 #define CMLM_INSTANTIATE(T)                                                               \
   template void token_max<T>(const ScoreBlock<T>&);                                       \
   template void token_exp<T>(const ScoreBlock<T>&);                                       \
+  template void token_scores<T>(const ScoreRow<T>&);                                      \
   template void token_inverse_norms<T>(const T*, int64_t, int64_t, bool, math_t<T>*);           \
   template math_t<T> token_dot<T>(const T*, const T*, int64_t);                            \
   template void token_scale<T>(const T*, int64_t, math_t<T>, T*);                           \
