@@ -82,7 +82,7 @@ def _gradients(weight: Tensor, query: Tensor, key: Tensor, target: Tensor, tempe
     finite = s.masked_fill(~mask, 0.0)
     above = s - (positive * finite).sum(1, keepdim=True)  # so that a loss near 0 is no difference of two large numbers
     loss = torch.where(valid[:, 0], torch.logsumexp(above, 1), 0.0)
-    g = torch.where(mask, (above - loss[:, None]).exp() - positive, 0.0) * weight[:, None]
+    g = torch.where(mask, torch.softmax(s, 1) - positive, 0.0) * weight[:, None]
     empty = query.new_empty(0)
     dq = through_unit_rows(g @ k / temperature, q, q_norm, query.dtype) if query_grad else empty
     dk = through_unit_rows(g.T @ q / temperature, k, k_norm, key.dtype) if key_grad else empty.clone()

@@ -20,11 +20,12 @@ struct ScoreBlock {
   const int32_t* key_token; // [keys] or null
   const O* scale;           // [columns] s_ij = raw · scale_i · key_scale_j
   const O* shift;           // [columns] exponents are s_ij − shift_i
+  const O* target;          // [columns] s_i,target
   const int32_t* start;     // [columns] or null: candidates are start_i <= j < start_i + length_i
   const int32_t* length;
   const int32_t* token;     // [columns] or null
   O* sum;                   // [columns] of this block: Σ_j e_ij (token_max: the largest s_ij)
-  O* moment;                // [columns] Σ_j e_ij (s_ij − shift_i)
+  O* moment;                // [columns] Σ_j e_ij (s_ij − s_i,target)
 };
 
 // One row of the score matrix itself.

@@ -22,6 +22,7 @@ void visit(const ScoreBlock<T>& block) {
   O* __restrict moment = block.moment;
   const O* __restrict scale = block.scale;
   const O* __restrict shift = block.shift;
+  const O* __restrict target = block.target;
   const int32_t* __restrict start = block.start;
   const int32_t* __restrict length = block.length;
   const int32_t* __restrict token = block.token;
@@ -45,10 +46,9 @@ void visit(const ScoreBlock<T>& block) {
       if constexpr (kMax) {
         sum[i] = max(sum[i], candidate ? s : -std::numeric_limits<O>::infinity());
       } else {
-        const O x = candidate ? s - shift[i] : O(kNever);
-        const O e = exp(x);
+        const O e = exp(candidate ? s - shift[i] : O(kNever));
         sum[i] += e;
-        moment[i] += e * x;
+        moment[i] += e * (s - target[i]);
         row[i] = narrow<T>(e * key_scale);
       }
     }
