@@ -66,7 +66,7 @@ def post_train_command(
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
     preset: Annotated[Preset, typer.Option(help="the objective")] = Preset.balanced,
-    eval_share: Annotated[float, typer.Option(help="share of the texts held out for the scores; 0: none")] = _default("eval_share"),
+    eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = _default("eval_share"),
     max_length: Annotated[int | None, typer.Option(help="tokens a sequence; default: 128 or fewer")] = None,
     whole_word: Annotated[bool, typer.Option("--whole-word", help="mask whole words")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that is not empty")] = False,

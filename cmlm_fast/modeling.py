@@ -1,4 +1,4 @@
-"""A Hugging Face masked LM with the CMLM objective: two masked views in one pass of the encoder, the LM head where it counts."""
+"""A Hugging Face masked LM with the CMLM objective: both views in one pass of the encoder, the LM head where it counts."""
 
 from __future__ import annotations
 

@@ -134,7 +134,8 @@ class CMLMTrainer(Trainer):
         jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter}
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
+                          device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
         """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
         if batches:

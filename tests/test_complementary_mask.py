@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_bits_equal_an_independent_implementation(
         sample_ids=torch.tensor(samples, dtype=torch.int64), backend=backend,
         unit_ids=None if units is None else torch.tensor(units, dtype=torch.int32), **VOCABULARY,
     )  # fmt: skip
-    for b, (start, end) in enumerate(zip(cu, cu[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(cu)):
         own_units = list(range(end - start)) if units is None else units[start:end]
         expected = by_hand(ids[start:end], own_units, samples[b], seed, step, rate, complement, exact, *shares)
         for tensor, values in zip(got, expected, strict=True):

@@ -37,12 +37,20 @@ CMLM_INLINE M fold(const M* lanes) {
 template <class M>
 constexpr M kLowest = std::numeric_limits<M>::lowest();
 
+// A score from its product: at least kLowest, lest what is hidden makes 0 · inf. The comparison also keeps the compiler from fusing
+// the multiplication with what follows in one pass and not in another: weights must sum to what the sums say.
+template <class C, class M>
+CMLM_INLINE M score(C product, M k) {
+  const M s = widen(product) * k;
+  return kLowest<M> > s ? kLowest<M> : s;
+}
+
 // One row's sum, and its part of the columns' sums when these share its exponentials.
 template <bool Columns, class C, class M>
 CMLM_INLINE M row_sum(const C* products, const M* scale, M factor, M reference, int64_t n, M* columns) {
   M lanes[kLanes] = {};
   sweep(n, [&](int64_t lane, int64_t j) {
-    const M e = exp(widen(products[j]) * (factor * scale[j]) - reference);
+    const M e = exp(score(products[j], factor * scale[j]) - reference);
     lanes[lane] += e;
     if constexpr (Columns) columns[j] += e;
   });
@@ -56,12 +64,12 @@ void column_sums(const InfoNce<C>& nce, const C* products, int64_t rows, const M
   for (int64_t i = 0; i < rows; ++i) {
     const C* row = products + i * nce.size;
     const M factor = left_scale[i] * nce.scale;
-    sweep(nce.size, [&](int64_t, int64_t j) { reference[j] = max(reference[j], widen(row[j]) * (factor * scale[j])); });
+    sweep(nce.size, [&](int64_t, int64_t j) { reference[j] = max(reference[j], score(row[j], factor * scale[j])); });
   }
   for (int64_t i = 0; i < rows; ++i) {
     const C* row = products + i * nce.size;
     const M factor = left_scale[i] * nce.scale;
-    sweep(nce.size, [&](int64_t, int64_t j) { sum[j] += exp(widen(row[j]) * (factor * scale[j]) - reference[j]); });
+    sweep(nce.size, [&](int64_t, int64_t j) { sum[j] += exp(score(row[j], factor * scale[j]) - reference[j]); });
   }
 }
 
@@ -99,8 +107,7 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
   M pull[kLanes] = {};
   sweep(nce.size, [&](int64_t lane, int64_t j) {
     const M k = factor * scale[j];
-    M s = widen(row[j]) * k;
-    s = kLowest<M> > s ? kLowest<M> : s;  // what is hidden, lest 0 · inf below
+    const M s = score(row[j], k);
     const M e = exp(s - reference);
     M g = e * share;
     M weighted = g * (s - positive);  // Σ_j g_ij = 0: the positive's own part is then 0
@@ -174,7 +181,7 @@ void info_nce_sums(const InfoNce<C>& nce, C* products, int64_t first, int64_t be
     } else {
       M highest[kLanes];
       for (M& lane : highest) lane = kLowest<M>;
-      sweep(n, [&](int64_t lane, int64_t j) { highest[lane] = max(widen(row[j]) * (factor * nce.right_scale[j]), highest[lane]); });
+      sweep(n, [&](int64_t lane, int64_t j) { highest[lane] = max(score(row[j], factor * nce.right_scale[j]), highest[lane]); });
       M reference = kLowest<M>;
       for (M lane : highest) reference = max(lane, reference);
       nce.row_reference[i] = reference;
