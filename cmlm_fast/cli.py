@@ -51,8 +51,8 @@ def _default(name: str) -> Any:
     return next(field.default for field in fields(PostTrainOptions) if field.name == name)
 
 
-def _option(text: str, **extra: Any) -> Any:
-    return typer.Option(help=text, rich_help_panel=extra.pop("panel", "Training"), **extra)
+def _option(text: str, *names: str, **extra: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=extra.pop("panel", "Training"), **extra)
 
 
 _OBJECTIVE = "Objective (default: what the preset says)"
@@ -80,14 +80,14 @@ def post_train_command(
     warmup: Annotated[float, _option("share of the steps, below 1, or their number")] = _default("warmup"),
     scheduler: Annotated[str, _option("linear, cosine, constant_with_warmup, ...")] = _default("scheduler"),
     bf16: Annotated[bool | None, _option("bfloat16 autocast; default: where the hardware is fast in it")] = None,
-    fp16: Annotated[bool, _option("float16 autocast (GPU)", is_flag=True)] = False,
-    gradient_checkpointing: Annotated[bool, _option("less memory, more time", is_flag=True)] = False,
+    fp16: Annotated[bool, _option("float16 autocast (GPU)", "--fp16")] = False,
+    gradient_checkpointing: Annotated[bool, _option("less memory, more time", "--gradient-checkpointing")] = False,
     seed: Annotated[int, _option("of masks, order, dropout and the held-out share")] = _default("seed"),
     logging_steps: Annotated[int, _option("steps from log entry to log entry")] = _default("logging_steps"),
     save_steps: Annotated[int, _option("steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),
     save_total_limit: Annotated[int, _option("checkpoints kept")] = _default("save_total_limit"),
     report_to: Annotated[str, _option("none, tensorboard, wandb, ...")] = _default("report_to"),
-    trust_remote_code: Annotated[bool, _option("run code that the checkpoint brings along", is_flag=True)] = False,
+    trust_remote_code: Annotated[bool, _option("run code that the checkpoint brings along", "--trust-remote-code")] = False,
     backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton")] = _default("backend"),
     rate: Annotated[float | None, _option("share masked in view 1", panel=_OBJECTIVE)] = None,
     complement_rate: Annotated[float | None, _option("share of the rest masked in view 2", panel=_OBJECTIVE)] = None,

@@ -167,9 +167,13 @@ class CMLMModel(nn.Module):
         decoder = self.lm.get_output_embeddings()
         return mlm_cross_entropy(lm_transform(self.lm, hidden), decoder.weight, decoder.bias, target, reduction="sum")
 
-    def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """As for any Hugging Face model."""
-        self.lm.gradient_checkpointing_enable(**options)
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """As for any Hugging Face model; called by the Trainer."""
+        self.lm.activation_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """The name of `activation_checkpointing_enable` in earlier versions of transformers."""
+        self.lm.gradient_checkpointing_enable(*args, **options)
 
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.

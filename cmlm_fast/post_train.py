@@ -172,16 +172,17 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
 
     gpu = torch.accelerator.is_available()
     fast = bfloat16_hardware() if not gpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
         output_dir=options.output_dir, num_train_epochs=options.epochs, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
         bf16=fast and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
-        gradient_checkpointing=options.gradient_checkpointing, seed=options.seed, logging_steps=options.logging_steps,
+        seed=options.seed, logging_steps=options.logging_steps,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
+        dataloader_pin_memory=gpu, **checkpointing,
     )  # fmt: skip
 
 

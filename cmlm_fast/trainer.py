@@ -177,7 +177,7 @@ class CMLMTrainer(Trainer):
             return {}
         loss = self.accelerator.unwrap_model(self.model).loss
         parts = {"token": loss.token.temperature, "sequence": loss.sequence.temperature}
-        return {f"{name}_temperature": float(part()) for name, part in parts.items() if part.logit_scale is not None}
+        return {f"{name}_temperature": part().item() for name, part in parts.items() if part.logit_scale is not None}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
