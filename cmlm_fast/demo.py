@@ -18,10 +18,11 @@ from .output import disk_errors, open_output
 from .post_train import prepare, run
 from .report import plot_demo, print_summary, print_table
 
-_TEST_TEXTS = 1000
+#: Fine-tuning, chosen on texts that are neither trained on nor tested on here.
+_FINE_TUNING: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 10}
 
 
-def run_demo(folder: Path, *, steps: int, draws: int, shots: int) -> dict[str, Any]:
+def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: int = 1000) -> dict[str, Any]:
     """Post-train on the sentences that are not tested on, fine-tune with and without, print and plot; returns the result.
 
     Writes folder/texts.txt, folder/model (a plain checkpoint), folder/demo.png and folder/result.json.
@@ -33,7 +34,7 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int) -> dict[str, A
     console = Console()
     start, texts = demo_model_path(), demo_texts()
     order = np.random.default_rng(0).permutation(len(texts))
-    test, train = texts.select(order[:_TEST_TEXTS]), texts.select(order[_TEST_TEXTS:])
+    test, train = texts.select(order[:test_texts]), texts.select(order[test_texts:])
     open_output(folder, 1 << 20, fresh=True)
     with disk_errors(folder):
         (folder / "texts.txt").write_text("\n".join(train["text"]) + "\n", encoding="utf-8")
@@ -63,7 +64,8 @@ def _few_shot(start: Path, post_trained: Path, train: Any, test: Any, shots: int
         chosen = draw(labels, shots, seed)
         few = [texts[i] for i in chosen], [labels[i] for i in chosen]
         for name, model in zip(scores, (start, post_trained), strict=True):
-            score = fine_tune(model, *few, list(test["text"]), list(test["label"]), seed=seed, bf16=bfloat16_hardware())
+            score = fine_tune(model, *few, list(test["text"]), list(test["label"]), seed=seed, bf16=bfloat16_hardware(),
+                              **_FINE_TUNING)  # fmt: skip
             scores[name].append(score.accuracy)
     return {"accuracy": scores, "seconds": round(time.perf_counter() - begin, 1)}
 
