@@ -33,14 +33,6 @@ def _clock(call: Callable[[], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes read and written per second by one large copy."""
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, seconds=0.5)["copy"]
-    return 2 * source.numel() * 4 / seconds
-
-
 def peak_memory(call: Callable[[], Any]) -> int:
     """Most bytes that PyTorch's CPU allocator held during `call`, beyond those held before it."""
     call()
