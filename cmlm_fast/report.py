@@ -21,7 +21,7 @@ def print_table(console: Console, title: str, rows: Mapping[str, object], headin
     """Print one table: a name a row, and its value or (for a sequence) its values, numbers to the right.
 
     Example:
-        >>> print_table(Console(), "Run", {"texts": 8530, "perplexity": (31.2, 12.9)}, ("", "before", "after"))
+        >>> print_table(Console(quiet=True), "Run", {"texts": 8530, "perplexity": (31.2, 12.9)}, ("", "before", "after"))
     """
     columns = max((len(value) for value in rows.values() if isinstance(value, tuple)), default=1)
     table = Table(title=title, title_justify="left", show_header=bool(headings))
