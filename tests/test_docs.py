@@ -52,6 +52,6 @@ def test_readme_python_runs(tiny_checkpoint, sentence_file, tmp_path, monkeypatc
 def test_readme_names_commands_that_exist():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert {name for name in re.findall(r"`?make ([a-z-]+)", text)} <= targets
+    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
