@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .attention import use_packed_attention
 from .config import CMLMConfig
 from .losses import CMLMLoss, Views
 from .measures import measure
@@ -58,6 +59,7 @@ class CMLMModel(nn.Module):
         self.cmlm = config or CMLMConfig()
         self.loss = CMLMLoss(self.cmlm)
         lm_transform(lm)  # an unknown kind is an error now, not in the first step
+        self.takes_packed = use_packed_attention(lm)
         width = lm.config.hidden_size
         if self.cmlm.projection:
             head = (nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.cmlm.projection))
@@ -92,70 +94,109 @@ class CMLMModel(nn.Module):
         """The masked LM's Hugging Face configuration."""
         return self.lm.config
 
-    def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, attention_mask: Tensor,
-                special_ids: Tensor, token_type_ids: Tensor | None = None, eligible: Tensor | None = None,
-                jitter: Tensor | None = None, divisor: Tensor | None = None, measured: bool = False, group: Any = None,
+    def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, special_ids: Tensor,
+                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+                token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
+                divisor: Tensor | None = None, measured: bool = False, group: Any = None,
                 **unused: Any) -> CMLMOutput:  # fmt: skip
-        """The objective of one padded batch of B sequences of L tokens.
+        """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
 
         Args:
-            input_ids, view1, view2, role: [B, L], as `complementary_mask` takes and gives them.
-            attention_mask: [B, L]; 0 at pads.
+            input_ids, view1, view2, role: [B, L] or [T], as `complementary_mask` takes and gives them.
             special_ids: int64 [S], tokens that take no part in contrast and pooling.
-            token_type_ids: [B, L], for encoders that have them.
-            eligible: bool [B, L]; False takes further tokens out.
+            attention_mask: [B, L]; 0 at pads. Only with a padded batch, and then needed.
+            cu_seqlens, lengths: int32 [B + 1] and B ints, the sequences of a packed batch.
+            token_type_ids: shape of input_ids, for encoders that have them.
+            eligible: bool, shape of input_ids; False takes further tokens out.
             jitter: int64 [B], how far view 2's positions are shifted.
             divisor: [3], what the parts are means over; None: over this batch.
             measured: also fill `measures`.
             group: process group whose ranks share their negatives in the sequence part.
             unused: what else a collator's batch holds (sample_ids, unit_ids).
         """
-        batch, length = input_ids.shape
-        hidden = self.encode(torch.cat([view1, view2]), attention_mask, token_type_ids, jitter)
-        can = attention_mask.bool() & ~torch.isin(input_ids, special_ids)
+        can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
-        vectors = self.projection(self.pool(hidden, can.repeat(2, 1), attention_mask.repeat(2, 1)))
-        cu = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
-        (hidden1, hidden2), (z1, z2) = hidden.flatten(0, 1).chunk(2), vectors.chunk(2)
-        views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can.flatten(), cu)
+        if cu_seqlens is None or lengths is None:
+            if attention_mask is None:
+                raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
+            can = can & attention_mask.bool()
+            hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
+            batch, length = input_ids.shape
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
+            first = cu_seqlens[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
+        else:
+            hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
+            batch, first = len(lengths), cu_seqlens[:-1].long()
+        can = can.flatten()
+        z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
+        views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens)
         sums = self.loss(views, self.mlm_sum, group)
         counts = self.loss.counts(role, batch)
         total = self.loss.total(sums, counts if divisor is None else divisor)
         return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured else {})
 
-    def encode(self, ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None, jitter: Tensor | None) -> Tensor:
-        """Last hidden states [2B, L, D] of both views, one after the other in `ids` [2B, L]."""
+    def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
+                       jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Last hidden states [B·L, D] of both views, the rows of one batch of 2B."""
         inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
         if jitter is not None:
-            inputs["position_ids"] = self._positions(attention_mask, jitter)
-        hidden: Tensor = self.lm.base_model(input_ids=ids, **inputs).last_hidden_state
-        return hidden
+            position = (attention_mask.cumsum(1) - 1).clamp_min(0) + self._first_position(attention_mask.shape[1])
+            inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
+        hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
+        hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
+        return hidden1, hidden2
 
-    def _positions(self, attention_mask: Tensor, jitter: Tensor) -> Tensor:
+    def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...],
+                       token_type_ids: Tensor | None, jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T."""
+        device = view1.device
+        length = cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(length, output_size=view1.numel())
+        before = cu_seqlens[:-1].long()[sequence]
+        position = torch.arange(view1.numel(), device=device) - before
+        at1 = before + before + position
+        at2 = at1 + length[sequence]
+
+        def interleave(one: Tensor, two: Tensor) -> Tensor:
+            return one.new_empty(2 * one.numel()).scatter_(0, at1, one).scatter_(0, at2, two)[None]
+
+        position = position + self._first_position(max(lengths, default=0))
+        inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence])}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
+        twice = tuple(n for n in lengths for _ in range(2))
+        cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
+        cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2])
+        hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
+        states = hidden.last_hidden_state[0]
+        return states[at1], states[at2]
+
+    def _first_position(self, length: int) -> int:
+        """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
         # RoBERTa's first position is the pad id + 1.
         pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
-        first = 0 if pad is None else pad + 1
-        most = self.config.max_position_embeddings - first - attention_mask.shape[1]
+        first = 0 if pad is None else int(pad) + 1
+        most = self.config.max_position_embeddings - first - length
         if self.cmlm.position_jitter > most:
-            rule = f"<= {most}, what the model's position table leaves beside {attention_mask.shape[1]} tokens"
+            rule = f"<= {most}, what the model's position table leaves beside {length} tokens"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
-        position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
-        return torch.cat([position, position + jitter[:, None]])
+        return first
 
     def jitter(self, sample_ids: Tensor, seed: int, step: int) -> Tensor | None:
         """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None where that is 0."""
         most = self.cmlm.position_jitter
         return position_shift(sample_ids, most, seed, step) if most else None
 
-    def pool(self, hidden: Tensor, eligible: Tensor, attention_mask: Tensor) -> Tensor:
-        """One vector [2B, D] a sequence: the mean of its eligible tokens, or its first token."""
+    def _pool(self, hidden: Tensor, eligible: Tensor, cu_seqlens: Tensor, first: Tensor) -> Tensor:
+        """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
         if self.cmlm.pooling == "cls":
-            first = attention_mask.long().argmax(1)  # not 0 where pads stand on the left
-            return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
-        weight = eligible.to(hidden.dtype)[..., None]
-        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+            return hidden[first]
+        weight = eligible.float()[:, None]
+        offsets = cu_seqlens.long()
+        total, count = (torch.segment_reduce(x, "sum", offsets=offsets, initial=0) for x in (hidden.float() * weight, weight))
+        return (total / count.clamp_min(1)).to(hidden.dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head at rows [n, D]: logits [n, V]."""

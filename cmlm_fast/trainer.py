@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from .losses import PARTS
 from .modeling import CMLMModel, CMLMOutput
 from .ops import complementary_mask
 
+logger = logging.getLogger(__name__)
+
 #: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
 EVALUATION_STEP = 2**32 - 1
 
@@ -32,9 +35,11 @@ class CMLMTrainingArguments(TrainingArguments):
 
     Attributes:
         mask_seed: 64-bit seed of the masks; None takes `seed`.
+        packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
+    packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,8 +113,11 @@ class CMLMTrainer(Trainer):
         self.special_ids = torch.tensor(settings.pop("special_ids"))
         self.mask_settings = settings
         self._sums = _Sums()
-        super().__init__(model, args, processing_class=tokenizer,
-                         data_collator=data_collator or CMLMDataCollator(tokenizer), **options)  # fmt: skip
+        if data_collator is None:
+            data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
+            if args.packed and not model.takes_packed:
+                logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
+        super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
         # compute_loss already divides by what the whole optimizer step saw.
         self.loss_is_scaled_for_ga = True
 
@@ -126,8 +134,8 @@ class CMLMTrainer(Trainer):
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
         config = self.cmlm
         masked = complementary_mask(
-            batch["input_ids"], attention_mask=batch["attention_mask"], eligible=batch.get("eligible"),
-            unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
+            batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
             complement_rate=config.complement_rate, sampling=config.sampling, mask_share=config.mask_share,
             random_share=config.random_share, seed=seed, step=step, special_ids=self.special_ids, **self.mask_settings,
         )  # fmt: skip
@@ -140,7 +148,7 @@ class CMLMTrainer(Trainer):
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
         if batches:
             loss = self.accelerator.unwrap_model(self.model).loss
-            divisor = self._reduce(sum(loss.counts(batch["role"], len(batch["role"])) for batch in batches))
+            divisor = self._reduce(sum(loss.counts(batch["role"], len(batch["sample_ids"])) for batch in batches))
             batches = [{**batch, "divisor": divisor} for batch in batches]
         return batches, None
 

@@ -129,6 +129,57 @@ def test_padding_changes_nothing(tiny_lm, tiny_rows, tiny_tokenizer):
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 
 
+def packed_and_padded(model, rows, tokenizer, indices):
+    """The same sequences in both layouts, masked with the same bits."""
+    settings = mask_settings(tokenizer)
+    for packed in (True, False):
+        batch = CMLMDataCollator(tokenizer, packed=packed)([rows[i] for i in indices])
+        masked = complementary_mask(batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+                                    sample_ids=batch["sample_ids"], seed=5, **settings)  # fmt: skip
+        jitter = model.jitter(batch["sample_ids"], seed=5, step=0)
+        yield {**batch, **masked._asdict(), "special_ids": torch.tensor(settings["special_ids"]), "jitter": jitter}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])
+@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "pooling": "cls", "position_jitter": 9}])
+def test_packed_equals_padded(kind, changes, tiny_lm, tiny_rows, tiny_tokenizer):
+    # A window shorter than the sequences, where the encoder has one.
+    options = {"local_attention": 8, "global_attn_every_n_layers": 2} if kind == "modernbert" else {}
+    model = CMLMModel(tiny_lm(kind, **options), CMLMConfig(token_temperature=0.2, sequence_weight=0.5, **changes))
+    assert model.takes_packed
+    found = []
+    for batch in packed_and_padded(model, tiny_rows, tiny_tokenizer, (0, 5, 9, 200, 201, 7)):
+        output = model(**batch, measured=True)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()), allow_unused=True)
+        found.append((output, gradients))
+    (packed, packed_gradients), (padded, padded_gradients) = found
+    torch.testing.assert_close(packed.sums, padded.sums, rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed.counts, padded.counts)
+    for name, value in packed.measures.items():
+        near_tie = 1 if name.endswith(("retrieval", "accuracy")) else 1e-5  # which of two equal scores is first is rounding
+        torch.testing.assert_close(value, padded.measures[name], rtol=1e-5, atol=near_tie)
+    for a, b in zip(packed_gradients, padded_gradients, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_attention_stays_out_of_what_is_saved(tiny_lm, tmp_path):
+    CMLMModel(tiny_lm("modernbert")).save_pretrained(tmp_path)
+    assert "cmlm" not in (tmp_path / "config.json").read_text()
+
+
+def test_packed_dropout_is_dropout(tiny_lm, tiny_rows, tiny_tokenizer):
+    # The mean over many draws is the pass without dropout, as far as its spread allows.
+    model = CMLMModel(tiny_lm(attention_probs_dropout_prob=0.3, layers=1), CMLMConfig())
+    batch, _ = packed_and_padded(model, tiny_rows, tiny_tokenizer, (0, 5, 9))
+    arguments = (batch["view1"], batch["view2"], batch["cu_seqlens"], batch["lengths"], None, None)
+    with torch.no_grad():
+        still = model.eval()._encode_packed(*arguments)[0]
+        draws = torch.stack([model.train()._encode_packed(*arguments)[0] for _ in range(400)])
+    spread = draws.std(0)
+    assert spread.mean() > 5e-4 and (draws.mean(0) - still).abs().mean() < 0.3 * spread.mean()
+
+
 def test_nothing_eligible_is_a_zero_loss_with_zero_gradients(tiny_lm, tiny_rows, tiny_tokenizer):
     model = CMLMModel(tiny_lm())
     batch = batch_of(tiny_rows, tiny_tokenizer, model.cmlm, indices=(4,))
@@ -150,14 +201,14 @@ def test_position_jitter_shifts_view_two_alone(tiny_lm, tiny_rows, tiny_tokenize
         assert torch.equal(shift[500:], model.jitter(ids[500:], seed=3, step=1))  # the batch does not matter
         batch = batch_of(tiny_rows, tiny_tokenizer, config)
         mask = batch["attention_mask"]
-        shifted = model.encode(torch.cat([batch["view1"]] * 2), mask, None, shift[:4].clamp_min(1))
-        plain = model.encode(torch.cat([batch["view1"]] * 2), mask, None, None)
-        keep = mask.bool()
-        torch.testing.assert_close(shifted[:4][keep], plain[:4][keep])
-        assert not torch.allclose(shifted[4:][keep], plain[4:][keep], atol=1e-3)
+        one, two = model._encode_padded(batch["view1"], batch["view1"], mask, None, shift[:4].clamp_min(1))
+        plain, _ = model._encode_padded(batch["view1"], batch["view1"], mask, None, None)
+        keep = mask.bool().flatten()
+        torch.testing.assert_close(one[keep], plain[keep])
+        assert not torch.allclose(two[keep], plain[keep], atol=1e-3)
     wide = CMLMModel(tiny_lm(), replace(config, position_jitter=139))
     with pytest.raises(ValueError, match=r"expected position_jitter to be <= 1.., what the model's position table leaves"):
-        wide.encode(torch.cat([batch["view1"]] * 2), mask, None, shift[:4])
+        wide._encode_padded(batch["view1"], batch["view1"], mask, None, shift[:4])
 
 
 def test_learned_temperature_gets_a_gradient_and_is_clamped():

@@ -63,8 +63,25 @@ def test_accumulation_equals_one_large_batch(pieces, tmp_path, tiny_rows, tiny_t
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5) and runs[0][2] == pytest.approx(runs[1][2], rel=1e-5)
 
 
+def test_packed_and_padded_training_are_one_trajectory(tmp_path, tiny_rows, tiny_tokenizer):
+    runs = []
+    for packed in (True, False):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, packed=packed, max_steps=30)
+        assert trainer.data_collator.packed is packed
+        trainer.train()
+        runs.append(history(trainer, "loss"))
+    assert runs[0] == pytest.approx(runs[1], rel=2e-3) and runs[0][:3] == pytest.approx(runs[1][:3], rel=1e-5)
+
+
+def test_an_encoder_that_cannot_be_packed_is_padded_and_says_so(tmp_path, tiny_rows, tiny_tokenizer, caplog):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, lm=make_lm("mpnet"), max_steps=2)
+    assert not trainer.data_collator.packed and "MPNetForMaskedLM takes padded batches only" in caplog.text
+    trainer.train()
+    assert len(history(trainer, "loss")) == 2
+
+
 def test_masks_follow_seed_step_and_sample_alone(tmp_path, tiny_rows, tiny_tokenizer):
-    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, mask_seed=11)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, mask_seed=11, packed=False)
     forward = trainer.data_collator([tiny_rows[i] for i in (4, 8, 15)])
     mixed = trainer.data_collator([tiny_rows[i] for i in (15, 200, 4)])
     a, b = trainer.mask(forward, 5), trainer.mask(mixed, 5)
@@ -74,7 +91,7 @@ def test_masks_follow_seed_step_and_sample_alone(tmp_path, tiny_rows, tiny_token
             assert torch.equal(a[view][row, :shared], b[view][other, :shared])
     assert not torch.equal(a["role"], trainer.mask(forward, 6)["role"])
     assert not torch.equal(a["role"], trainer.mask(forward, EVALUATION_STEP)["role"])
-    other = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, mask_seed=12)
+    other = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, mask_seed=12, packed=False)
     assert not torch.equal(a["role"], other.mask(forward, 5)["role"])
 
 
@@ -121,7 +138,7 @@ def test_evaluation_is_a_mean_over_all_tokens_and_repeats_itself(tmp_path, tiny_
 
 
 def test_measures_are_those_written_out(tiny_rows, tiny_tokenizer, tmp_path):
-    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, packed=False)
     batch = trainer.mask(trainer.data_collator([tiny_rows[i] for i in (0, 50, 100)]), 0)
     model = trainer.model.eval()
     found = {name: (total / count).item() for name, (total, count) in model(**batch, measured=True).measures.items()}
