@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+# Without a GPU, Triton kernels run in Triton's interpreter; read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # Read when `datasets` and `huggingface_hub` are first imported, hence before any test module is.
 _cache = tempfile.TemporaryDirectory(prefix="cmlm_fast_tests_")
 os.environ["HF_DATASETS_CACHE"] = _cache.name
