@@ -210,7 +210,10 @@ def test_bad_values_say_so(backend):
         complementary_mask(random_ids(1, 10), unit_ids=units[None], backend=backend, **VOCABULARY)
     where = torch.ones(10, dtype=torch.bool)
     where[4] = False  # an id that cannot be masked is nobody's business: padding may be -1
-    complementary_mask(ids[None], eligible=where[None], backend=backend, **VOCABULARY)
+    for sampling in ("exact", "bernoulli"):
+        masked = complementary_mask(ids[None], eligible=where[None], sampling=sampling, backend=backend, **VOCABULARY)
+        assert masked.role[0, 4] == 0 and masked.view1[0, 4] == masked.view2[0, 4] == -1
+        assert torch.equal(masked.view1[masked.role != 1], ids[None][masked.role != 1])
 
 
 @pytest.mark.parametrize(
