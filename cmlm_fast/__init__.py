@@ -15,6 +15,7 @@ from .ops import (
     mlm_cross_entropy,
     token_contrastive,
     token_similarity,
+    varlen_attention,
 )
 
 if TYPE_CHECKING:
@@ -69,4 +70,5 @@ __all__ = [
     "token_contrastive",
     "token_similarity",
     "use_backend",
+    "varlen_attention",
 ]

@@ -3,6 +3,7 @@
 A packed call carries `lengths`, the sequences' lengths on the host; equal ones stand next to each other. Without it the call
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
+    CPU                        the op varlen_attention
     CUDA, 16 bit, no dropout   torch's varlen_attn, one launch for all sequences
     else                       F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
 """
@@ -19,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .ops import varlen_attention
+
 NAME = "cmlm_varlen"
 
 
@@ -30,16 +33,16 @@ def use_packed_attention(lm: Any) -> bool:
     return True
 
 
-def varlen_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                     lengths: tuple[int, ...] | None = None, cu_seqlens: Tensor | None = None,
-                     **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                      scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+                      lengths: tuple[int, ...] | None = None, cu_seqlens: Tensor | None = None,
+                      **options: Any) -> tuple[Tensor, None]:  # fmt: skip
     """query, key, value [1, heads, T, D] of sequences of `lengths`; returns [1, T, heads, D].
 
     Args:
         sliding_window: positions i, j attend to each other where |i − j| < sliding_window.
         lengths: the sequences' lengths; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
-        cu_seqlens: int32 [B + 1] on the device, for varlen_attn.
+        cu_seqlens: int32 [B + 1], the same on the device.
     """
     if lengths is None:
         if attention_mask is None and sliding_window is not None:
@@ -48,6 +51,11 @@ def varlen_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value:
                                         is_causal=False)  # fmt: skip
         return out, None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if cu_seqlens is not None and q.device.type == "cpu":
+        # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
+        seed = int(torch.randint(2**62, ())) if dropout else 0
+        out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0)
+        return out[None], None
     if cu_seqlens is not None and q.is_cuda and dropout == 0.0 and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, cu_seqlens, max(lengths), scaling, sliding_window)[None], None
     parts, begin = [], 0
@@ -81,5 +89,5 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> T
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
-AttentionInterface.register(NAME, varlen_attention)
+AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, _mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ._library import contracts, op
 from .ops._scores import IGNORE, candidates
+from .ops.varlen_attention import keep_mask
 
 #: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -74,10 +76,28 @@ def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor |
     return _reduce(-log_p.sum(1) / count.clamp_min(1), count > 0, reduction)
 
 
+def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: int,
+                           window: int) -> Tensor:  # fmt: skip
+    """varlen_attention as a user writes it: a loop over the sequences."""
+    bounds, parts = cu.tolist(), [query[:0] + key[:0] + value[:0]]
+    for b, (begin, end) in enumerate(pairwise(bounds)):
+        q, k, v = (x[begin:end].transpose(0, 1) for x in (query, key, value))
+        scores = q @ k.mT * scale
+        if window:
+            position = torch.arange(end - begin, device=query.device)
+            scores = scores.masked_fill((position[:, None] - position).abs() >= window, float("-inf"))
+        weights = torch.softmax(scores, -1)
+        if dropout:
+            weights = weights * keep_mask(end - begin, query.shape[1], b, dropout, seed, query.device) / (1 - dropout)
+        parts.append((weights @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
 EAGER: dict[str, Callable[..., Tensor]] = {
     "token_contrastive": eager_token_contrastive,
     "token_similarity": eager_scores,
     "info_nce": eager_info_nce,
+    "varlen_attention": eager_varlen_attention,
 }
 
 

@@ -5,6 +5,7 @@ from .info_nce import info_nce
 from .mlm_cross_entropy import mlm_cross_entropy
 from .token_contrastive import token_contrastive
 from .token_similarity import token_similarity
+from .varlen_attention import varlen_attention
 
 __all__ = [
     "ComplementaryMask",
@@ -13,4 +14,5 @@ __all__ = [
     "mlm_cross_entropy",
     "token_contrastive",
     "token_similarity",
+    "varlen_attention",
 ]

@@ -1,0 +1,138 @@
+// Attention of packed sequences, CPU: checks, outputs and threads. The loops are in varlen_attention_kernel.cpp.
+// Threads take pairs of a sequence and a head; nothing is shared between pairs.
+#include "cpu/varlen_attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/check.h"
+#include "common/dispatch.h"
+#include "cpu/gemm.h"
+
+namespace cmlm {
+namespace {
+
+constexpr const char* kOp = "varlen_attention";
+
+// Numbers of D next to each other, whatever the other strides.
+Tensor rows_of(const char* name, const Tensor& x, const Tensor& like) {
+  const bool fits = x.dim() == 3 && like.dim() == 3 && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
+                    x.size(2) == like.size(2) && x.size(2) >= 1 && x.scalar_type() == like.scalar_type();
+  CMLM_CHECK(kOp, fits, name, "of shape [T, H, D], D >= 1, like query, " + describe(like), describe(x));
+  return x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+struct Call {
+  Tensor query, key, value, cu;
+  double scale, dropout;
+  int64_t seed, window, sequences, longest;
+};
+
+Call check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens, double scale, double dropout,
+           int64_t seed, int64_t window) {
+  Call call{rows_of("query", query, query), rows_of("key", key, query), rows_of("value", value, query),
+            torch::stable::contiguous(cu_seqlens), scale, dropout, seed, window, 0, 0};
+  check_tensor(kOp, "cu_seqlens", call.cu, ScalarType::Int, {-1});
+  CMLM_CHECK(kOp, call.cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]", describe(call.cu));
+  CMLM_CHECK(kOp, dropout >= 0 && dropout < 1, "dropout", "in [0, 1)", dropout);
+  CMLM_CHECK(kOp, window >= 0, "window", ">= 0", window);
+  const int32_t* cu = call.cu.const_data_ptr<int32_t>();
+  call.sequences = call.cu.numel() - 1;
+  bool good = cu[0] == 0 && cu[call.sequences] == query.size(0);
+  for (int64_t b = 0; b < call.sequences; ++b) {
+    good = good && cu[b] <= cu[b + 1];
+    call.longest = std::max<int64_t>(call.longest, cu[b + 1] - cu[b]);
+  }
+  if (!good) {
+    std::string found = "[";
+    for (int64_t b = 0; b <= std::min<int64_t>(call.sequences, 7); ++b) found += (b ? ", " : "") + std::to_string(cu[b]);
+    fail(kOp, "cu_seqlens", "non-decreasing from 0 to " + std::to_string(query.size(0)), found + "]");
+  }
+  return call;
+}
+
+template <class T>
+Packed<const T> read(const Tensor& x) {
+  return {static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+template <class T>
+Packed<T> write(Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.stride(0), x.stride(1)};
+}
+
+template <class T>
+VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
+  VarlenArgs<T> args{};
+  args.query = read<T>(call.query), args.key = read<T>(call.key), args.value = read<T>(call.value);
+  args.lse = static_cast<math_t<T>*>(const_cast<void*>(lse.const_data_ptr()));
+  args.cu_seqlens = call.cu.const_data_ptr<int32_t>();
+  args.tokens = call.query.size(0), args.heads = call.query.size(1), args.width = call.query.size(2);
+  args.window = call.window;
+  args.scale = static_cast<math_t<T>>(call.scale);
+  args.keep_factor = static_cast<math_t<T>>(1 / (1 - call.dropout));
+  args.seed = static_cast<uint64_t>(call.seed);
+  args.drop_below = static_cast<uint32_t>(std::floor(call.dropout * 4294967296.0));
+  return args;
+}
+
+// kernel(args, sequence, head, scratch) for every sequence and head.
+template <class T, class Kernel>
+void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
+  torch::stable::parallel_for(0, call.sequences * args.heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<math_t<T>> scratch(varlen_scratch(call.longest, args.width));
+    for (int64_t k = begin; k < end; ++k) kernel(args, k / args.heads, k % args.heads, scratch.data());
+  });
+}
+
+Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+Tensor rows_like(const Tensor& x) { return empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
+
+std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale, double dropout,
+                                            int64_t seed, int64_t window) {
+  isa();  // a wrong CMLM_FAST_ISA is reported here, not from a worker thread
+  const Call call = check(query, key, value, cu_seqlens, scale, dropout, seed, window);
+  const auto dtype = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = rows_like(query), lse = empty_like(query, {query.size(1), query.size(0)}, dtype);
+  dispatch_floating(kOp, "query", query, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    VarlenArgs<T> args = arguments<T>(call, lse);
+    args.out = write<T>(out);
+    run(call, args, CMLM_KERNEL(varlen_forward<T>));
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                             Tensor cu_seqlens, Tensor lse, double scale, double dropout,
+                                                             int64_t seed, int64_t window) {
+  const Call call = check(query, key, value, cu_seqlens, scale, dropout, seed, window);
+  const Tensor grad = rows_of("grad_out", grad_out, query);
+  const auto dtype = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check_tensor(kOp, "lse", lse, dtype, {query.size(1), query.size(0)});
+  Tensor grad_query = rows_like(query), grad_key = rows_like(key), grad_value = rows_like(value);
+  dispatch_floating(kOp, "query", query, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    VarlenArgs<T> args = arguments<T>(call, lse);
+    args.grad_out = read<T>(grad);
+    args.grad_query = write<T>(grad_query), args.grad_key = write<T>(grad_key), args.grad_value = write<T>(grad_value);
+    run(call, args, CMLM_KERNEL(varlen_backward<T>));
+  });
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace cmlm
+
+STABLE_TORCH_LIBRARY_IMPL(cmlm_fast, CPU, m) {
+  m.impl("varlen_attention", TORCH_BOX(&cmlm::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_BOX(&cmlm::varlen_attention_backward));
+}
