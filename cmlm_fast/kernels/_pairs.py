@@ -28,6 +28,7 @@ from ._scores import bounds, finish, merge, statistics, weights
 
 _MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 _ROWS, _DEPTH = 16, 64  # of the kernels that go over rows once
+_FUSED = {"enable_fp_fusion": True}  # Triton's default changes with 3.10
 
 
 def up(size: int, step: int) -> int:
@@ -63,7 +64,7 @@ class Pairs:
         target: int64 [N], the positive of each row, -100 to ignore it; or None with `labels`.
         start, end: int32 [N] or None: ranges of candidates.
         x_token, y_token: [N], [M] or None: equal tokens are no candidates, nor are keys marked -1.
-        labels: int64 [N]: rows and keys are the same, and positives are the keys of a row's label.
+        labels: int32 [N]: rows and keys are the same, and positives are the keys of a row's label.
         columns: softmax over columns as well; N = M and a key's positive is the row of which it is the target.
     """
 
@@ -97,7 +98,7 @@ class Pairs:
     def _bounds(self) -> tuple[Tensor, Tensor]:
         tiles, rows = triton.cdiv(self.n, self.config.scores.rows), self.config.scores.rows
         low, high = self._new(tiles, dtype=torch.int32), self._new(tiles, dtype=torch.int32)
-        bounds[(tiles,)](self.target, self.start, self.end, low, high, self.n, self.m, rows)
+        bounds[(tiles,)](self.target, self.start, self.end, low, high, self.n, self.m, rows, **_FUSED)
         return low, high
 
     def _inverse(self, x: Tensor) -> Tensor:
@@ -145,11 +146,11 @@ class Pairs:
                 )  # fmt: skip
                 merge[(row_tiles,)](row_part, rows_state, self.low, self.high, row0, panel_rows, col_tiles, col0,
                                     panel_rows, self.n, col0 == 0, ranges, planes == 4, tile.rows, tile.cols,
-                                    math)  # fmt: skip
+                                    math, **_FUSED)  # fmt: skip
                 if self.columns:
                     merge[(col_tiles,)](col_part, cols_state, None, None, col0, panel_keys, row_tiles, row0,
                                         panel_keys, self.m, row0 == 0, False, False, tile.cols, tile.rows,
-                                        math)  # fmt: skip
+                                        math, **_FUSED)  # fmt: skip
         return rows_state, cols_state, own_score
 
     def side(self, state: Tensor, own_score: Tensor | None, weight: Tensor | None, peak: Tensor | None,
@@ -160,7 +161,7 @@ class Pairs:
         made = [self._new(n) if weight is not None else None for _ in range(4)]
         finish[(triton.cdiv(n, 128),)](state, own_score, self.target, count, weight, peak, self.tau, loss, *made, n,
                                        self.m, self.scale, self.labels is not None, weight is not None,
-                                       128)  # fmt: skip
+                                       128, **_FUSED)  # fmt: skip
         return Side(loss, *made)
 
     def gradients(self, row: Side, column: Side | None, peak: Tensor, x_grad: bool,
@@ -200,7 +201,7 @@ class Pairs:
                     w, x_unit, y_unit, x_sum, y_sum, self.low, self.high, row0, col0, row_tiles, col_tiles, width,
                     x_grad, y_grad, self.start is not None, tile.rows, tile.cols, product.cols, product.depth,
                     triton.next_power_of_2(most_rows // tile.rows), self.config.precision, math,
-                    num_warps=product.warps, num_stages=product.stages,
+                    num_warps=product.warps, num_stages=product.stages, **_FUSED,
                 )  # fmt: skip
             if y_grad:
                 self._project(y_sum, self.y, self.y_inverse, y_out, peak, col0)
@@ -211,14 +212,15 @@ class Pairs:
     def _unit(self, x: Tensor, inverse: Tensor | None, out: Any, first: int, panel: int) -> None:
         width, depth = out.shape[1], self.config.products.cols
         unit_rows[(triton.cdiv(panel, _ROWS), width // depth)](
-            x, inverse, out, first, x.shape[0], self.width, width, self.normalize, _ROWS, depth, _MATH[self.dtype]
-        )
+            x, inverse, out, first, x.shape[0], self.width, width, self.normalize, _ROWS, depth,
+            _MATH[self.dtype], **_FUSED,
+        )  # fmt: skip
 
     def _project(self, total: Any, x: Tensor, inverse: Tensor | None, out: Tensor, peak: Tensor, first: int) -> None:
         rows = min(total.shape[0], x.shape[0] - first)
         project[(triton.cdiv(rows, _ROWS),)](
             total, x, inverse, out, peak, self.tau, first, x.shape[0], self.width, total.shape[1], self.scale,
-            self.normalize, _ROWS, _DEPTH, _MATH[self.dtype],
+            self.normalize, _ROWS, _DEPTH, _MATH[self.dtype], **_FUSED,
         )  # fmt: skip
 
 

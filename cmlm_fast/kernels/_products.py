@@ -41,57 +41,77 @@ def unit_rows(x, inverse, out, first, R, D, width, NORMALIZE: tl.constexpr, BLOC
 
 
 @triton.jit
+def y_product(w, x, y_sum, low, high, j, d, row0, col0, row_tiles, col_tiles, width, RANGES: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr,
+              PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """Key tile j, columns d.. of y_sum += wᵀ·x."""
+    stride = col_tiles * BN
+    cols, d = j * BN + tl.arange(0, BN), d + tl.arange(0, BD)
+    begin, end = 0, row_tiles
+    if RANGES:  # the row tiles between the first and the last whose keys meet this tile's
+        tile = tl.arange(0, TILES)
+        lows = tl.load(low + row0 // BM + tile, mask=tile < row_tiles, other=2147483647)
+        highs = tl.load(high + row0 // BM + tile, mask=tile < row_tiles, other=0)
+        meets = (lows < col0 + (j + 1) * BN) & (highs > col0 + j * BN)
+        begin, end = tl.min(tl.where(meets, tile, TILES), 0), tl.max(tl.where(meets, tile + 1, 0), 0)
+    acc = tl.zeros((BN, BD), ACC)
+    for r in range(begin * BM, end * BM, BK):
+        k = r + tl.arange(0, BK)
+        at = w + k[:, None] * stride + cols[None, :]
+        if RANGES:  # a tile between them that meets nothing was never written
+            i = row0 // BM + k // BM
+            written = (tl.load(low + i) < col0 + (j + 1) * BN) & (tl.load(high + i) > col0 + j * BN)
+            a = tl.load(at, mask=written[:, None], other=0.0)
+        else:
+            a = tl.load(at)
+        b = tl.load(x + k[:, None] * width + d[None, :])
+        acc = multiply(tl.trans(a), b, acc, PRECISION)
+    if begin < end:
+        at = y_sum + cols[:, None] * width + d[None, :]
+        tl.store(at, tl.load(at) + acc)
+
+
+@triton.jit
+def x_product(w, y, x_sum, low, high, i, d, row0, col0, row_tiles, col_tiles, width, RANGES: tl.constexpr,
+              BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+              ACC: tl.constexpr):  # fmt: skip
+    """Row tile i, columns d.. of x_sum += w·y."""
+    stride = col_tiles * BN
+    rows, d = i * BM + tl.arange(0, BM), d + tl.arange(0, BD)
+    begin, end = 0, col_tiles
+    if RANGES:
+        begin = tl.maximum(tl.load(low + row0 // BM + i) - col0, 0) // BN
+        end = tl.minimum(tl.cdiv(tl.maximum(tl.load(high + row0 // BM + i) - col0, 0), BN), col_tiles)
+    acc = tl.zeros((BM, BD), ACC)
+    for c in range(begin * BN, end * BN, BK):
+        k = c + tl.arange(0, BK)
+        a = tl.load(w + rows[:, None] * stride + k[None, :])
+        b = tl.load(y + k[:, None] * width + d[None, :])
+        acc = multiply(a, b, acc, PRECISION)
+    if begin < end:
+        at = x_sum + (row0 + rows).to(tl.int64)[:, None] * width + d[None, :]
+        tl.store(at, tl.load(at) + acc)
+
+
+@triton.jit
 def products(w, x, y, x_sum, y_sum, low, high, row0, col0, row_tiles, col_tiles, width, X_SUM: tl.constexpr,
              Y_SUM: tl.constexpr, RANGES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
              BK: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """x_sum[row0.., :] += w·y and y_sum += wᵀ·x, for w [row_tiles·BM, col_tiles·BN], x [row_tiles·BM, width],
-    y [col_tiles·BN, width], y_sum [col_tiles·BN, width], x_sum [N up to whole tiles, width]."""
+    y [col_tiles·BN, width], y_sum [col_tiles·BN, width], x_sum [N up to whole tiles, width]. Offsets inside a panel are
+    32 bits: Config bounds it."""
     pid = tl.program_id(0)
     strips = width // BD
-    y_programs = 0
     if Y_SUM:
-        y_programs = col_tiles * strips
-    stride = tl.cast(col_tiles * BN, tl.int64)
-    if pid < y_programs:
-        j = pid // strips
-        cols, d = j * BN + tl.arange(0, BN), pid % strips * BD + tl.arange(0, BD)
-        begin, end = 0, row_tiles
-        if RANGES:  # the row tiles between the first and the last whose keys meet this tile's
-            tile = tl.arange(0, TILES)
-            lows = tl.load(low + row0 // BM + tile, mask=tile < row_tiles, other=2147483647)
-            highs = tl.load(high + row0 // BM + tile, mask=tile < row_tiles, other=0)
-            meets = (lows < col0 + (j + 1) * BN) & (highs > col0 + j * BN)
-            begin, end = tl.min(tl.where(meets, tile, TILES), 0), tl.max(tl.where(meets, tile + 1, 0), 0)
-        acc = tl.zeros((BN, BD), ACC)
-        for r in range(begin * BM, end * BM, BK):
-            k = r + tl.arange(0, BK)
-            at = w + k[:, None] * stride + cols[None, :]
-            if RANGES:  # a tile between them that meets nothing was never written
-                tile = row0 // BM + k // BM
-                written = (tl.load(low + tile) < col0 + (j + 1) * BN) & (tl.load(high + tile) > col0 + j * BN)
-                a = tl.load(at, mask=written[:, None], other=0.0)
-            else:
-                a = tl.load(at)
-            b = tl.load(x + k.to(tl.int64)[:, None] * width + d[None, :])
-            acc = multiply(tl.trans(a), b, acc, PRECISION)
-        at = y_sum + cols.to(tl.int64)[:, None] * width + d[None, :]
-        tl.store(at, tl.load(at) + acc)
-    elif X_SUM:
-        i = (pid - y_programs) // strips
-        rows, d = i * BM + tl.arange(0, BM), (pid - y_programs) % strips * BD + tl.arange(0, BD)
-        begin, end = 0, col_tiles
-        if RANGES:
-            begin = tl.maximum(tl.load(low + row0 // BM + i) - col0, 0) // BN
-            end = tl.minimum(tl.cdiv(tl.maximum(tl.load(high + row0 // BM + i) - col0, 0), BN), col_tiles)
-        acc = tl.zeros((BM, BD), ACC)
-        for c in range(begin * BN, end * BN, BK):
-            k = c + tl.arange(0, BK)
-            a = tl.load(w + rows[:, None] * stride + k[None, :])
-            b = tl.load(y + k.to(tl.int64)[:, None] * width + d[None, :])
-            acc = multiply(a, b, acc, PRECISION)
-        if begin < end:
-            at = x_sum + (row0 + rows).to(tl.int64)[:, None] * width + d[None, :]
-            tl.store(at, tl.load(at) + acc)
+        if pid < col_tiles * strips:
+            y_product(w, x, y_sum, low, high, pid // strips, pid % strips * BD, row0, col0, row_tiles, col_tiles, width,
+                      RANGES, BM, BN, BD, BK, TILES, PRECISION, ACC)  # fmt: skip
+        pid -= col_tiles * strips
+    if X_SUM:
+        i, d = pid // strips, pid % strips * BD
+        if pid >= 0:
+            x_product(w, y, x_sum, low, high, i, d, row0, col0, row_tiles, col_tiles, width, RANGES, BM, BN, BD, BK,
+                      PRECISION, ACC)  # fmt: skip
 
 
 @triton.jit

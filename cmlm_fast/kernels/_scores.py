@@ -16,6 +16,8 @@ import os
 import triton
 import triton.language as tl
 
+NOTHING = tl.constexpr(-1e30)  # the score of what is no candidate: e^(NOTHING - SOME) is 0, and 0 times it is 0
+SOME = tl.constexpr(-1e29)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -74,23 +76,24 @@ def targets_of(target, rows, N, M, TARGETS: tl.constexpr):
 
 
 @triton.jit
-def candidate_tile(t, start, end, x_token, y_token, rows, cols, N, M, RANGES: tl.constexpr, TOKENS: tl.constexpr,
-                   IGNORED: tl.constexpr):  # fmt: skip
-    """[BM, BN]: column j is a candidate of row i, its target apart. TOKENS: 1 key tokens alone, 2 both. IGNORED: a row
-    with t = -1 takes no part."""
+def candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES: tl.constexpr, TOKENS: tl.constexpr,
+                    IGNORED: tl.constexpr):  # fmt: skip
+    """s, with NOTHING where column j is no candidate of row i (its target apart). TOKENS: 1 key tokens alone, 2 both.
+    IGNORED: a row with t = -1 takes no part. Each rule is applied at once: kept masks would fill the registers."""
     good = rows < N
     if IGNORED:
         good &= t >= 0
-    mask = good[:, None] & (cols < M)[None, :]
+    s = tl.where(good[:, None] & (cols < M)[None, :], s, NOTHING)
     if RANGES:
-        mask &= cols[None, :] >= tl.load(start + rows, mask=rows < N, other=0)[:, None]
-        mask &= cols[None, :] < tl.load(end + rows, mask=rows < N, other=0)[:, None]
+        s = tl.where(cols[None, :] >= tl.load(start + rows, mask=rows < N, other=0)[:, None], s, NOTHING)
+        s = tl.where(cols[None, :] < tl.load(end + rows, mask=rows < N, other=0)[:, None], s, NOTHING)
     if TOKENS > 0:
         key_token = tl.load(y_token + cols, mask=cols < M, other=-1)
-        mask &= (key_token != -1)[None, :]
+        s = tl.where((key_token != -1)[None, :], s, NOTHING)
         if TOKENS == 2:
-            mask &= key_token[None, :] != tl.load(x_token + rows, mask=rows < N, other=-1)[:, None]
-    return mask
+            token = tl.load(x_token + rows, mask=rows < N, other=-1)
+            s = tl.where(key_token[None, :] != token[:, None], s, NOTHING)
+    return s
 
 
 @triton.jit
@@ -107,12 +110,12 @@ def bounds(target, start, end, low, high, N, M, BM: tl.constexpr):
 
 
 @triton.jit
-def sums_of(s, mask, AXIS: tl.constexpr):
+def sums_of(s, AXIS: tl.constexpr):
     """(maximum, Σ e^(s − maximum), Σ e^(s − maximum)·(s − maximum)) over candidates; (−inf, 0, 0) of none."""
-    top = tl.max(tl.where(mask, s, float("-inf")), AXIS)
-    shifted = s - tl.expand_dims(tl.where(top == float("-inf"), 0.0, top), AXIS)
-    e = tl.where(mask, tl.exp(shifted), 0.0)
-    return top, tl.sum(e, AXIS), tl.sum(tl.where(mask, e * shifted, 0.0), AXIS)
+    top = tl.max(s, AXIS)
+    shifted = s - tl.expand_dims(tl.maximum(top, SOME), AXIS)
+    e = tl.exp(shifted)
+    return tl.where(top <= SOME, float("-inf"), top), tl.sum(e, AXIS), tl.sum(e * shifted, AXIS)
 
 
 @triton.jit
@@ -132,12 +135,12 @@ def statistics(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_t
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     s = score_tile(x, y, x_inverse, y_inverse, tau, rows, cols, N, M, D, NORMALIZE, BM, BN, BK, EVEN, PRECISION, ACC)
     t = targets_of(target, rows, N, M, TARGETS)
-    mask = candidate_tile(t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, TARGETS)
     if TARGETS:
-        own = cols[None, :] == t[:, None]
-        mask &= ~own
-        tl.store(own_score + rows, tl.sum(tl.where(own, s, 0.0), 1), mask=(t >= col) & (t < col + BN))
-    top, total, moment = sums_of(s, mask, 1)
+        score = tl.sum(tl.where(cols[None, :] == t[:, None], s, 0.0), 1)
+        tl.store(own_score + rows, score, mask=(t >= col) & (t < col + BN))
+        s = tl.where(cols[None, :] == t[:, None], NOTHING, s)
+    s = candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, TARGETS)
+    top, total, moment = sums_of(s, 1)
     plane = tl.cast(row_tiles, tl.int64) * BM * col_tiles
     at = (j * row_tiles + i).to(tl.int64) * BM + tl.arange(0, BM)
     tl.store(row_part + at, top)
@@ -146,9 +149,10 @@ def statistics(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_t
     if LABELS:
         mine = tl.load(labels + rows, mask=rows < N, other=0)
         theirs = tl.load(labels + cols, mask=cols < M, other=0)
-        tl.store(row_part + 3 * plane + at, tl.sum(tl.where(mask & (mine[:, None] == theirs[None, :]), s, 0.0), 1))
+        same = tl.where(mine[:, None] == theirs[None, :], tl.where(s > SOME, s, 0.0), 0.0)
+        tl.store(row_part + 3 * plane + at, tl.sum(same, 1))
     if COLUMNS:
-        top, total, moment = sums_of(s, mask, 0)
+        top, total, moment = sums_of(s, 0)
         plane = tl.cast(col_tiles, tl.int64) * BN * row_tiles
         at = (i * col_tiles + j).to(tl.int64) * BN + tl.arange(0, BN)
         tl.store(col_part + at, top)
@@ -271,7 +275,7 @@ def weights(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_toke
     rows, cols = row + tl.arange(0, BM), col + tl.arange(0, BN)
     s = score_tile(x, y, x_inverse, y_inverse, tau, rows, cols, N, M, D, NORMALIZE, BM, BN, BK, EVEN, PRECISION, ACC)
     t = targets_of(target, rows, N, M, TARGETS)
-    mask = candidate_tile(t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, TARGETS)
+    s = candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, TARGETS)
     mine = tl.load(own + rows, mask=rows < N, other=0.0)[:, None]
     g = tl.exp(s - tl.load(reference + rows, mask=rows < N, other=0.0)[:, None])
     g = g * tl.load(factor + rows, mask=rows < N, other=0.0)[:, None]
@@ -281,8 +285,7 @@ def weights(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_toke
         g += h * tl.load(col_factor + cols, mask=cols < M, other=0.0)[None, :]
     if LABELS:
         a, b = tl.load(labels + rows, mask=rows < N, other=0), tl.load(labels + cols, mask=cols < M, other=0)
-        g += tl.where(a[:, None] == b[None, :], mine, 0.0)
-    g = tl.where(mask, g, 0.0)
+        g += tl.where(a[:, None] == b[None, :], tl.where(s > SOME, mine, 0.0), 0.0)
     if TARGETS:
         g = tl.where(cols[None, :] == t[:, None], mine, g)
     at = (i * BM + tl.arange(0, BM)).to(tl.int64)[:, None] * (col_tiles * BN) + (j * BN + tl.arange(0, BN))[None, :]

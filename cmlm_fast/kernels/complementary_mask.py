@@ -74,7 +74,8 @@ def write(view1, view2, role, index, inside, token, changed, role1, role2):
     tl.store(role + index, role1.to(tl.uint8) + 2 * role2.to(tl.uint8), mask=inside)
 
 
-_RUNTIME = ["T", "B", "mask_id", "vocab", "below_mask", "below_random", "k0", "k1", "step"]
+# T is specialised: where 16 divides it, accesses are 16 bytes wide.
+_RUNTIME = ["B", "mask_id", "vocab", "below_mask", "below_random", "k0", "k1", "step"]
 
 
 @triton.jit(do_not_specialize=[*_RUNTIME, "below1", "below2"])
@@ -275,13 +276,13 @@ def complementary_mask(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tenso
     words = below_mask, below_random, _signed(seed), _signed(seed >> 32), _signed(step)
     if is_exact:
         # Room for the average sequence in registers: for equal lengths, for all of them.
-        block = min(max(triton.next_power_of_2(-(-tokens // sequences)), 64), 2048)
+        block = min(max(triton.next_power_of_2(-(-tokens // sequences)), 64), 1024)
         bits = [struct.unpack("<q", struct.pack("<d", share))[0] for share in (rate, complement)]
-        warps = min(max(block // 256, 1), 8)
-        exact[(sequences,)](*tensors, *bits, *words, **flags, BLOCK=block, STEP=32, num_warps=warps)
+        warps = max(block // 128, 1)
+        exact[(sequences,)](*tensors, *bits, *words, **flags, BLOCK=block, STEP=8, num_warps=warps)
     else:
         first = int(rate * 2.0**32)
         second = first + int((2.0**32 - first) * complement)
-        grid = (triton.cdiv(tokens, 1024),)
-        bernoulli[grid](*tensors, first, second, *words, **flags, BLOCK=1024, num_warps=4)
+        grid = (triton.cdiv(tokens, 512),)
+        bernoulli[grid](*tensors, first, second, *words, **flags, BLOCK=512, num_warps=4)
     return views

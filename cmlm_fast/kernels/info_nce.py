@@ -57,8 +57,8 @@ def _run(weight: Tensor | None, z1: Tensor, z2: Tensor, tau: Tensor, labels: Ten
         return _cross(Pairs(z1, z2, tau, normalize, target=target, columns=symmetric), weight, z1_grad, z2_grad)
     z, index = torch.cat([z1, z2]), torch.arange(2 * batch, device=z1.device)
     other_view = (index + batch) % (2 * batch) if labels is None else None
-    twice, count = (None, None) if labels is None else (torch.cat([labels, labels]), _others_of_label(labels))
-    pairs = Pairs(z, z, tau, normalize, target=other_view, x_token=index, y_token=index, labels=twice)
+    classes, count = (None, None) if labels is None else _classes(labels)
+    pairs = Pairs(z, z, tau, normalize, target=other_view, x_token=index, y_token=index, labels=classes)
     state, _, own_score = pairs.state()
     if weight is None:
         return pairs.side(state, own_score, None, None, count).loss, empty, empty.clone(), zero
@@ -87,8 +87,8 @@ def _cross(pairs: Pairs, weight: Tensor | None, z1_grad: bool, z2_grad: bool) ->
     return loss, *pairs.gradients(row, column, peak, z1_grad, z2_grad), sum(parts[1:], parts[0])
 
 
-def _others_of_label(labels: Tensor) -> Tensor:
-    """[2B]: how many other rows of both views carry a row's label; at least 1."""
+def _classes(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """[2B] int32, equal where labels are, and how many other rows of both views carry a row's label; at least 1."""
     order = labels.sort().values
-    same = torch.searchsorted(order, labels, right=True) - torch.searchsorted(order, labels)
-    return (2 * same - 1).repeat(2)
+    first, last = torch.searchsorted(order, labels), torch.searchsorted(order, labels, right=True)
+    return first.to(torch.int32).repeat(2), (2 * (last - first) - 1).repeat(2)

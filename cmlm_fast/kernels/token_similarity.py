@@ -14,7 +14,7 @@ from ..ops._scores import check_temperature
 from ..ops.token_contrastive import check_pairs, check_target
 from . import interpreted, on_device
 from ._pairs import Pairs, full_ranges
-from ._scores import candidate_tile, grouped, score_tile, targets_of
+from ._scores import SOME, candidates_only, grouped, score_tile, targets_of
 
 
 @triton.jit
@@ -27,12 +27,12 @@ def scores(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_token
     rows, cols = i * BM + tl.arange(0, BM), j * BN + tl.arange(0, BN)
     s = score_tile(x, y, x_inverse, y_inverse, tau, rows, cols, N, M, D, NORMALIZE, BM, BN, BK, EVEN, PRECISION, ACC)
     t = targets_of(target, rows, N, M, TARGETS)
-    mask = candidate_tile(t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, False)
+    shown = candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, False)
     if TARGETS:
-        mask |= cols[None, :] == t[:, None]
+        shown = tl.where(cols[None, :] == t[:, None], s, shown)
+    shown = tl.where(shown > SOME, shown, float("-inf"))
     at = rows.to(tl.int64)[:, None] * M + cols[None, :]
-    s = tl.where(mask, s, float("-inf")).to(out.dtype.element_ty)
-    tl.store(out + at, s, mask=(rows < N)[:, None] & (cols < M)[None, :])
+    tl.store(out + at, shown.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (cols < M)[None, :])
 
 
 @on_device

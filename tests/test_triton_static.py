@@ -1,0 +1,88 @@
+"""Triton kernels compiled ahead of time for chips that need not be here: no spills, matrix instructions, 16-byte accesses.
+
+The numbers of each kernel are those of benchmarks/results/static/triton.json. After a change that is meant:
+`python -m benchmarks.triton_static --write`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks.triton_static import CHIPS, LIMITS, committed
+
+NVIDIA = [chip for chip in CHIPS if chip.startswith("sm_")]
+INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+MATRIX_KERNELS = ("statistics", "weights", "products", "scores")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Every chip's table, made by processes of their own: here, Triton interprets."""
+    folder = tmp_path_factory.mktemp("static")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    runs = {}
+    for chips in (("sm_80", "sm_100"), ("sm_90", "gfx942")):
+        output = folder / f"{chips[0]}.json"
+        options = [f"--chip={chip}" for chip in chips]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_static", *options, f"--output={output}"]
+        runs[output] = subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent,
+                                        stderr=subprocess.PIPE, text=True)  # fmt: skip
+    tables = {}
+    for output, run in runs.items():
+        message = run.communicate(timeout=900)[1]
+        assert run.returncode == 0, message
+        tables.update(json.loads(output.read_text())["chips"])
+    return tables
+
+
+@pytest.mark.parametrize("chip", NVIDIA)
+def test_no_kernel_spills_and_each_fits(compiled, chip):
+    for name, row in compiled[chip].items():
+        assert row["spills"] == 0, name
+        assert row["shared"] <= LIMITS[chip]["shared"] and row["blocks"] >= 1, name
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_matrix_units_do_the_products(compiled, chip):
+    rows = {name: row for name, row in compiled[chip].items() if name.split(": ")[1] in MATRIX_KERNELS}
+    assert len(rows) >= 10
+    for name, row in rows.items():
+        if "float32" in name:
+            expected = []  # IEEE products: the matrix units round float32 to tf32
+        elif "float64" in name:
+            expected = ["mma.sync"]
+        else:
+            expected = [INSTRUCTION[chip]]
+        assert row["matrix"] == expected, name
+
+
+@pytest.mark.parametrize("chip", NVIDIA)
+def test_global_accesses_are_16_bytes_wide(compiled, chip):
+    for name, row in compiled[chip].items():
+        kernel = name.split(": ")[1]
+        if "D=333" in name or (kernel in ("exact", "bounds", "merge", "finish")):
+            continue  # rows at any address, sequences at any place, a few numbers a row
+        assert row["loads"] == 16, name
+        if kernel not in ("statistics", "inverse_norms"):  # which write a few numbers a row
+            assert row["stores"] == 16, name
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_nothing_differs_from_the_committed_table(compiled, chip):
+    import triton
+
+    before = committed()
+    if before["triton"] != triton.__version__:
+        pytest.skip(f"the table is of triton {before['triton']}, this is {triton.__version__}")
+    differing = [name for name in {**before["chips"][chip], **compiled[chip]}
+                 if before["chips"][chip].get(name) != compiled[chip].get(name)]  # fmt: skip
+    assert not differing
