@@ -1,0 +1,287 @@
+// Token-level contrast, CPU: the algorithm, its memory and its threads. The loops are in token_contrastive_kernel.cpp.
+//
+// Rows that count are ordered by the start of their range and cut into chunks of at most 256 queries. A chunk meets only the keys
+// between the first start and the last end of its rows:
+//
+//   Sᵀ = K·Qᵀ            [keys, queries] in blocks of keys, one thread a block; each block is turned in place into
+//                        e_ij = exp(s_ij − shift_i), 0 where j is no candidate or is the target, times 1/‖k_j‖
+//   Z_i = Σ_j e_ij + e_i,target → loss; the target's score is a dot product of its own, wherever the target lies
+//   dQ  = Sᵀᵀ·K          rows scaled by w_i/(Z_i·τ), the target's part and the normalisation added: finished at once
+//   dK += Sᵀ·(Q·w/(Zτ))  in float32 over all chunks; the targets' part and the normalisation follow at the end
+//
+// so 6·N·M·D operations make loss and gradients, and only one chunk of the N×M matrix exists at a time. Every score is read and
+// written once: with unit vectors and τ >= 1/32 the shift is the bound 1/τ; otherwise the maximum is found first.
+// Threads: key blocks inside a chunk, or, when ranges split the chunks into many groups with keys of their own, the groups.
+// Accumulation: float32 (float64 for float64). Determinism: no atomics; partial sums are added in the order of blocks and chunks,
+// whose sizes do not depend on the number of threads (what torch's products do with it is theirs).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <numeric>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/token_chunks.h"
+#include "cpu/token_contrastive.h"
+#include "cpu/token_pairs.h"
+
+namespace cmlm {
+
+using torch::stable::parallel_for;
+
+// Memory of one chunk at a time; `threads` of them work on it.
+template <class T>
+struct Workspace {
+  using O = math_t<T>;
+  int64_t threads, block_keys;
+  Tensor scores, rows, sums, products;
+  std::vector<O> scale, shift, inverse, target_score, factor, target_factor, partial;
+  std::vector<int32_t> start, length, token;
+
+  Workspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
+      : threads(threads),
+        block_keys(keys_per_block(plan.most_keys)),
+        scores(empty<T>({plan.most_keys, plan.most_rows})),
+        rows(empty<T>({plan.most_rows, d})),
+        sums(empty<T>({plan.most_rows, d})),
+        products(empty<T>({key_grad && !std::is_same_v<T, O> ? threads * block_keys : 0, d})) {
+    for (auto* v : {&scale, &shift, &inverse, &target_score, &factor, &target_factor}) v->resize(plan.most_rows);
+    for (auto* v : {&start, &length, &token}) v->resize(plan.most_rows);
+    partial.resize(2 * plan.most_rows * blocks(plan.most_keys));
+  }
+
+  int64_t blocks(int64_t keys) const { return ceil_div(keys, block_keys); }
+
+  // f(block, first key, keys, thread) for the blocks of `keys` keys: neighbours on one thread, the same in every sweep.
+  template <class F>
+  void for_blocks(int64_t keys, F f) const {
+    const int64_t blocks = ceil_div(keys, block_keys), each = ceil_div(blocks, threads);
+    parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t b = t * each; b < std::min(blocks, (t + 1) * each); ++b)
+          f(b, b * block_keys, std::min(block_keys, keys - b * block_keys), t);
+    });
+  }
+};
+
+template <class T>
+class Engine {
+  using O = math_t<T>;
+
+ public:
+  // Losses go to loss [N] and, for a row weight [N] that is not null, the gradients of Σ weight_i·loss_i are made.
+  Engine(const TokenPairs& pairs, bool normalize, const O* weight, bool query_grad, bool key_grad, O* loss)
+      : pairs_(pairs), query_(data<T>(pairs.query)), key_(data<T>(pairs.key)), target_(pairs.targets()), d_(pairs.d),
+        tau_(static_cast<O>(pairs.temperature)), normalize_(normalize), query_grad_(query_grad), key_grad_(key_grad),
+        bounded_(normalize && pairs.temperature >= 1.0 / 32), weight_(weight), loss_(loss), key_inverse_(pairs.m),
+        key_factor_(pairs.n), tau_part_(pairs.n) {}
+
+  struct Gradients {
+    Tensor query, key;
+    double temperature;
+  };
+  Gradients run();
+
+ private:
+  void run_chunk(const Chunk& chunk, Workspace<T>& w, bool fresh);
+  void load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const;
+  void score_keys(const Chunk& chunk, Workspace<T>& w) const;
+  void finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i);
+  void query_gradient(const Chunk& chunk, Workspace<T>& w) const;
+  void key_gradient(const Chunk& chunk, Workspace<T>& w, bool fresh) const;
+  void finish_keys(T* out) const;
+
+  const TokenPairs& pairs_;
+  const T *query_, *key_;
+  const int64_t *target_, d_;
+  const O tau_;
+  const bool normalize_, query_grad_, key_grad_, bounded_;
+  const O* weight_;
+  O* loss_;
+  Plan plan_;
+  T* query_out_ = nullptr;
+  O* key_sums_ = nullptr;                           // [M, D] the key's gradient in O
+  std::vector<O> key_inverse_, key_factor_, tau_part_;  // 1/‖k‖; the query's share in its target's gradient; in temperature's
+};
+
+// Column i of the chunk: a copy of the query and what turns its products into scores. The copy is scaled by a power of two to a
+// length in [1, 2): no rounding, and no product leaves the range of T.
+template <class T>
+void Engine<T>::load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const {
+  T* copy = data<T>(w.rows) + i * d_;
+  w.scale[i] = w.shift[i] = w.target_score[i] = 0;
+  w.start[i] = w.length[i] = w.token[i] = 0;
+  if (i >= chunk.rows) {
+    std::fill_n(copy, d_, baseline::narrow<T>(0));
+    return;
+  }
+  const int64_t row = plan_.order[chunk.row + i], t = target_[row];
+  CMLM_KERNEL(token_inverse_norms<T>)(query_ + row * d_, 1, d_, normalize_, &w.inverse[i]);
+  const O power = normalize_ && w.inverse[i] > 0 ? std::exp2(std::floor(std::log2(w.inverse[i]))) : O(1);
+  CMLM_KERNEL(token_scale<T>)(query_ + row * d_, d_, power, copy);
+  w.scale[i] = w.inverse[i] / power / tau_;
+  w.target_score[i] = CMLM_KERNEL(token_dot<T>)(copy, key_ + t * d_, d_) * (w.scale[i] * key_inverse_[t]);
+  w.shift[i] = O(1) / tau_;
+  w.start[i] = static_cast<int32_t>(pairs_.first(row));
+  w.length[i] = static_cast<int32_t>(pairs_.last(row)) - w.start[i];
+  w.token[i] = pairs_.query_token.empty() ? 0 : pairs_.query_token[row];
+}
+
+// Scores of the chunk, as weights e_ij / ‖k_j‖, and their sums by block.
+template <class T>
+void Engine<T>::score_keys(const Chunk& chunk, Workspace<T>& w) const {
+  const int64_t columns = round_up(chunk.rows, kPad);
+  const auto block_of = [&](int64_t b, int64_t first, int64_t keys) {
+    ScoreBlock<T> block{};
+    block.scores = data<T>(w.scores) + first * columns;
+    block.keys = keys, block.columns = columns, block.first = chunk.key + first;
+    block.key_scale = key_inverse_.data() + block.first;
+    block.key_token = pairs_.key_token.empty() ? nullptr : pairs_.key_token.data() + block.first;
+    block.scale = w.scale.data(), block.shift = w.shift.data(), block.target = w.target_score.data();
+    block.start = chunk.ranged ? w.start.data() : nullptr, block.length = w.length.data();
+    block.token = pairs_.query_token.empty() ? nullptr : w.token.data();
+    block.sum = w.partial.data() + 2 * columns * b, block.moment = block.sum + columns;
+    return block;
+  };
+  const auto weigh = [&](const ScoreBlock<T>& block) {
+    for (int64_t i = 0; i < chunk.rows; ++i) {  // the target's weight is added apart: here it vanishes, whatever the shift
+      const int64_t j = target_[plan_.order[chunk.row + i]] - block.first;
+      if (j < 0 || j >= block.keys) continue;
+      const O raw = -(O(1e4) + 2 * std::abs(w.shift[i])) / (w.scale[i] * block.key_scale[j]);
+      block.scores[j * columns + i] = baseline::narrow<T>(std::max(raw, O(-1e38)));
+    }
+    CMLM_KERNEL(token_exp<T>)(block);
+  };
+  const Tensor rows = transposed(data<T>(w.rows), columns, d_);
+  w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) {
+    const ScoreBlock<T> block = block_of(b, first, keys);
+    multiply(matrix(block.scores, keys, columns), matrix(key_ + block.first * d_, keys, d_), rows);
+    bounded_ ? weigh(block) : CMLM_KERNEL(token_max<T>)(block);
+  });
+  if (bounded_) return;
+  for (int64_t i = 0; i < chunk.rows; ++i) {
+    w.shift[i] = w.target_score[i];
+    for (int64_t b = 0; b < w.blocks(chunk.keys); ++b) w.shift[i] = std::max(w.shift[i], w.partial[2 * columns * b + i]);
+  }
+  w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) { weigh(block_of(b, first, keys)); });
+}
+
+// From the sums of column i: loss, temperature's gradient, and the factors of both gradients.
+template <class T>
+void Engine<T>::finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i) {
+  const int64_t columns = round_up(chunk.rows, kPad), row = plan_.order[chunk.row + i];
+  O others = 0, moment = 0;
+  for (int64_t b = 0; b < w.blocks(chunk.keys); ++b) {
+    others += w.partial[2 * columns * b + i];
+    moment += w.partial[2 * columns * b + columns + i];
+  }
+  const O x = w.target_score[i] - w.shift[i], own = std::exp(x), total = others + own;
+  loss_[row] = others < own ? std::log1p(others / own) : std::log(total) - x;
+  if (!weight_) return;
+  w.factor[i] = weight_[row] / (total * tau_);
+  w.target_factor[i] = -w.factor[i] * others;
+  key_factor_[row] = w.target_factor[i] * w.inverse[i];
+  tau_part_[row] = -w.factor[i] * moment;
+}
+
+template <class T>
+void Engine<T>::query_gradient(const Chunk& chunk, Workspace<T>& w) const {
+  const int64_t columns = round_up(chunk.rows, kPad);
+  multiply(matrix(data<T>(w.sums), columns, d_), transposed(data<T>(w.scores), chunk.keys, columns),
+           matrix(key_ + chunk.key * d_, chunk.keys, d_));
+  parallel_for(0, chunk.rows, 16, [&](int64_t begin, int64_t end) {
+    std::vector<O> scratch(d_);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = plan_.order[chunk.row + i], t = target_[row];
+      const QueryRow<T> parts{data<T>(w.sums) + i * d_, query_ + row * d_, key_ + t * d_,
+                              w.factor[i], w.target_factor[i] * key_inverse_[t], w.inverse[i]};
+      CMLM_KERNEL(token_finish_query<T>)(parts, d_, normalize_, scratch.data(), query_out_ + row * d_);
+    }
+  });
+}
+
+template <class T>
+void Engine<T>::key_gradient(const Chunk& chunk, Workspace<T>& w, bool fresh) const {
+  const int64_t columns = round_up(chunk.rows, kPad);
+  parallel_for(0, chunk.rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      CMLM_KERNEL(token_scale<T>)(query_ + plan_.order[chunk.row + i] * d_, d_, w.factor[i] * w.inverse[i], data<T>(w.rows) + i * d_);
+  });
+  const Tensor rows = matrix(data<T>(w.rows), columns, d_);
+  w.for_blocks(chunk.keys, [&](int64_t, int64_t first, int64_t keys, int64_t thread) {
+    const Tensor weights = matrix(data<T>(w.scores) + first * columns, keys, columns);
+    O* sums = key_sums_ + (chunk.key + first) * d_;
+    if constexpr (std::is_same_v<T, O>) {
+      fresh ? multiply(matrix(sums, keys, d_), weights, rows) : multiply_add(matrix(sums, keys, d_), weights, rows);
+    } else {
+      T* product = data<T>(w.products) + thread * w.block_keys * d_;
+      multiply(matrix(product, keys, d_), weights, rows);
+      CMLM_KERNEL(token_add<T>)(product, keys * d_, fresh, sums);
+    }
+  });
+}
+
+// Adds the targets' parts to key_sums, then takes it through the normalisation.
+template <class T>
+void Engine<T>::finish_keys(T* out) const {
+  parallel_for(0, pairs_.m, 64, [&](int64_t begin, int64_t end) {
+    for (const int64_t row : plan_.order) {
+      const int64_t t = target_[row];
+      if (begin <= t && t < end)
+        CMLM_KERNEL(token_add_scaled<T>)(query_ + row * d_, d_, key_factor_[row] * key_inverse_[t], key_sums_ + t * d_);
+    }
+    for (int64_t j = begin; j < end; ++j)
+      CMLM_KERNEL(token_finish_key<T>)(key_sums_ + j * d_, key_ + j * d_, d_, normalize_, key_inverse_[j], out + j * d_);
+  });
+}
+
+template <class T>
+typename Engine<T>::Gradients Engine<T>::run() {
+  parallel_for(0, pairs_.m, 64, [&](int64_t begin, int64_t end) {
+    CMLM_KERNEL(token_inverse_norms<T>)(key_ + begin * d_, end - begin, d_, normalize_, key_inverse_.data() + begin);
+  });
+  plan_ = make_plan(pairs_, rows_per_chunk(pairs_));
+  const int64_t groups = static_cast<int64_t>(plan_.groups.size()) - 1, threads = torch::stable::get_num_threads();
+  Gradients result{empty<T>({0}), empty<T>({0}), 0.0};
+  Tensor key_sums;
+  if (query_grad_) {
+    result.query = empty<T>({pairs_.n, d_});
+    query_out_ = data<T>(result.query);
+    if (static_cast<int64_t>(plan_.order.size()) < pairs_.n) std::fill_n(query_out_, pairs_.n * d_, baseline::narrow<T>(0));
+  }
+  const bool fresh = !plan_.chunks.empty() && plan_.chunks[0].keys == pairs_.m;  // its product needs no zeros to be added to
+  if (key_grad_) {
+    key_sums = empty<O>({pairs_.m, d_});
+    key_sums_ = data<O>(key_sums);
+    if (!fresh) std::fill_n(key_sums_, pairs_.m * d_, O(0));
+  }
+  if (groups >= 2 * threads) {
+    parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      Workspace<T> w(1, plan_, d_, key_grad_);
+      for (int64_t c = plan_.groups[begin]; c < plan_.groups[end]; ++c) run_chunk(plan_.chunks[c], w, false);
+    });
+  } else if (groups > 0) {
+    Workspace<T> w(threads, plan_, d_, key_grad_);
+    for (size_t c = 0; c < plan_.chunks.size(); ++c) run_chunk(plan_.chunks[c], w, c == 0 && fresh);
+  }
+  if (key_grad_) {
+    result.key = std::is_same_v<T, O> ? key_sums : empty<T>({pairs_.m, d_});
+    finish_keys(data<T>(result.key));
+  }
+  result.temperature = std::accumulate(tau_part_.begin(), tau_part_.end(), 0.0);
+  return result;
+}
+
+template <class T>
+void Engine<T>::run_chunk(const Chunk& chunk, Workspace<T>& w, bool fresh) {
+  parallel_for(0, round_up(chunk.rows, kPad), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) load_query(chunk, w, i);
+  });
+  score_keys(chunk, w);
+  for (int64_t i = 0; i < chunk.rows; ++i) finish_row(chunk, w, i);
+  if (weight_ && query_grad_) query_gradient(chunk, w);
+  if (weight_ && key_grad_) key_gradient(chunk, w, fresh);
+}
+
+}  // namespace cmlm
