@@ -60,6 +60,10 @@ def prepare(options: PostTrainOptions) -> Prepared:
     checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
+    from transformers.trainer_utils import SchedulerType
+
+    schedulers = [scheduler.value for scheduler in SchedulerType]
+    expect(options.scheduler in schedulers, "scheduler", f"one of {', '.join(schedulers)}", options.scheduler)
     from .data import clean_texts, load_texts, split_evaluation, tokenize_texts
 
     tokenizer = _load_tokenizer(options)
@@ -141,11 +145,13 @@ def _load_tokenizer(options: PostTrainOptions) -> Any:
     path = Path(options.model)
     if path.exists():
         expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", options.model)
+    rule = "a folder, or a hub id that can be reached, with a tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        rule = "a folder, or a hub id that can be reached, with a tokenizer"
         raise ValueError(f"expected model to be {rule}, got {options.model}: {_line(error)}") from error
+    # transformers makes up a tokenizer of special tokens alone where a folder has none.
+    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, options.model)
     expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", options.model)
     return tokenizer
 
