@@ -1,0 +1,307 @@
+// Runs the CUDA kernels on the CPU, in the place of the toolkit's header of this name: each thread of a block is a fiber, and
+// blocks come one after the other.
+//
+// Between two barriers the threads run one by one in an order that CMLM_HOST_ORDER seeds, as do the blocks of a grid: a result that
+// depends on the order lacks a barrier. Every array of shared memory is an allocation of its own, filled with garbage that depends
+// on the seed, so AddressSanitizer sees an index beyond its end. Copies of cp.async happen as late as they may: when waited for.
+// Misuse (barriers that not all threads reach, more shared memory than the launch asked for) throws.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define CMLM_CUDA_HOST
+#define __global__ inline
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace cmlm_host {
+
+constexpr size_t kStack = 256 << 10;
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool whole;
+};
+
+struct Thread {
+  enum { ready, at_block, at_warp, finished } state = ready;
+  dim3 index;
+  unsigned linear = 0;
+  unsigned turn = 0;                    // warp operations so far
+  unsigned char slot[2][64];            // what it hands to its warp
+  std::vector<std::vector<Copy>> copies;  // committed groups, and the open one at the back
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
+};
+
+struct Block {
+  dim3 index, size, grid;
+  size_t shared_bytes = 0;
+  std::vector<std::pair<unsigned char*, size_t>> shared;
+  std::vector<Thread>* threads = nullptr;
+  Thread* running = nullptr;
+  ucontext_t scheduler;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  unsigned char garbage = 0xff;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+};
+inline Block block;
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("cuda_host: " + what); }
+
+
+// From one stack to another; AddressSanitizer is told of it.
+inline void jump(ucontext_t* from, ucontext_t* to, const void* bottom, size_t size, bool ends = false) {
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(ends ? nullptr : &fake, bottom, size);
+  swapcontext(from, to);
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#else
+  (void)bottom, (void)size, (void)ends;
+  swapcontext(from, to);
+#endif
+}
+
+inline void wait(decltype(Thread::state) state) {
+  Thread* self = block.running;
+  self->state = state;
+  jump(&self->context, &block.scheduler, block.stack_bottom, block.stack_size, state == Thread::finished);
+}
+
+inline void start_thread() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &block.stack_bottom, &block.stack_size);
+#endif
+  try {
+    (*block.body)();
+  } catch (const std::exception& error) {
+    block.error = error.what();
+  }
+  wait(Thread::finished);
+}
+
+// Lets those go on whose barrier everyone reached.
+inline bool release(std::vector<Thread>& threads) {
+  bool any = false, all = true;
+  for (const Thread& thread : threads) all = all && (thread.state == Thread::at_block || thread.state == Thread::finished);
+  for (size_t warp = 0; warp < threads.size(); warp += 32) {
+    bool here = true;
+    const size_t end = std::min(warp + 32, threads.size());
+    for (size_t t = warp; t < end; ++t) here = here && threads[t].state == Thread::at_warp;
+    for (size_t t = warp; here && t < end; ++t) threads[t].state = Thread::ready, any = true;
+  }
+  if (all)
+    for (Thread& thread : threads)
+      if (thread.state == Thread::at_block) thread.state = Thread::ready, any = true;
+  return any;
+}
+
+inline void run_block(std::vector<Thread>& threads, std::mt19937_64& order) {
+  for (Thread& thread : threads) {
+    thread.state = Thread::ready, thread.turn = 0;
+    thread.copies.assign(1, {});
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, start_thread, 0);
+  }
+  std::vector<Thread*> ready;
+  do {
+    ready.clear();
+    for (Thread& thread : threads)
+      if (thread.state == Thread::ready) ready.push_back(&thread);
+    std::shuffle(ready.begin(), ready.end(), order);
+    for (Thread* thread : ready) {
+      block.running = thread;
+      jump(&block.scheduler, &thread->context, thread->stack.get(), kStack);
+      if (!block.error.empty()) fail(block.error);
+    }
+  } while (release(threads));
+  for (const Thread& thread : threads) {
+    if (thread.state != Thread::finished) fail("a barrier or warp operation that not all threads reach");
+    for (const auto& group : thread.copies)
+      if (!group.empty()) fail("a cp.async copy that nobody waits for");
+  }
+  for (auto& [memory, bytes] : block.shared) std::free(memory);
+  block.shared.clear();
+}
+
+inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body) {
+  const char* seed = std::getenv("CMLM_HOST_ORDER");
+  std::mt19937_64 order(seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10));
+  if (grid.x == 0 || grid.y == 0 || grid.y > 65535) fail("an empty or too high grid");
+  if (size.x == 0 || size.x > 1024) fail("a block of " + std::to_string(size.x) + " threads");
+  static std::vector<Thread> threads;
+  if (threads.size() != size.x) threads = std::vector<Thread>(size.x);
+  for (unsigned t = 0; t < size.x; ++t) threads[t].index = dim3(t, 0, 0), threads[t].linear = t;
+  std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y);
+  for (size_t b = 0; b < blocks.size(); ++b) blocks[b] = b;
+  std::shuffle(blocks.begin(), blocks.end(), order);
+  block.grid = grid, block.size = size, block.shared_bytes = shared_bytes;
+  block.threads = &threads, block.body = &body;
+  block.error.clear();
+  for (uint64_t b : blocks) {
+    block.index = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x), 0);
+    block.garbage = order() % 2 ? 0xff : 0x5a;
+    run_block(threads, order);
+  }
+}
+
+// Hands `mine` to the warp and waits; the result gives any lane's.
+template <class X>
+auto exchange(const X& mine) {
+  static_assert(sizeof(X) <= 64);
+  Thread* self = block.running;
+  const unsigned turn = self->turn++ % 2, warp = self->linear / 32 * 32;
+  std::memcpy(self->slot[turn], &mine, sizeof(X));
+  wait(Thread::at_warp);
+  return [turn, warp](unsigned lane) {
+    X other;
+    std::memcpy(&other, (*block.threads)[warp + lane].slot[turn], sizeof(X));
+    return other;
+  };
+}
+inline unsigned lane() { return block.running->linear % 32; }
+
+}  // namespace cmlm_host
+
+#define threadIdx (::cmlm_host::block.running->index)
+#define blockIdx (::cmlm_host::block.index)
+#define blockDim (::cmlm_host::block.size)
+#define gridDim (::cmlm_host::block.grid)
+
+inline void __syncthreads() { ::cmlm_host::wait(::cmlm_host::Thread::at_block); }
+inline void __syncwarp() { ::cmlm_host::exchange(0); }
+inline void __threadfence() {}
+template <class X>
+X __shfl_xor_sync(unsigned, X value, int with) {
+  return ::cmlm_host::exchange(value)(::cmlm_host::lane() ^ with);
+}
+template <class X>
+X __shfl_up_sync(unsigned, X value, unsigned by) {
+  const unsigned lane = ::cmlm_host::lane();
+  return ::cmlm_host::exchange(value)(lane < by ? lane : lane - by);
+}
+template <class X>
+X __shfl_sync(unsigned, X value, int from) {
+  return ::cmlm_host::exchange(value)(from);
+}
+template <class X>
+X atomicAdd(X* to, X value) {
+  const X before = *to;
+  *to += value;
+  return before;
+}
+template <class X>
+X atomicCAS(X* to, X expected, X value) {
+  const X before = *to;
+  if (before == expected) *to = value;
+  return before;
+}
+
+// What csrc/common/cuda.cuh says in PTX.
+namespace cmlm {
+inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline float half_to_float(uint16_t bits) { return static_cast<float>(__builtin_bit_cast(_Float16, bits)); }
+inline uint16_t float_to_half(float x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
+inline uint16_t float_to_bfloat(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+template <class X>
+X load_fresh(const X* from) { return *from; }
+
+inline unsigned char* shared_memory(size_t index, size_t offset, size_t bytes) {
+  auto& block = cmlm_host::block;
+  if (offset + bytes > block.shared_bytes) cmlm_host::fail("shared memory beyond the " + std::to_string(block.shared_bytes) + " bytes of the launch");
+  if (index == block.shared.size()) {
+    block.shared.emplace_back(static_cast<unsigned char*>(std::malloc(bytes)), bytes);
+    std::memset(block.shared.back().first, block.garbage, bytes);
+  }
+  if (block.shared.at(index).second != bytes) cmlm_host::fail("threads take different arrays of shared memory");
+  return block.shared[index].first;
+}
+
+// What csrc/cuda/mma.cuh says in PTX.
+inline void copy_async(void* to, const void* from, bool whole) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (whole && reinterpret_cast<uintptr_t>(from) % 16 != 0)) cmlm_host::fail("cp.async off 16 bytes");
+  cmlm_host::block.running->copies.back().push_back({to, from, whole});
+}
+inline void commit_copies() { cmlm_host::block.running->copies.emplace_back(); }
+template <int kOpen>
+void wait_copies() {
+  auto& groups = cmlm_host::block.running->copies;
+  while (groups.size() > kOpen + 1) {
+    for (const auto& copy : groups.front()) {
+      if (copy.whole)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+// Registers of four 8×8 matrices of 16-bit numbers, each lane giving the address of a row (PTX: ldmatrix.x4).
+template <bool kTranspose>
+void load_matrices(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cmlm_host::fail("ldmatrix off 16 bytes");
+  const auto rows = cmlm_host::exchange(row);
+  const unsigned lane = cmlm_host::lane();
+  for (unsigned m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (unsigned e = 0; e < 2; ++e) {
+      const unsigned r = kTranspose ? lane % 4 * 2 + e : lane / 4, c = kTranspose ? lane / 4 : lane % 4 * 2 + e;
+      pair[e] = static_cast<const uint16_t*>(rows(m * 8 + r))[c];
+    }
+    to[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+  }
+}
+
+// d [16, 8] += a [16, 16] · b [16, 8], each lane holding its share (PTX: mma.m16n8k16, row·col).
+template <class T, class F>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F widen) {
+  struct Share {
+    uint32_t a[4], b[2];
+  } mine;
+  std::memcpy(mine.a, a, sizeof mine.a), std::memcpy(mine.b, b, sizeof mine.b);
+  const auto of = cmlm_host::exchange(mine);
+  const unsigned group = cmlm_host::lane() / 4, within = cmlm_host::lane() % 4;
+  const auto number = [&](uint32_t pair, unsigned k) { return widen(T{static_cast<uint16_t>(pair >> 16 * (k % 2))}); };
+  for (unsigned k = 0; k < 16; ++k) {
+    const Share left = of(group * 4 + k % 8 / 2);
+    for (unsigned e = 0; e < 2; ++e) {
+      const float right = number(of((within * 2 + e) * 4 + k % 8 / 2).b[k / 8], k);
+      for (unsigned half = 0; half < 2; ++half) d[half * 2 + e] += number(left.a[k / 8 * 2 + half], k) * right;
+    }
+  }
+}
+}  // namespace cmlm
