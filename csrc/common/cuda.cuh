@@ -49,6 +49,7 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float x) {
   return bits;
 }
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // Past the L1 cache: what another block has just written.
 template <class X>
@@ -101,6 +102,12 @@ class Shared {
 };
 
 constexpr unsigned kWarp = 0xffffffffu;
+template <class M>
+constexpr M kLowest = std::numeric_limits<M>::lowest();
+template <class M>
+constexpr M kInfinity = std::numeric_limits<M>::infinity();
+template <class M>
+constexpr M kNaN = std::numeric_limits<M>::quiet_NaN();
 
 // The sum over a warp, in every lane.
 template <class X>
@@ -123,8 +130,6 @@ __device__ __forceinline__ X block_sum(X value, X* scratch) {
 }
 
 // Part of a softmax: the largest score, Σ exp(s − largest) and Σ exp(s − largest)·(s − largest).
-template <class M>
-constexpr M kLowest = std::numeric_limits<M>::lowest();
 template <class M>
 struct Softmax {
   M largest = kLowest<M>, sum = 0, moment = 0;

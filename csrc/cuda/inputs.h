@@ -27,11 +27,11 @@ inline std::optional<Tensor> take(const char* op, const char* argument, const st
 }
 
 template <class X>
-const X* data(const std::optional<Tensor>& tensor) {
+const X* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<const X*>(tensor->const_data_ptr()) : nullptr;
 }
 template <class X>
-X* data(const Tensor& tensor) {
+X* pointer(const Tensor& tensor) {
   return static_cast<X*>(tensor.mutable_data_ptr());
 }
 

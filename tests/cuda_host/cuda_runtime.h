@@ -7,7 +7,9 @@
 // Misuse (barriers that not all threads reach, more shared memory than the launch asked for) throws.
 #pragma once
 
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -41,6 +43,38 @@ namespace cmlm_host {
 
 constexpr size_t kStack = 256 << 10;
 
+// A stack that is not in use, and how to go from one to another. ucontext does it everywhere, with two system calls each time.
+#if defined(__x86_64__)
+struct Context {
+  void** top = nullptr;
+
+  void begin(unsigned char* stack, void (*function)()) {
+    top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStack) / 16 * 16) - 8;
+    std::fill(top, top + 8, nullptr);
+    top[6] = reinterpret_cast<void*>(function);  // six registers, then where to return to
+  }
+};
+extern "C" void cmlm_host_switch(void*** from, void** to);
+asm(".text\n.weak cmlm_host_switch\ncmlm_host_switch:\n"
+    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
+    "mov %rsp, (%rdi)\nmov %rsi, %rsp\n"
+    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n");
+inline void swap(Context& from, Context& to) { cmlm_host_switch(&from.top, to.top); }
+#else
+struct Context {
+  ucontext_t context;
+
+  void begin(unsigned char* stack, void (*function)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, function, 0);
+  }
+};
+inline void swap(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+#endif
+
 struct Copy {
   void* to;
   const void* from;
@@ -54,7 +88,7 @@ struct Thread {
   unsigned turn = 0;                    // warp operations so far
   unsigned char slot[2][64];            // what it hands to its warp
   std::vector<std::vector<Copy>> copies;  // committed groups, and the open one at the back
-  ucontext_t context;
+  Context context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
 };
 
@@ -64,7 +98,7 @@ struct Block {
   std::vector<std::pair<unsigned char*, size_t>> shared;
   std::vector<Thread>* threads = nullptr;
   Thread* running = nullptr;
-  ucontext_t scheduler;
+  Context scheduler;
   const std::function<void()>* body = nullptr;
   std::string error;
   unsigned char garbage = 0xff;
@@ -77,22 +111,22 @@ inline Block block;
 
 
 // From one stack to another; AddressSanitizer is told of it.
-inline void jump(ucontext_t* from, ucontext_t* to, const void* bottom, size_t size, bool ends = false) {
+inline void jump(Context& from, Context& to, const void* bottom, size_t size, bool ends = false) {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
   __sanitizer_start_switch_fiber(ends ? nullptr : &fake, bottom, size);
-  swapcontext(from, to);
+  swap(from, to);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
   (void)bottom, (void)size, (void)ends;
-  swapcontext(from, to);
+  swap(from, to);
 #endif
 }
 
 inline void wait(decltype(Thread::state) state) {
   Thread* self = block.running;
   self->state = state;
-  jump(&self->context, &block.scheduler, block.stack_bottom, block.stack_size, state == Thread::finished);
+  jump(self->context, block.scheduler, block.stack_bottom, block.stack_size, state == Thread::finished);
 }
 
 inline void start_thread() {
@@ -127,11 +161,7 @@ inline void run_block(std::vector<Thread>& threads, std::mt19937_64& order) {
   for (Thread& thread : threads) {
     thread.state = Thread::ready, thread.turn = 0;
     thread.copies.assign(1, {});
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, start_thread, 0);
+    thread.context.begin(thread.stack.get(), start_thread);
   }
   std::vector<Thread*> ready;
   do {
@@ -141,7 +171,7 @@ inline void run_block(std::vector<Thread>& threads, std::mt19937_64& order) {
     std::shuffle(ready.begin(), ready.end(), order);
     for (Thread* thread : ready) {
       block.running = thread;
-      jump(&block.scheduler, &thread->context, thread->stack.get(), kStack);
+      jump(block.scheduler, thread->context, thread->stack.get(), kStack);
       if (!block.error.empty()) fail(block.error);
     }
   } while (release(threads));
@@ -230,6 +260,7 @@ X atomicCAS(X* to, X expected, X value) {
 // What csrc/common/cuda.cuh says in PTX.
 namespace cmlm {
 inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline uint32_t float_to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float half_to_float(uint16_t bits) { return static_cast<float>(__builtin_bit_cast(_Float16, bits)); }
 inline uint16_t float_to_half(float x) { return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x)); }
 inline uint16_t float_to_bfloat(float x) {
@@ -287,8 +318,8 @@ void load_matrices(uint32_t (&to)[4], const void* row) {
 }
 
 // d [16, 8] += a [16, 16] · b [16, 8], each lane holding its share (PTX: mma.m16n8k16, row·col).
-template <class T, class F>
-void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], F widen) {
+template <class T>
+void multiply_fragments(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct Share {
     uint32_t a[4], b[2];
   } mine;
