@@ -16,8 +16,9 @@ def interleaved(providers: dict[str, Callable[[], Any]], seconds: float = 2.0, l
         for _ in range(3):
             call()
     once = {name: _clock(call, 1) for name, call in providers.items()}
-    # Calls too short for the clock are timed in batches of about a millisecond.
-    batch = {name: max(1, round(1e-3 / max(t, 1e-9))) for name, t in once.items()}
+    # Short calls are timed in batches of about five milliseconds: long enough for the clock, and for caches that the
+    # provider before has emptied.
+    batch = {name: max(1, round(5e-3 / max(t, 1e-9))) for name, t in once.items()}
     samples: dict[str, list[float]] = {name: [] for name in providers}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
@@ -31,14 +32,6 @@ def _clock(call: Callable[[], Any], repeats: int) -> float:
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
-
-
-def copy_bandwidth(megabytes: int = 256) -> float:
-    """Bytes read and written per second by one large copy."""
-    source = torch.ones(megabytes * 2**20 // 4)
-    target = torch.empty_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, seconds=0.5)["copy"]
-    return 2 * source.numel() * 4 / seconds
 
 
 def peak_memory(call: Callable[[], Any]) -> int:

@@ -18,7 +18,8 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .losses import CMLMConfig, CMLMLoss, InfoNCELoss, TokenContrastiveLoss
+    from .config import CMLMConfig
+    from .losses import CMLMLoss, InfoNCELoss, TokenContrastiveLoss
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
 
@@ -31,7 +32,7 @@ _library.load_kernels()
 
 # transformers takes seconds to import: the names that need it are looked up when first used.
 _LAZY = {
-    "CMLMConfig": "losses",
+    "CMLMConfig": "config",
     "CMLMLoss": "losses",
     "InfoNCELoss": "losses",
     "TokenContrastiveLoss": "losses",

@@ -54,9 +54,10 @@ contracts: dict[str, Contract] = {}
 
 
 def expect(op: str, condition: bool, argument: str, rule: str, value: object) -> None:
-    """Raise `ValueError` in the package's one error pattern unless `condition` holds."""
+    """Raise `ValueError` in the package's one error pattern unless `condition` holds; a tensor is named by dtype and shape."""
     if not condition:
-        raise ValueError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {value}")
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else value
+        raise ValueError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {got}")
 
 
 def expect_values(op: str, condition: torch.Tensor | bool, argument: str, rule: str, value: object) -> None:

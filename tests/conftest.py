@@ -8,6 +8,11 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter; read when triton is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Read when `datasets` and `huggingface_hub` are first imported, hence before any test module is.
 _cache = tempfile.TemporaryDirectory(prefix="cmlm_fast_tests_")
@@ -60,3 +65,52 @@ def sentences() -> list[str]:
 def tiny_tokenizer(sentences: list[str]) -> Any:
     """PreTrainedTokenizerFast, about 200 tokens: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4."""
     return make_tokenizer(sentences)
+
+
+def make_lm(kind: str = "bert", vocabulary: int = 220, layers: int = 2, **options: Any) -> Any:
+    """A masked LM of a few thousand parameters, of any kind that is supported, without dropout."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    heads = {"n_heads": 4, "dim": 32, "hidden_dim": 64, "n_layers": layers, "dropout": 0.0, "attention_dropout": 0.0}
+    usual = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers,
+             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+    shape = heads if kind == "distilbert" else usual
+    shape |= {"embedding_size": 16} if kind in ("electra", "albert") else {}
+    special = {"pad_token_id": 0, "cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3}
+    size = {"vocab_size": vocabulary, "max_position_embeddings": 140}
+    config = AutoConfig.for_model(kind, **{**size, **shape, **special, **options})
+    torch.manual_seed(0)
+    return AutoModelForMaskedLM.from_config(config)
+
+
+@pytest.fixture
+def tiny_lm() -> Any:
+    """make_lm, for tests that want another kind."""
+    return make_lm
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(sentences: list[str], tiny_tokenizer: Any) -> Any:
+    """The sentences as rows of `tokenize_texts`."""
+    from datasets import Dataset
+
+    from cmlm_fast.data import tokenize_texts
+
+    return tokenize_texts(Dataset.from_dict({"text": sentences}), tiny_tokenizer, max_length=32)
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Any, tiny_tokenizer: Any) -> str:
+    """A folder with a tiny BERT masked LM and its tokenizer."""
+    folder = tmp_path / "tiny-bert"
+    make_lm().save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def sentence_file(tmp_path: Any, sentences: list[str]) -> str:
+    """The sentences, one a line."""
+    path = tmp_path / "sentences.txt"
+    path.write_text("\n".join(sentences) + "\n", encoding="utf-8")
+    return str(path)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from cmlm_fast.backends import BACKENDS, _SUFFIX, available
 from cmlm_fast._library import contracts
+from cmlm_fast.backends import _SUFFIX, BACKENDS, available
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

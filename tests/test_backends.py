@@ -51,7 +51,10 @@ def test_use_backend_nests_and_restores():
             assert resolve("info_nce", CPU) is auto
         assert resolve("info_nce", CPU) is op("info_nce", "_reference")
     assert resolve("info_nce", CPU) is auto
-    with pytest.raises(ValueError, match="expected backend to be auto or one of .*, got 'fast'"), cmlm_fast.use_backend("fast"):
+    with (
+        pytest.raises(ValueError, match=r"expected backend to be auto or one of .*, got 'fast'"),
+        cmlm_fast.use_backend("fast"),
+    ):
         pass
     with pytest.raises(ValueError, match="expected op to be one of"):
         cmlm_fast.available("softmax")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -95,7 +96,7 @@ def test_bits_equal_an_independent_implementation(
         sample_ids=torch.tensor(samples, dtype=torch.int64), backend=backend,
         unit_ids=None if units is None else torch.tensor(units, dtype=torch.int32), **VOCABULARY,
     )  # fmt: skip
-    for b, (start, end) in enumerate(zip(cu, cu[1:], strict=False)):
+    for b, (start, end) in enumerate(pairwise(cu)):
         own_units = list(range(end - start)) if units is None else units[start:end]
         expected = by_hand(ids[start:end], own_units, samples[b], seed, step, rate, complement, exact, *shares)
         for tensor, values in zip(got, expected, strict=True):
@@ -209,7 +210,10 @@ def test_bad_values_say_so(backend):
         complementary_mask(random_ids(1, 10), unit_ids=units[None], backend=backend, **VOCABULARY)
     where = torch.ones(10, dtype=torch.bool)
     where[4] = False  # an id that cannot be masked is nobody's business: padding may be -1
-    complementary_mask(ids[None], eligible=where[None], backend=backend, **VOCABULARY)
+    for sampling in ("exact", "bernoulli"):
+        masked = complementary_mask(ids[None], eligible=where[None], sampling=sampling, backend=backend, **VOCABULARY)
+        assert masked.role[0, 4] == 0 and masked.view1[0, 4] == masked.view2[0, 4] == -1
+        assert torch.equal(masked.view1[masked.role != 1], ids[None][masked.role != 1])
 
 
 @pytest.mark.parametrize(

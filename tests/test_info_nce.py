@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlm_fast import available, info_nce
-from cmlm_fast.backends import BACKENDS, _SUFFIX
+from cmlm_fast.backends import _SUFFIX, BACKENDS
 from cmlm_fast.ops._scores import loss_dtype
 from cmlm_fast.testing import assert_no_worse_than_eager
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from sweep import cases, sample
-
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cmlm_fast

@@ -1,9 +1,10 @@
-"""Rows of token ids to a padded batch, and what the mask op must know of a tokenizer."""
+"""Rows of token ids to a padded or packed batch, and what the mask op must know of a tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -38,15 +39,19 @@ def mask_settings(tokenizer: Any) -> dict[str, Any]:
 
 @dataclass
 class CMLMDataCollator:
-    """Rows of `tokenize_texts` to one padded batch of plain tensors, B rows of L tokens.
+    """Rows of `tokenize_texts` to one batch of plain tensors: B rows padded to L tokens, or packed end to end to T.
 
-    Returns input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded by the tokenizer on its
+    Padded: input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded by the tokenizer on its
     own side; sample_ids int64 [B]; unit_ids int32 [B, L], 0 at pads, where the rows have them; eligible bool [B, L]
     only for a tokenizer of more than 16 special tokens. Masks are made later, on the device.
+
+    Packed: the same of shape [T] without attention_mask, the longest sequence first; cu_seqlens int32 [B + 1], sequence b
+    is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, a tuple of B ints.
 
     Args:
         tokenizer: the tokenizer of `tokenize_texts`.
         pad_to_multiple_of: round L up to a multiple of this.
+        packed: pack, for a `CMLMModel` whose encoder takes packed batches.
 
     Example:
         >>> DataLoader(dataset, batch_size=8, collate_fn=CMLMDataCollator(tokenizer, pad_to_multiple_of=8))
@@ -54,12 +59,31 @@ class CMLMDataCollator:
 
     tokenizer: Any
     pad_to_multiple_of: int | None = None
+    packed: bool = False
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, "CMLMDataCollator")
         self._more_special = torch.tensor(_special_ids(self.tokenizer)[_MAX_SPECIAL_IDS:], dtype=torch.int64)
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return self._pack(rows) if self.packed else self._pad(rows)
+
+    def _pack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable: equal lengths keep their order
+        lengths = tuple(len(row["input_ids"]) for row in rows)
+        dtypes = {"input_ids": torch.int64, "token_type_ids": torch.int64, "unit_ids": torch.int32}
+        batch: dict[str, Any] = {
+            name: torch.cat([torch.as_tensor(row[name], dtype=dtype) for row in rows])
+            for name, dtype in dtypes.items() if name in rows[0]
+        }  # fmt: skip
+        batch["cu_seqlens"] = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        batch["lengths"] = lengths
+        batch["sample_ids"] = torch.tensor([int(row["sample_id"]) for row in rows], dtype=torch.int64)
+        if self._more_special.numel():
+            batch["eligible"] = ~torch.isin(batch["input_ids"], self._more_special)
+        return batch
+
+    def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
         padded = self.tokenizer.pad([{name: row[name] for name in inputs} for row in rows], return_tensors="pt",
                                     return_attention_mask=True, pad_to_multiple_of=self.pad_to_multiple_of)  # fmt: skip

@@ -35,11 +35,11 @@ def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: to
     return grad.to(dtype)
 
 
-def candidates(n: int, m: int, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
-               query_token: Tensor | None, key_token: Tensor | None, device: torch.device) -> Tensor:  # fmt: skip
-    """Bool [n, m]: key j is a candidate of row i. The target always is."""
-    column = torch.arange(m, device=device)
-    mask = torch.ones(n, m, dtype=torch.bool, device=device)
+def candidates(query: Tensor, key: Tensor, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
+               query_token: Tensor | None, key_token: Tensor | None) -> Tensor:  # fmt: skip
+    """Bool [N, M]: key j is a candidate of row i. The target always is."""
+    column = torch.arange(key.shape[0], device=key.device)
+    mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=key.device)
     if key_start is not None:
         mask &= column >= key_start[:, None]
     if key_end is not None:

@@ -47,17 +47,15 @@ def _check(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None, un
     integer = (torch.int64, torch.int32)
     rule(ids.dtype in integer, "input_ids", "int64 or int32", ids.dtype)
     rule(ids.dim() == 1, "input_ids", "of shape [T]", list(ids.shape))
-    rule(cu.dtype == torch.int32 and cu.dim() == 1 and cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]",
-         f"{cu.dtype} {list(cu.shape)}")  # fmt: skip
+    rule(cu.dtype == torch.int32 and cu.dim() == 1 and cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]", cu)
     rule(special.dtype == torch.int64 and special.dim() == 1 and special.numel() <= 16, "special_ids",
-         "int64 of shape [S], S <= 16", f"{special.dtype} {list(special.shape)}")  # fmt: skip
+         "int64 of shape [S], S <= 16", special)  # fmt: skip
     tokens, sequences = ids.shape, (cu.shape[0] - 1,)
     optional = (("eligible", eligible, torch.bool, tokens), ("unit_ids", units, torch.int32, tokens),
                 ("sample_ids", samples, torch.int64, sequences))  # fmt: skip
     for name, tensor, dtype, shape in optional:
         if tensor is not None:
-            rule(tensor.dtype == dtype and tensor.shape == torch.Size(shape), name, f"{dtype} of shape {list(shape)}",
-                 f"{tensor.dtype} {list(tensor.shape)}")  # fmt: skip
+            rule(tensor.dtype == dtype and tensor.shape == shape, name, f"{dtype} of shape {list(shape)}", tensor)
     for name, tensor in (("cu_seqlens", cu), ("special_ids", special), ("eligible", eligible), ("unit_ids", units),
                          ("sample_ids", samples)):  # fmt: skip
         if tensor is not None:
@@ -175,6 +173,12 @@ def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tenso
     return torch.tensor(special_ids, dtype=torch.int64, device=device)
 
 
+@lru_cache(maxsize=64)
+def _equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
+    """cu_seqlens of a padded batch, kept as `_special_tensor` is."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+
+
 def complementary_mask(
     input_ids: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -234,8 +238,8 @@ def complementary_mask(
     shape, device = input_ids.shape, input_ids.device
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
-        batch, length = shape
-        cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        equal_lengths = _equal_lengths.__wrapped__ if torch.compiler.is_compiling() else _equal_lengths
+        cu_seqlens = equal_lengths(*shape, device)
     for name, tensor in (("attention_mask", attention_mask), ("eligible", eligible), ("unit_ids", unit_ids)):
         if tensor is not None:
             expect(_NAME, tensor.shape == shape, name, f"of input_ids' shape {list(shape)}", list(tensor.shape))

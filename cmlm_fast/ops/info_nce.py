@@ -20,8 +20,18 @@ from torch import Tensor
 from .._library import Contract, contracts, declare, expect, op
 from ..backends import resolve
 from ._distributed import info_nce_across_ranks
-from ._scores import (FLOATING, as_temperature, autocast_rows, check_rows, check_temperature, check_vector, loss_dtype,
-                      random_rows, through_unit_rows, unit_rows)  # fmt: skip
+from ._scores import (
+    FLOATING,
+    as_temperature,
+    autocast_rows,
+    check_rows,
+    check_temperature,
+    check_vector,
+    loss_dtype,
+    random_rows,
+    through_unit_rows,
+    unit_rows,
+)
 from .token_contrastive import check_reduction, reduction_weight
 
 _NAME = "info_nce"
@@ -58,16 +68,17 @@ def _rows(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, sc
     (u1, _), (u2, _) = unit_rows(z1, normalize), unit_rows(z2, normalize)
     if labels is None and scheme == "cross":
         s = u1 @ u2.T / temperature
-        loss = torch.logsumexp(s, 1) - s.diagonal()
+        # Shifted by the positive's score first, here and below: a loss near 0 is no difference of two large numbers.
+        loss = torch.logsumexp(s - s.diagonal()[:, None], 1)
         if symmetric:
-            loss = (loss + torch.logsumexp(s, 0) - s.diagonal()) / 2
+            loss = (loss + torch.logsumexp(s - s.diagonal(), 0)) / 2
         return loss, torch.ones_like(loss, dtype=torch.bool), s
     z = torch.cat([u1, u2])
     positive = _positives(labels, z1.shape[0], z)
     s = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
     valid = positive.sum(1) > 0
     finite = s.clone().fill_diagonal_(0.0)
-    return torch.where(valid, torch.logsumexp(s, 1) - (positive * finite).sum(1), 0.0), valid, s
+    return torch.where(valid, torch.logsumexp(s - (positive * finite).sum(1, keepdim=True), 1), 0.0), valid, s
 
 
 def _gradients(weight: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str,

@@ -56,7 +56,7 @@ def mlm_cross_entropy(
         rows, labels = hidden[valid], target[valid]
         if labels.device.type == "cpu" and labels.numel():
             low, high = labels.aminmax()
-            inside = 0 <= int(low) and int(high) < weight.shape[0]
+            inside = int(low) >= 0 and int(high) < weight.shape[0]
             expect_values(_NAME, inside, "target", f"in [0, V = {weight.shape[0]}) or {IGNORE}", [int(low), int(high)])
     logits = F.linear(rows, weight, bias)
     losses = F.cross_entropy(logits.to(loss_dtype(logits.dtype)), labels, reduction="none", ignore_index=IGNORE)

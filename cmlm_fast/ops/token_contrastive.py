@@ -19,8 +19,20 @@ from torch import Tensor
 
 from .._library import Contract, contracts, declare, expect, expect_values, op
 from ..backends import resolve
-from ._scores import (FLOATING, IGNORE, as_temperature, autocast_rows, candidates, check_rows, check_temperature,
-                      check_vector, loss_dtype, random_rows, through_unit_rows, unit_rows)  # fmt: skip
+from ._scores import (
+    FLOATING,
+    IGNORE,
+    as_temperature,
+    autocast_rows,
+    candidates,
+    check_rows,
+    check_temperature,
+    check_vector,
+    loss_dtype,
+    random_rows,
+    through_unit_rows,
+    unit_rows,
+)
 
 _NAME = "token_contrastive"
 _INPUTS = (
@@ -61,17 +73,16 @@ def _gradients(weight: Tensor, query: Tensor, key: Tensor, target: Tensor, tempe
                key_end: Tensor | None, query_token: Tensor | None, key_token: Tensor | None, normalize: bool,
                query_grad: bool, key_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss [N] and the gradients of Σ weight_i·loss_i."""
-    n, m = query.shape[0], key.shape[0]
     q, q_norm = unit_rows(query, normalize)
     k, k_norm = unit_rows(key, normalize)
     valid = (target != IGNORE)[:, None]
-    mask = candidates(n, m, target, key_start, key_end, query_token, key_token, query.device) & valid
-    positive = (torch.arange(m, device=query.device) == target[:, None]).to(q.dtype)
+    mask = candidates(query, key, target, key_start, key_end, query_token, key_token) & valid
+    positive = (torch.arange(key.shape[0], device=query.device) == target[:, None]).to(q.dtype)
     s = (q @ k.T / temperature).masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(s, 1, keepdim=True)
     finite = s.masked_fill(~mask, 0.0)
-    loss = torch.where(valid[:, 0], lse[:, 0] - (positive * finite).sum(1), 0.0)
-    g = torch.where(mask, (s - lse).exp() - positive, 0.0) * weight[:, None]
+    above = s - (positive * finite).sum(1, keepdim=True)  # so that a loss near 0 is no difference of two large numbers
+    loss = torch.where(valid[:, 0], torch.logsumexp(above, 1), 0.0)
+    g = torch.where(mask, torch.softmax(s, 1) - positive, 0.0) * weight[:, None]
     empty = query.new_empty(0)
     dq = through_unit_rows(g @ k / temperature, q, q_norm, query.dtype) if query_grad else empty
     dk = through_unit_rows(g.T @ q / temperature, k, k_norm, key.dtype) if key_grad else empty.clone()
@@ -85,8 +96,8 @@ def _reference(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, 
     check_temperature(_NAME, temperature)
     weight = reduction_weight(target != IGNORE, reduction, loss_dtype(query.dtype))
     wanted = reduction != "none"
-    loss, dq, dk, dt = _gradients(weight, query, key, target, temperature, *options, normalize, query_grad and wanted,
-                                  key_grad and wanted)  # fmt: skip
+    inputs = (query, key, target, temperature, *options, normalize, query_grad and wanted, key_grad and wanted)
+    loss, dq, dk, dt = _gradients(weight, *inputs)
     return (loss if reduction == "none" else (weight * loss).sum()), dq, dk, dt if wanted else torch.zeros_like(dt)
 
 
@@ -128,7 +139,8 @@ def _fake_gradients(query: Tensor, key: Tensor, temperature: Tensor, query_grad:
     return dq, dk, torch.empty_like(temperature)
 
 
-def _fake_backward(grad_loss: Tensor, query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _fake_backward(grad_loss: Tensor, query: Tensor, key: Tensor, target: Tensor, temperature: Tensor,
+                   *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
     return _fake_gradients(query, key, temperature, *rest[-2:])
 
 
@@ -178,7 +190,8 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "no-rows", make(0, 7, 8)
     yield "nothing", make(0, 0, 8)
     yield "sum-dot", make(17, 33, 24, tau=1.0, normalize=False, reduction="sum")
-    yield "rows-ranges", make(130, 257, 33, reduction="none", start=integers(257, 130, torch.int32), end=integers(258, 130, torch.int32))
+    yield "rows-ranges", make(130, 257, 33, reduction="none", start=integers(257, 130, torch.int32),
+                              end=integers(258, 130, torch.int32))  # fmt: skip
     start = torch.arange(0, 640, 64, dtype=torch.int32, device=device).repeat_interleave(13)
     yield "blocks", make(130, 640, 64, start=start, end=start + 64)
     tokens = integers(20, 200, torch.int64)

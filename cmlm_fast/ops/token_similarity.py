@@ -10,8 +10,15 @@ from torch import Tensor
 
 from .._library import Contract, contracts, declare
 from ..backends import resolve
-from ._scores import (FLOATING, as_temperature, autocast_rows, candidates, check_temperature, through_unit_rows,
-                      unit_rows)  # fmt: skip
+from ._scores import (
+    FLOATING,
+    as_temperature,
+    autocast_rows,
+    candidates,
+    check_temperature,
+    through_unit_rows,
+    unit_rows,
+)
 from .token_contrastive import _samples as contrastive_samples
 from .token_contrastive import check_pairs, check_target
 
@@ -29,7 +36,7 @@ def _reference(query: Tensor, key: Tensor, target: Tensor | None, temperature: T
     if target is not None:
         check_target(_NAME, target, key.shape[0])
     s = unit_rows(query, normalize)[0] @ unit_rows(key, normalize)[0].T / temperature
-    mask = candidates(query.shape[0], key.shape[0], target, *options, query.device)
+    mask = candidates(query, key, target, *options)
     return s.masked_fill(~mask, float("-inf")).to(query.dtype)
 
 

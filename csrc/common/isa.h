@@ -35,7 +35,7 @@ const char* isa_name(Isa isa);
   namespace baseline {                                \
   result name parameters;                             \
   }
-#define CMLM_KERNEL(name) (::cmlm::isa(), &baseline::name)
+#define CMLM_KERNEL(name) (&baseline::name)
 #endif
 
 }  // namespace cmlm

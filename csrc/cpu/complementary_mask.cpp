@@ -58,10 +58,10 @@ bool is_special(const MaskArgs& args, int64_t id) {
   return false;
 }
 
-// Names the first eligible token that breaks a rule; the kernel found that there is one.
+// Names the first eligible token that breaks a rule, if there is one.
 template <class Id>
-[[noreturn]] void fail_token(const MaskArgs& args, const Id* ids) {
-  for (int64_t i = 0;; ++i) {
+void check_tokens(const MaskArgs& args, const Id* ids, int64_t tokens) {
+  for (int64_t i = 0; i < tokens; ++i) {
     if (is_special(args, ids[i]) || (args.eligible && !args.eligible[i])) continue;
     CMLM_CHECK(kOp, ids[i] >= 0 && ids[i] < args.vocab, "input_ids", "in [0, vocab_size = " + std::to_string(args.vocab) + ")", ids[i]);
     CMLM_CHECK(kOp, !args.unit_ids || args.unit_ids[i] >= 0, "unit_ids", ">= 0", args.unit_ids[i]);
@@ -122,14 +122,15 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor ids, Tensor cu, Ten
   args.exact = exact;
   args.stream = tokens >= kStreamTokens;
 
-  const int64_t scratch = longest + kMaskPad + (units ? longest + kMaskPad + mask_table(longest) : 0);
+  const int64_t scratch = 2 * (longest + kMaskPad) + (units ? longest + kMaskPad + mask_table(longest) : 0);
   isa();  // a wrong CMLM_FAST_ISA is reported here, not from a worker thread
   std::atomic<bool> good{true};
   torch::stable::parallel_for(0, tokens, kTokensPerThread, [&](int64_t begin, int64_t end) {
     if (!mask_range(args, sequences, begin, end, scratch)) good.store(false, std::memory_order_relaxed);
   });
   if (!good)
-    wide ? fail_token(args, static_cast<const int64_t*>(args.ids)) : fail_token(args, static_cast<const int32_t*>(args.ids));
+    wide ? check_tokens(args, static_cast<const int64_t*>(args.ids), tokens)
+         : check_tokens(args, static_cast<const int32_t*>(args.ids), tokens);
   return {view1, view2, role};
 }
 

@@ -24,8 +24,8 @@ struct MaskArgs : MaskOptions {
   bool stream;  // outputs larger than the caches: write around them
 };
 
-// int64 words of scratch that the longest sequence needs: its keys; with unit ids the distinct ones and a table to find them.
-// All parts have room for a whole last vector.
+// int64 words of scratch that the longest sequence needs: its keys and corrupted ids; with unit ids the distinct keys and a table
+// to find them. All parts have room for a whole last vector.
 constexpr int64_t kMaskPad = 8;
 inline int64_t mask_table(int64_t length) {
   int64_t size = 16;
@@ -33,8 +33,8 @@ inline int64_t mask_table(int64_t length) {
   return size;
 }
 
-// Masks tokens [begin, end), all in sequence `sequence` (the whole of it for exact sampling). True if every eligible token has
-// an id within the vocabulary and a unit id >= 0.
+// Masks tokens [begin, end), all in sequence `sequence` (the whole of it for exact sampling). False if some id lies outside the
+// vocabulary, or an eligible token's unit id is negative: whether a rule is broken, the caller finds out.
 CMLM_DECLARE_KERNEL(bool, mask_tokens, (const MaskArgs& args, int64_t sequence, int64_t begin, int64_t end, int64_t* scratch))
 
 }  // namespace cmlm

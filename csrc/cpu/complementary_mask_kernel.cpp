@@ -1,10 +1,10 @@
 // Complementary mask, CPU. Definition: cmlm_fast/ops/complementary_mask.py.
 //
 // Work:   tokens split over threads (bernoulli anywhere, exact between sequences) -> one vector of tokens at a time, one Philox
-//         word in each 64-bit lane. Exact sampling: pass 1 draws, keeping keys in scratch and corrupted ids in view1; a search
-//         finds the two keys that part the roles; pass 2 writes.
+//         word in each 64-bit lane. Exact sampling: pass 1 draws, keeping keys and corrupted ids in scratch; a search finds the
+//         two keys that part the roles; pass 2 writes.
 // Memory: reads the id once (8 bytes, int32: 4; plus 1 for eligible, 4 for unit_ids), writes both views and the role once
-//         (17 or 9 bytes): 25 bytes a token. Exact: two more passes over a sequence that the caches hold.
+//         (17 or 9 bytes): 25 bytes a token. Exact: 16 bytes a token of one sequence besides, which the caches hold.
 // Same bits everywhere: a token's outputs depend on its position and sequence alone, never on how the work was split.
 #include "cpu/complementary_mask.h"
 
@@ -65,8 +65,8 @@ inline Lanes load(const uint8_t* from) {
   return (Lanes)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
 }
 
-inline void store(uint8_t* to, Lanes values) {
-  _mm_storel_epi64((__m128i*)to, _mm512_cvtepi64_epi8((__m512i)values));
+inline void store(uint8_t* to, __m128i bytes) {
+  _mm_storel_epi64((__m128i*)to, bytes);
 }
 #elif defined(CMLM_ISA_avx2)
 inline Lanes load(const uint8_t* from) {
@@ -128,7 +128,7 @@ inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
   for (; i + kLanes <= n; i += kLanes) f(row.at(i), i);
   const int rest = static_cast<int>(n - i);
   if (rest == 0) return;
-  Id ids[kLanes] = {}, view1[kLanes] = {}, view2[kLanes];
+  Id ids[kLanes] = {}, view1[kLanes], view2[kLanes];
   uint8_t eligible[kLanes] = {}, role[kLanes];
   int32_t units[kLanes] = {};
   const Row<Id> last = row.at(i);
@@ -136,7 +136,6 @@ inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
     ids[j] = last.ids[j];
     eligible[j] = last.eligible ? last.eligible[j] : 1;
     units[j] = last.units ? last.units[j] : 0;
-    view1[j] = last.view1[j];
   }
   f(Row<Id>{ids, eligible, last.units ? units : nullptr, view1, view2, role, last.t}, i);
   for (int j = 0; j < kLanes && j < rest; ++j) {
@@ -161,31 +160,33 @@ class Sequence {
     for (int lane = 0; lane < kLanes; ++lane) iota_[lane] = lane;
   }
 
+  // Both return whether all went well, as mask_tokens does.
   bool bernoulli(const Row<Id>& row, int64_t n) {
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t) {
       const Drawn d = draw(r);
       write(r, d.ids, d.corrupted, d.assignment, args_.below_role1, args_.below_role2);
     });
-    return !any(bad_);
+    return ids_within() && !any(bad_unit_);
   }
 
-  bool exact(const Row<Id>& row, int64_t n, int64_t* keys) {
+  bool exact(const Row<Id>& row, int64_t n, int64_t* scratch) {
+    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    int64_t *keys = scratch, *corrupted = keys + padded, *distinct_keys = corrupted + padded;
     Lanes eligible = {};
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
       const Drawn d = draw(r);
       // (w0, unit id) in one signed word, in the same order; below kNoKey since unit ids are below 2^31.
       const Lanes key = (d.assignment << 32 | d.unit) ^ INT64_MIN;
       store(keys + i, d.assignment == kNotEligible ? Lanes() + kNoKey : key);
-      store(r.view1, d.corrupted);
+      store(corrupted + i, d.corrupted);
       eligible -= d.assignment != kNotEligible;
     });
-    if (any(bad_)) return false;
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    if (any(bad_unit_)) return false;  // their keys have no order
     const int64_t* units = keys;
     int64_t slots = padded, count = 0;
     if (args_.unit_ids) {
-      units = keys + padded;
-      count = distinct(keys, n, keys + padded);
+      units = distinct_keys;
+      count = distinct(keys, n, distinct_keys);
       slots = (count + kLanes - 1) / kLanes * kLanes;
     } else {
       for (int lane = 0; lane < kLanes; ++lane) count += eligible[lane];
@@ -193,9 +194,9 @@ class Sequence {
     const int64_t k1 = quota(args_.rate, count), k2 = quota(args_.complement_rate, count - k1);
     const int64_t below1 = parting(units, slots, count, k1), below2 = parting(units, slots, count, k1 + k2);
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
-      write(r, load(r.ids), load(r.view1), load(keys + i), below1, below2);
+      write(r, load(r.ids), load(corrupted + i), load(keys + i), below1, below2);
     });
-    return true;
+    return ids_within();
   }
 
  private:
@@ -211,19 +212,13 @@ class Sequence {
       d.assignment = (Lanes)(philox_((Words)d.unit).w0 & 0xffffffff);
     }
     // Selections one after the other, not masks combined: with AVX-512 each is a compare and a masked move.
-    Lanes checked = d.ids;
     for (int run = 0; run < args_.special_runs; ++run) {
       const Words above = (Words)d.ids - static_cast<uint64_t>(args_.special_first[run]);
       d.assignment = above < args_.special_size[run] ? Lanes() + kNotEligible : d.assignment;
-      checked = above < args_.special_size[run] ? Lanes() : checked;
     }
-    if (r.eligible) {
-      const Lanes eligible = load(r.eligible);
-      d.assignment = eligible == 0 ? Lanes() + kNotEligible : d.assignment;
-      checked = eligible == 0 ? Lanes() : checked;
-    }
-    bad_ = (Words)checked >= static_cast<uint64_t>(args_.vocab) ? Lanes() - 1 : bad_;
-    if (r.units) bad_ |= (d.unit < 0) & (d.assignment != kNotEligible);
+    if (r.eligible) d.assignment = load(r.eligible) == 0 ? Lanes() + kNotEligible : d.assignment;
+    if (r.units) bad_unit_ |= (d.unit < 0) & (d.assignment != kNotEligible);
+    largest_ = (Words)d.ids > largest_ ? (Words)d.ids : largest_;
     const Lanes w1 = (Lanes)(words.w1 & 0xffffffff);
     const Lanes random = (Lanes)(MultiplyLanes{}(words.w2, static_cast<uint32_t>(args_.vocab)) >> 32);
     d.corrupted = w1 < args_.below_random ? random : d.ids;
@@ -231,11 +226,21 @@ class Sequence {
     return d;
   }
 
+  bool ids_within() const { return !any((Lanes)(largest_ >= static_cast<uint64_t>(args_.vocab))); }
+
   // Role 1 where key < below1, role 2 where below1 <= key < below2.
   inline void write(const Row<Id>& r, Lanes ids, Lanes corrupted, Lanes key, int64_t below1, int64_t below2) const {
+#if defined(CMLM_ISA_avx512)
+    const __mmask8 first = _mm512_cmplt_epi64_mask((__m512i)key, _mm512_set1_epi64(below1));
+    const __mmask8 either = _mm512_cmplt_epi64_mask((__m512i)key, _mm512_set1_epi64(below2));
+    const Lanes view1 = (Lanes)_mm512_mask_mov_epi64((__m512i)ids, first, (__m512i)corrupted);
+    const Lanes view2 = (Lanes)_mm512_mask_mov_epi64((__m512i)ids, either & ~first, (__m512i)corrupted);
+    const __m128i role = _mm_mask_set1_epi8(_mm_maskz_set1_epi8(either, 2), first, 1);
+#else
     const Lanes view1 = key < below1 ? corrupted : ids;
     const Lanes either = key < below2 ? corrupted : ids, view2 = key < below1 ? ids : either;
     const Lanes masked = key < below2 ? Lanes() + 2 : Lanes(), role = key < below1 ? Lanes() + 1 : masked;
+#endif
     if (args_.stream) {
       store_around(r.view1, view1);
       store_around(r.view2, view2);
@@ -297,7 +302,8 @@ class Sequence {
   const MaskArgs& args_;
   const Philox<Words, MultiplyLanes> philox_;
   Lanes iota_;
-  Lanes bad_ = {};
+  Lanes bad_unit_ = {};  // -1 where an eligible token's unit id is negative
+  Words largest_ = {};   // of all ids as unsigned numbers, eligible or not: a look at each only where this is outside the vocabulary
 };
 
 template <class Id>

@@ -21,6 +21,16 @@ constexpr torch::headeronly::ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, torch::headeronly::BFloat16>) return ScalarType::BFloat16;
 }
 
+template <class T>
+T* data(const torch::stable::Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+torch::stable::Tensor empty(std::initializer_list<int64_t> sizes) {
+  return torch::stable::empty(sizes, scalar_type_of<T>());
+}
+
 // A view of rows × columns numbers, `stride` apart from row to row.
 template <class T>
 torch::stable::Tensor matrix(const T* data, int64_t rows, int64_t columns, int64_t stride) {

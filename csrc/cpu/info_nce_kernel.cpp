@@ -4,7 +4,7 @@
 //         sums: one exponential a score gives the row's and the column's sum (where |s| <= scale bounds all scores; else each
 //         takes its own maximum and exponential). gradient: one more, in place.
 // Memory: a chunk stays in cache: each pass reads it once (gradient: and writes it once), plus 4 to 16 bytes a column and row.
-// Norms:  rows are multiplied as they came. With k_ij = scale·‖l_i‖⁻¹‖r_j‖⁻¹, s = k·(l·r), and g·k in the place of l·r makes
+// Norms:  rows are multiplied as they came. With k_ij = ‖l_i‖⁻¹‖r_j‖⁻¹·scale, s = k·(l·r), and g·k in the place of l·r makes
 //         the next product the gradient by the row, but for the part along it, which info_nce_project removes.
 // Types:  scores in the rows' dtype (bfloat16, float, double), all arithmetic and sums in float, double for double.
 // Same bits every time: sums run over kLanes accumulators folded in one order, columns over blocks of kInfoNceBlock rows
@@ -37,12 +37,27 @@ CMLM_INLINE M fold(const M* lanes) {
 template <class M>
 constexpr M kLowest = std::numeric_limits<M>::lowest();
 
+// k_ij, to the bit the same as k_ji: where rows and columns are the same vectors, row j's sums serve column j.
+template <class M>
+CMLM_INLINE M factor(M left, M right, M scale) {
+  return (left * right) * scale;
+}
+
+// A score from its product: at least kLowest, lest what is hidden makes 0 · inf. The comparison also keeps the compiler from fusing
+// the multiplication with what follows in one pass and not in another: weights must sum to what the sums say.
+template <class C, class M>
+CMLM_INLINE M score(C product, M k) {
+  const M s = widen(product) * k;
+  return kLowest<M> > s ? kLowest<M> : s;
+}
+
 // One row's sum, and its part of the columns' sums when these share its exponentials.
 template <bool Columns, class C, class M>
-CMLM_INLINE M row_sum(const C* products, const M* scale, M factor, M reference, int64_t n, M* columns) {
+CMLM_INLINE M row_sum(const InfoNce<C>& nce, const C* products, M left, M reference, M* columns) {
+  const M *right = nce.right_scale, scale = nce.scale;
   M lanes[kLanes] = {};
-  sweep(n, [&](int64_t lane, int64_t j) {
-    const M e = exp(widen(products[j]) * (factor * scale[j]) - reference);
+  sweep(nce.size, [&](int64_t lane, int64_t j) {
+    const M e = exp(score(products[j], factor(left, right[j], scale)) - reference);
     lanes[lane] += e;
     if constexpr (Columns) columns[j] += e;
   });
@@ -52,36 +67,38 @@ CMLM_INLINE M row_sum(const C* products, const M* scale, M factor, M reference, 
 // Columns of a block of rows, with maxima of their own.
 template <class C, class M>
 void column_sums(const InfoNce<C>& nce, const C* products, int64_t rows, const M* left_scale, M* sum, M* reference) {
-  const M* scale = nce.right_scale;
+  const M *right = nce.right_scale, scale = nce.scale;
   for (int64_t i = 0; i < rows; ++i) {
     const C* row = products + i * nce.size;
-    const M factor = left_scale[i] * nce.scale;
-    sweep(nce.size, [&](int64_t, int64_t j) { reference[j] = max(reference[j], widen(row[j]) * (factor * scale[j])); });
+    const M left = left_scale[i];
+    sweep(nce.size, [&](int64_t, int64_t j) { reference[j] = max(reference[j], score(row[j], factor(left, right[j], scale))); });
   }
   for (int64_t i = 0; i < rows; ++i) {
     const C* row = products + i * nce.size;
-    const M factor = left_scale[i] * nce.scale;
-    sweep(nce.size, [&](int64_t, int64_t j) { sum[j] += exp(widen(row[j]) * (factor * scale[j]) - reference[j]); });
+    const M left = left_scale[i];
+    sweep(nce.size, [&](int64_t, int64_t j) { sum[j] += exp(score(row[j], factor(left, right[j], scale)) - reference[j]); });
   }
 }
 
 // Takes the diagonal of self and a lone positive out of a row: -inf counts for nothing in maxima and sums. Returns the (mean)
 // score of the positives.
-template <class C, class M>
-M hide(const InfoNce<C>& nce, C* row, M factor, int64_t i) {
+template <class C>
+typename InfoNce<C>::M hide(const InfoNce<C>& nce, C* row, int64_t i) {
+  using M = typename InfoNce<C>::M;
+  const M left = nce.left_scale[i];
   const C nothing = narrow<C>(-std::numeric_limits<M>::infinity());
   if (nce.classes == nullptr) {
     const int64_t positive = nce.positive_of(i);
-    const M score = widen(row[positive]) * (factor * nce.right_scale[positive]);
+    const M s = score(row[positive], factor(left, nce.right_scale[positive], nce.scale));
     if (nce.self) row[i] = nothing;
     row[positive] = nothing;
-    return score;
+    return s;
   }
   const int32_t own = nce.classes[i];
   M sum[kLanes] = {}, count[kLanes] = {};
   sweep(nce.size, [&](int64_t lane, int64_t j) {
     const bool counts = nce.classes[j] == own && j != i;
-    sum[lane] += counts ? widen(row[j]) * (factor * nce.right_scale[j]) : M(0);
+    sum[lane] += counts ? score(row[j], factor(left, nce.right_scale[j], nce.scale)) : M(0);
     count[lane] += counts ? M(1) : M(0);
   });
   row[i] = nothing;
@@ -91,16 +108,15 @@ M hide(const InfoNce<C>& nce, C* row, M factor, int64_t i) {
 template <bool Both, bool Fixed, bool Classes, class C>
 void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
   using M = typename InfoNce<C>::M;
-  const M factor = nce.left_scale[i] * nce.scale, share = nce.row_share[i];
+  const M left = nce.left_scale[i], scale = nce.scale, share = nce.row_share[i];
   const M reference = Fixed ? nce.scale : nce.row_reference[i], positive = nce.positive[i], at_positive = nce.positive_gradient[i];
-  const M *scale = nce.right_scale, *column_share = nce.column_share, *column_reference = nce.column_reference;
+  const M *right = nce.right_scale, *column_share = nce.column_share, *column_reference = nce.column_reference;
   const M *column_positive = nce.positive, *column_at_positive = nce.positive_gradient;
   const int32_t own = Classes ? nce.classes[i] : 0, *classes = nce.classes;
   M pull[kLanes] = {};
   sweep(nce.size, [&](int64_t lane, int64_t j) {
-    const M k = factor * scale[j];
-    M s = widen(row[j]) * k;
-    s = kLowest<M> > s ? kLowest<M> : s;  // what is hidden, lest 0 · inf below
+    const M k = factor(left, right[j], scale);
+    const M s = score(row[j], k);
     const M e = exp(s - reference);
     M g = e * share;
     M weighted = g * (s - positive);  // Σ_j g_ij = 0: the positive's own part is then 0
@@ -117,7 +133,7 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
   if (nce.self) row[i] = narrow<C>(M(0));
   if constexpr (Classes) return;
   const int64_t j = nce.positive_of(i);
-  row[j] = narrow<C>((at_positive + (nce.self ? column_at_positive[j] : M(0))) * (factor * scale[j]));
+  row[j] = narrow<C>((at_positive + (nce.self ? column_at_positive[j] : M(0))) * factor(left, right[j], scale));
 }
 
 template <bool Fixed, class C>
@@ -160,8 +176,8 @@ void info_nce_sums(const InfoNce<C>& nce, C* products, int64_t first, int64_t be
   const bool columns = nce.two_sided && !nce.self;
   for (int64_t i = begin; i < end; ++i) {
     C* row = products + (i - first) * n;
-    const M factor = nce.left_scale[i] * nce.scale;
-    nce.positive[i] = hide(nce, row, factor, i);
+    const M left = nce.left_scale[i];
+    nce.positive[i] = hide(nce, row, i);
     M* sums = nullptr;
     if (columns) {
       sums = block_sum + (i - begin) / kInfoNceBlock * n;
@@ -169,16 +185,17 @@ void info_nce_sums(const InfoNce<C>& nce, C* products, int64_t first, int64_t be
         for (int64_t j = 0; j < n; ++j) sums[j] = 0;
     }
     if (nce.fixed) {
-      nce.row_sum[i] = columns ? row_sum<true>(row, nce.right_scale, factor, nce.scale, n, sums)
-                               : row_sum<false>(row, nce.right_scale, factor, nce.scale, n, sums);
+      nce.row_sum[i] = columns ? row_sum<true>(nce, row, left, nce.scale, sums) : row_sum<false>(nce, row, left, nce.scale, sums);
     } else {
       M highest[kLanes];
       for (M& lane : highest) lane = kLowest<M>;
-      sweep(n, [&](int64_t lane, int64_t j) { highest[lane] = max(widen(row[j]) * (factor * nce.right_scale[j]), highest[lane]); });
+      sweep(n, [&](int64_t lane, int64_t j) {
+        highest[lane] = max(score(row[j], factor(left, nce.right_scale[j], nce.scale)), highest[lane]);
+      });
       M reference = kLowest<M>;
       for (M lane : highest) reference = max(lane, reference);
       nce.row_reference[i] = reference;
-      nce.row_sum[i] = row_sum<false>(row, nce.right_scale, factor, reference, n, sums);
+      nce.row_sum[i] = row_sum<false>(nce, row, left, reference, sums);
     }
   }
   if (!columns || nce.fixed) return;
@@ -213,7 +230,7 @@ template <class C>
 void info_nce_gradient(const InfoNce<C>& nce, C* products, int64_t first, bool again, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     C* row = products + (i - first) * nce.size;
-    if (again) hide(nce, row, nce.left_scale[i] * nce.scale, i);
+    if (again) hide(nce, row, i);
     nce.fixed ? gradient_row<true>(nce, row, i) : gradient_row<false>(nce, row, i);
   }
 }

@@ -33,16 +33,6 @@ constexpr const char* kOp = "token_contrastive";
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-template <class T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-template <class T>
-Tensor empty(std::initializer_list<int64_t> sizes) {
-  return torch::stable::empty(sizes, scalar_type_of<T>());
-}
-
 constexpr int64_t kPad = 32;  // columns of a chunk are padded to whole vectors with queries of scale 0
 
 int64_t rows_per_chunk(const TokenPairs& pairs) {
@@ -178,7 +168,7 @@ class Engine {
 template <class T>
 void Engine<T>::load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const {
   T* copy = data<T>(w.rows) + i * d_;
-  w.scale[i] = w.shift[i] = 0;
+  w.scale[i] = w.shift[i] = w.target_score[i] = 0;
   w.start[i] = w.length[i] = w.token[i] = 0;
   if (i >= chunk.rows) {
     std::fill_n(copy, d_, baseline::narrow<T>(0));
@@ -206,7 +196,7 @@ void Engine<T>::score_keys(const Chunk& chunk, Workspace<T>& w) const {
     block.keys = keys, block.columns = columns, block.first = chunk.key + first;
     block.key_scale = key_inverse_.data() + block.first;
     block.key_token = pairs_.key_token.empty() ? nullptr : pairs_.key_token.data() + block.first;
-    block.scale = w.scale.data(), block.shift = w.shift.data();
+    block.scale = w.scale.data(), block.shift = w.shift.data(), block.target = w.target_score.data();
     block.start = chunk.ranged ? w.start.data() : nullptr, block.length = w.length.data();
     block.token = pairs_.query_token.empty() ? nullptr : w.token.data();
     block.sum = w.partial.data() + 2 * columns * b, block.moment = block.sum + columns;
@@ -250,7 +240,7 @@ void Engine<T>::finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i) {
   w.factor[i] = weight_[row] / (total * tau_);
   w.target_factor[i] = -w.factor[i] * others;
   key_factor_[row] = w.target_factor[i] * w.inverse[i];
-  tau_part_[row] = -w.factor[i] * (moment - others * x);
+  tau_part_[row] = -w.factor[i] * moment;
 }
 
 template <class T>

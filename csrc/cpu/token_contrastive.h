@@ -1,4 +1,4 @@
-// What csrc/cpu/token_contrastive.cpp and its kernel share. T is the dtype of the products: float, BFloat16 or double.
+// What csrc/cpu/token_contrastive.cpp, token_similarity.cpp and their kernels share. T is the dtype of the products: float, BFloat16 or double.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +20,24 @@ struct ScoreBlock {
   const int32_t* key_token; // [keys] or null
   const O* scale;           // [columns] s_ij = raw · scale_i · key_scale_j
   const O* shift;           // [columns] exponents are s_ij − shift_i
+  const O* target;          // [columns] s_i,target
   const int32_t* start;     // [columns] or null: candidates are start_i <= j < start_i + length_i
   const int32_t* length;
   const int32_t* token;     // [columns] or null
   O* sum;                   // [columns] of this block: Σ_j e_ij (token_max: the largest s_ij)
-  O* moment;                // [columns] Σ_j e_ij (s_ij − shift_i)
+  O* moment;                // [columns] Σ_j e_ij (s_ij − s_i,target)
+};
+
+// One row of the score matrix itself.
+template <class T>
+struct ScoreRow {
+  using O = math_t<T>;
+  T* scores;                // [M]; raw products, then s_j = raw · scale · key_scale_j, -inf where j is no candidate
+  O scale;
+  const O* key_scale;       // [M] 1 / ‖k_j‖
+  int64_t m, first, last;   // candidates by range: first <= j < last
+  const int32_t* key_token; // [M] or null
+  int32_t token;            // besides -1, the key_token that is no candidate
 };
 
 // One row of the query's gradient.
@@ -46,6 +59,8 @@ CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d
 CMLM_DECLARE_KERNEL(template <class T> void, token_max, (const ScoreBlock<T>& block))
 // e_ij = exp(s_ij − shift_i), 0 where j is no candidate; scores = e_ij · key_scale_j, and the sums.
 CMLM_DECLARE_KERNEL(template <class T> void, token_exp, (const ScoreBlock<T>& block))
+// Raw products into scores, in place.
+CMLM_DECLARE_KERNEL(template <class T> void, token_scores, (const ScoreRow<T>& row))
 // y += x, or y = x if fresh
 CMLM_DECLARE_KERNEL(template <class T> void, token_add, (const T* x, int64_t n, bool fresh, math_t<T>* y))
 // y += factor · x

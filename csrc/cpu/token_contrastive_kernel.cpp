@@ -22,6 +22,7 @@ void visit(const ScoreBlock<T>& block) {
   O* __restrict moment = block.moment;
   const O* __restrict scale = block.scale;
   const O* __restrict shift = block.shift;
+  const O* __restrict target = block.target;
   const int32_t* __restrict start = block.start;
   const int32_t* __restrict length = block.length;
   const int32_t* __restrict token = block.token;
@@ -45,10 +46,9 @@ void visit(const ScoreBlock<T>& block) {
       if constexpr (kMax) {
         sum[i] = max(sum[i], candidate ? s : -std::numeric_limits<O>::infinity());
       } else {
-        const O x = candidate ? s - shift[i] : O(kNever);
-        const O e = exp(x);
+        const O e = exp(candidate ? s - shift[i] : O(kNever));
         sum[i] += e;
-        moment[i] += e * x;
+        moment[i] += e * (s - target[i]);
         row[i] = narrow<T>(e * key_scale);
       }
     }
@@ -73,6 +73,20 @@ void token_max(const ScoreBlock<T>& block) {
 template <class T>
 void token_exp(const ScoreBlock<T>& block) {
   visit_any<false>(block);
+}
+
+template <class T>
+void token_scores(const ScoreRow<T>& row) {
+  using O = math_t<T>;
+  T* __restrict scores = row.scores;
+  const O* __restrict key_scale = row.key_scale;
+  const T never = narrow<T>(-std::numeric_limits<O>::infinity());
+  for (int64_t j = 0; j < row.first; ++j) scores[j] = never;
+  for (int64_t j = row.last; j < row.m; ++j) scores[j] = never;
+  for (int64_t j = row.first; j < row.last; ++j) scores[j] = narrow<T>(widen(scores[j]) * (row.scale * key_scale[j]));
+  if (row.key_token == nullptr) return;
+  for (int64_t j = row.first; j < row.last; ++j)
+    scores[j] = (row.key_token[j] == -1) | (row.key_token[j] == row.token) ? never : scores[j];
 }
 
 template <class T>
@@ -128,6 +142,7 @@ void token_finish_key(const math_t<T>* g, const T* __restrict key, int64_t d, bo
 #define CMLM_INSTANTIATE(T)                                                               \
   template void token_max<T>(const ScoreBlock<T>&);                                       \
   template void token_exp<T>(const ScoreBlock<T>&);                                       \
+  template void token_scores<T>(const ScoreRow<T>&);                                      \
   template void token_inverse_norms<T>(const T*, int64_t, int64_t, bool, math_t<T>*);           \
   template math_t<T> token_dot<T>(const T*, const T*, int64_t);                            \
   template void token_scale<T>(const T*, int64_t, math_t<T>, T*);                           \

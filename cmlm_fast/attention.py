@@ -1,0 +1,85 @@
+"""Attention over sequences packed end to end, under the name `cmlm_varlen` in transformers' registry of attentions.
+
+A packed call carries `lengths`, the sequences' lengths on the host; equal ones stand next to each other. Without it the call
+is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
+
+    CUDA, 16 bit, no dropout   torch's varlen_attn, one launch for all sequences
+    else                       F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "cmlm_varlen"
+
+
+def use_packed_attention(lm: Any) -> bool:
+    """Let a masked LM take packed batches; False where its attention cannot be replaced."""
+    if not getattr(lm, "_supports_attention_backend", False) or not getattr(lm, "_supports_sdpa", False):
+        return False
+    lm.set_attn_implementation(NAME)
+    return True
+
+
+def varlen_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
+                     lengths: tuple[int, ...] | None = None, cu_seqlens: Tensor | None = None,
+                     **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """query, key, value [1, heads, T, D] of sequences of `lengths`; returns [1, T, heads, D].
+
+    Args:
+        sliding_window: positions i, j attend to each other where |i − j| < sliding_window.
+        lengths: the sequences' lengths; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
+        cu_seqlens: int32 [B + 1] on the device, for varlen_attn.
+    """
+    if lengths is None:
+        if attention_mask is None and sliding_window is not None:
+            attention_mask = _band(query.shape[2], sliding_window, query.device)
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                                        is_causal=False)  # fmt: skip
+        return out, None
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if cu_seqlens is not None and q.is_cuda and dropout == 0.0 and q.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q, k, v, cu_seqlens, max(lengths), scaling, sliding_window)[None], None
+    parts, begin = [], 0
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        rows = slice(begin, begin + count * length)
+        qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        mask = None if sliding_window is None or length <= sliding_window else _band(length, sliding_window, q.device)
+        part = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, dropout_p=dropout, scale=scaling)
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+        begin += count * length
+    return torch.cat(parts)[None], None
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None,
+            sliding_window: int | None) -> Tensor:  # fmt: skip
+    from torch.nn.attention.varlen import varlen_attn
+
+    reach = -1 if sliding_window is None else sliding_window - 1
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(reach, reach))
+    return cast(Tensor, out)
+
+
+def _band(length: int, sliding_window: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs() < sliding_window
+
+
+def _mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+    """A packed batch has no mask; a padded one has SDPA's."""
+    return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **options)
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, _mask)

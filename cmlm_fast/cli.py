@@ -1,0 +1,159 @@
+"""The command `cmlm-fast`: post-train, demo, doctor.
+
+Every bad input is one line on stderr, `error: …`, and exit code 2, before anything is computed or written. transformers
+and datasets, seconds to import, wait until a command needs them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import PostTrainOptions
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="CMLM post-training of text encoders on unlabelled text (arXiv 2106.02327).")  # fmt: skip
+
+
+class Preset(str, Enum):
+    """The presets of CMLMConfig: weights of the three parts of the loss."""
+
+    balanced = "balanced"
+    paper = "paper"
+    tapt = "tapt"
+    seq = "seq"
+    simcse = "simcse"
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("stopped; continue with --resume where a checkpoint was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in fields(PostTrainOptions) if field.name == name)
+
+
+def _option(text: str, *names: str, **extra: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=extra.pop("panel", "Training"), **extra)
+
+
+_OBJECTIVE = "Objective (default: what the preset says)"
+
+
+@app.command("post-train")
+def post_train_command(
+    model: Annotated[str, typer.Option(help="folder or hub id of the encoder")],
+    train_file: Annotated[str, typer.Option(help=".txt, .csv, .tsv, .jsonl, .json, .parquet, or a saved datasets folder")],
+    output_dir: Annotated[str, typer.Option(help="new or empty folder")],
+    text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
+    text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
+    preset: Annotated[Preset, typer.Option(help="the objective")] = Preset.balanced,
+    eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = _default("eval_share"),
+    max_length: Annotated[int | None, typer.Option(help="tokens a sequence; default: 128 or fewer")] = None,
+    whole_word: Annotated[bool, typer.Option("--whole-word", help="mask whole words")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that is not empty")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")] = False,
+    epochs: Annotated[float, _option("times through the texts")] = _default("epochs"),
+    max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs")] = _default("max_steps"),
+    batch_size: Annotated[int, _option("sequences a step and device")] = _default("batch_size"),
+    gradient_accumulation: Annotated[int, _option("batches a step")] = _default("gradient_accumulation"),
+    learning_rate: Annotated[float, _option("peak of the schedule")] = _default("learning_rate"),
+    weight_decay: Annotated[float, _option("of AdamW")] = _default("weight_decay"),
+    warmup: Annotated[float, _option("share of the steps, below 1, or their number")] = _default("warmup"),
+    scheduler: Annotated[str, _option("linear, cosine, constant_with_warmup, ...")] = _default("scheduler"),
+    bf16: Annotated[bool | None, _option("bfloat16 autocast; default: where the hardware is fast in it")] = None,
+    fp16: Annotated[bool, _option("float16 autocast (GPU)", "--fp16")] = False,
+    gradient_checkpointing: Annotated[bool, _option("less memory, more time", "--gradient-checkpointing")] = False,
+    seed: Annotated[int, _option("of masks, order, dropout and the held-out share")] = _default("seed"),
+    logging_steps: Annotated[int, _option("steps from log entry to log entry")] = _default("logging_steps"),
+    save_steps: Annotated[int, _option("steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),
+    save_total_limit: Annotated[int, _option("checkpoints kept")] = _default("save_total_limit"),
+    report_to: Annotated[str, _option("none, tensorboard, wandb, ...")] = _default("report_to"),
+    trust_remote_code: Annotated[bool, _option("run code that the checkpoint brings along", "--trust-remote-code")] = False,
+    backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton")] = _default("backend"),
+    rate: Annotated[float | None, _option("share masked in view 1", panel=_OBJECTIVE)] = None,
+    complement_rate: Annotated[float | None, _option("share of the rest masked in view 2", panel=_OBJECTIVE)] = None,
+    sampling: Annotated[str | None, _option("exact or bernoulli", panel=_OBJECTIVE)] = None,
+    mlm_weight: Annotated[float | None, _option("weight of MLM", panel=_OBJECTIVE)] = None,
+    token_weight: Annotated[float | None, _option("weight of the token contrast", panel=_OBJECTIVE)] = None,
+    sequence_weight: Annotated[float | None, _option("weight of the sequence contrast", panel=_OBJECTIVE)] = None,
+    mlm_views: Annotated[str | None, _option("both or first", panel=_OBJECTIVE)] = None,
+    token_temperature: Annotated[float | None, _option("τ of the token contrast", panel=_OBJECTIVE)] = None,
+    sequence_temperature: Annotated[float | None, _option("τ of the sequence contrast", panel=_OBJECTIVE)] = None,
+    learn_temperature: Annotated[bool | None, _option("learn both τ", panel=_OBJECTIVE)] = None,
+    scope: Annotated[str | None, _option("candidates: batch or sequence", panel=_OBJECTIVE)] = None,
+    exclude_same_token: Annotated[bool | None, _option("the same token elsewhere is no negative", panel=_OBJECTIVE)] = None,
+    position_jitter: Annotated[int | None, _option("most positions that view 2 is shifted by", panel=_OBJECTIVE)] = None,
+    scheme: Annotated[str | None, _option("cross or nt_xent", panel=_OBJECTIVE)] = None,
+    pooling: Annotated[str | None, _option("mean or cls", panel=_OBJECTIVE)] = None,
+    projection: Annotated[int | None, _option("width of a head on the sequence vector; 0: none", panel=_OBJECTIVE)] = None,
+) -> None:
+    """Post-train an encoder on unlabelled text; writes a plain Hugging Face checkpoint."""
+    given = dict(locals())
+    names = {field.name for field in fields(PostTrainOptions)}
+    objective = {name: value for name, value in given.items() if name not in names and value is not None}
+    plain = {name: value for name, value in given.items() if name in names}
+    options = PostTrainOptions(**{**plain, "preset": preset.value, "objective": objective})
+    with one_line_errors():
+        _quiet()
+        from .post_train import prepare, run
+        from .report import print_summary
+
+        print_summary(run(prepare(options)))
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="texts, model, table and picture go here; made anew")] = Path("out/demo"),
+    steps: Annotated[int, typer.Option(min=1, help="optimizer steps of the post-training")] = 150,
+    draws: Annotated[int, typer.Option(min=1, help="few-shot draws")] = 3,
+    shots: Annotated[int, typer.Option(min=1, help="labelled texts a class")] = 16,
+) -> None:
+    """Post-train all-MiniLM-L6-v2 on film reviews, fine-tune it on a few labels, show what changed."""
+    with one_line_errors():
+        _quiet()
+        from .demo import run_demo
+
+        run_demo(output_dir, steps=steps, draws=draws, shots=shots)
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, devices, and which kernel of each op runs here, or why not."""
+    from rich.console import Console
+
+    from .doctor import print_report
+
+    print_report(Console())
+
+
+def _quiet() -> None:
+    """Progress bars and warnings of ours only, and no threads that a fork would lose."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+
+
+def main() -> None:
+    """The console script."""
+    app()

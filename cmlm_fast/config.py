@@ -1,0 +1,107 @@
+"""What is post-trained: how sequences are masked, and the weights and temperatures of the three losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+#: Presets: the fields that differ from the defaults. `paper` is the published command line (alpha 0.5).
+PRESETS: dict[str, dict[str, Any]] = {
+    "balanced": {},
+    "paper": {"mlm_weight": 0.5, "token_weight": 0.5, "sequence_weight": 0.5, "complement_rate": 0.7,
+              "mlm_views": "first", "pooling": "cls"},
+    "tapt": {"mlm_weight": 1.0, "token_weight": 0.0, "sequence_weight": 0.0},
+    "seq": {"mlm_weight": 0.0, "token_weight": 0.0, "sequence_weight": 1.0},
+    "simcse": {"mlm_weight": 0.0, "token_weight": 0.0, "sequence_weight": 1.0, "rate": 0.0, "complement_rate": 0.0},
+}  # fmt: skip
+
+_CHOICES = {"sampling": ("exact", "bernoulli"), "mlm_views": ("both", "first"), "scope": ("batch", "sequence"),
+            "scheme": ("cross", "nt_xent"), "pooling": ("mean", "cls")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CMLMConfig:
+    """The objective L = mlm_weight·L_mlm + token_weight·L_token + sequence_weight·L_sequence, and its masks.
+
+    Attributes:
+        rate: share of a sequence's eligible units (tokens, or whole words) masked in view 1, in [0, 1].
+        complement_rate: share of the remaining units masked in view 2; the default masks as much as in view 1.
+        sampling: "exact" masks round(rate·n) units of each sequence, "bernoulli" draws each unit by itself.
+        mask_share, random_share: shares of masked tokens that become the mask token, or a random one.
+        mlm_weight, token_weight, sequence_weight: weights of the losses; a loss of weight 0 is not computed.
+        mlm_views: MLM at the masked tokens of "both" views or of the "first".
+        token_temperature, sequence_temperature: τ of the two contrasts; where learned, what it starts from.
+        learn_temperature: learn both τ, as a logit scale log(1/τ) of at most log 100.
+        scope: a masked token's candidates are the other view's tokens of the whole "batch" or of its "sequence".
+        exclude_same_token: the same token elsewhere is no negative.
+        position_jitter: view 2's positions are shifted by a draw from [0, position_jitter]; 0 is off.
+        scheme: "cross" contrasts view 1 with view 2, "nt_xent" all 2B vectors with each other.
+        pooling: a sequence's vector is the "mean" of its eligible tokens or its first token ("cls").
+        projection: width of a two-layer head on that vector; 0 is none. It is dropped from what is saved for others.
+
+    Raises:
+        ValueError: a value breaks its rule.
+
+    >>> CMLMConfig.from_preset("paper", token_temperature=0.1).complement_rate
+    0.7
+    """
+
+    rate: float = 0.15
+    complement_rate: float = 0.15 / 0.85
+    sampling: str = "exact"
+    mask_share: float = 0.8
+    random_share: float = 0.1
+    mlm_weight: float = 1.0
+    token_weight: float = 1.0
+    sequence_weight: float = 0.1
+    mlm_views: str = "both"
+    token_temperature: float = 0.05
+    sequence_temperature: float = 0.05
+    learn_temperature: bool = False
+    scope: str = "batch"
+    exclude_same_token: bool = True
+    position_jitter: int = 0
+    scheme: str = "cross"
+    pooling: str = "mean"
+    projection: int = 0
+
+    def __post_init__(self) -> None:
+        def rule(condition: bool, name: str, text: str) -> None:
+            if not condition:
+                raise ValueError(f"CMLMConfig: expected {name} to be {text}, got {getattr(self, name)!r}")
+
+        for name in ("rate", "complement_rate", "mask_share", "random_share"):
+            rule(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
+        rule(self.mask_share + self.random_share <= 1.0 + 1e-9, "random_share", f"<= 1 - mask_share = {1 - self.mask_share}")
+        for name in ("mlm_weight", "token_weight", "sequence_weight"):
+            rule(0.0 <= getattr(self, name) < float("inf"), name, "finite and >= 0")
+        weights = self.mlm_weight + self.token_weight + self.sequence_weight
+        rule(weights > 0, "sequence_weight", "> 0 where the other weights are 0")
+        for name in ("token_temperature", "sequence_temperature"):
+            rule(0.0 < getattr(self, name) < float("inf"), name, "finite and > 0")
+            rule(not self.learn_temperature or getattr(self, name) >= 0.01, name, ">= 0.01 where it is learned")
+        for name, allowed in _CHOICES.items():
+            rule(getattr(self, name) in allowed, name, " or ".join(map(repr, allowed)))
+        for name in ("position_jitter", "projection"):
+            rule(getattr(self, name) >= 0, name, ">= 0")
+        masked = self.rate > 0 or (self.complement_rate > 0 and self.mlm_views == "both")
+        rule(masked or self.mlm_weight == 0, "mlm_weight", "0 where nothing is masked")
+        rule(self.rate + self.complement_rate > 0 or self.token_weight == 0, "token_weight", "0 where nothing is masked")
+
+    @classmethod
+    def from_preset(cls, name: str, **changes: Any) -> CMLMConfig:
+        """A preset ("balanced", "paper", "tapt", "seq", "simcse") with some fields changed.
+
+        Raises:
+            ValueError: no such preset or field, or a value that breaks its rule.
+
+        >>> CMLMConfig.from_preset("tapt").token_weight
+        0.0
+        """
+        if name not in PRESETS:
+            raise ValueError(f"CMLMConfig: expected preset to be one of {', '.join(PRESETS)}, got {name!r}")
+        known = [field.name for field in fields(cls)]
+        for change in changes:
+            if change not in known:
+                raise ValueError(f"CMLMConfig: expected a field to be one of {', '.join(known)}, got {change!r}")
+        return cls(**{**PRESETS[name], **changes})

@@ -1,0 +1,81 @@
+"""`cmlm-fast demo`: the whole way once, on a real encoder and real text: post-train, fine-tune on a few labels, compare."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from .demo_assets import demo_model_path, demo_texts
+from .doctor import bfloat16_hardware
+from .fewshot import draw, fine_tune
+from .options import PostTrainOptions
+from .output import disk_errors, open_output
+from .post_train import prepare, run
+from .report import plot_demo, print_summary, print_table
+
+#: Fine-tuning, chosen on texts that are neither trained on nor tested on here.
+_FINE_TUNING: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 10}
+
+
+def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: int = 1000) -> dict[str, Any]:
+    """Post-train on the sentences that are not tested on, fine-tune with and without, print and plot; returns the result.
+
+    Writes folder/texts.txt, folder/model (a plain checkpoint), folder/demo.png and folder/result.json.
+
+    Raises:
+        ModuleNotFoundError: the extra `demo` is not installed.
+        DiskError: a write failed.
+    """
+    console = Console()
+    start, texts = demo_model_path(), demo_texts()
+    order = np.random.default_rng(0).permutation(len(texts))
+    test, train = texts.select(order[:test_texts]), texts.select(order[test_texts:])
+    open_output(folder, 1 << 20, fresh=True)
+    with disk_errors(folder):
+        (folder / "texts.txt").write_text("\n".join(train["text"]) + "\n", encoding="utf-8")
+    options = PostTrainOptions(
+        model=str(start), train_file=str(folder / "texts.txt"), output_dir=str(folder / "model"), max_steps=steps,
+        learning_rate=5e-5, save_steps=0, overwrite=True,
+    )  # fmt: skip
+    console.print(f"Post-training all-MiniLM-L6-v2 on {len(train):,} unlabelled sentences")
+    summary = run(prepare(options))
+    print_summary(summary)
+    console.print(f"Fine-tuning on {shots} labels a class, {draws} draws, tested on {len(test):,} other sentences")
+    result = {"shots": shots, "draws": draws, "few_shot": _few_shot(start, folder / "model", train, test, shots, draws)}
+    result["held_out_before_after"] = summary["held_out_before_after"]
+    _print(console, result)
+    with disk_errors(folder):
+        plot_demo(summary, result, folder / "demo.png")
+        (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"Model: {folder / 'model'}   picture: {folder / 'demo.png'}")
+    return result
+
+
+def _few_shot(start: Path, post_trained: Path, train: Any, test: Any, shots: int, draws: int) -> dict[str, Any]:
+    scores: dict[str, list[float]] = {"as it came": [], "post-trained": []}
+    begin = time.perf_counter()
+    texts, labels = list(train["text"]), list(train["label"])
+    for seed in range(draws):
+        chosen = draw(labels, shots, seed)
+        few = [texts[i] for i in chosen], [labels[i] for i in chosen]
+        for name, model in zip(scores, (start, post_trained), strict=True):
+            score = fine_tune(model, *few, list(test["text"]), list(test["label"]), seed=seed, bf16=bfloat16_hardware(),
+                              **_FINE_TUNING)  # fmt: skip
+            scores[name].append(score.accuracy)
+    return {"accuracy": scores, "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def _print(console: Console, result: dict[str, Any]) -> None:
+    names = {"perplexity": "MLM perplexity", "token_retrieval": "masked-token retrieval",
+             "sequence_retrieval": "sequence retrieval"}  # fmt: skip
+    scores = result["held_out_before_after"]
+    rows: dict[str, object] = {text: tuple(scores[name]) for name, text in names.items()}
+    accuracy = result["few_shot"]["accuracy"].values()
+    spread = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1 if len(values) > 1 else 0):.3f}" for values in accuracy]
+    rows[f"few-shot accuracy ({result['shots']} a class)"] = tuple(spread)
+    print_table(console, "What post-training changed", rows, ("on held-out text", "before", "after"))

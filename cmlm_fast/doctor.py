@@ -1,0 +1,115 @@
+"""`cmlm-fast doctor`: what is installed, what was built, and which kernel of each op runs here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import _library
+from .backends import BACKENDS, available
+
+_PACKAGES = ("cmlm-fast", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
+             "triton", "sentence-transformers", "scikit-learn")  # fmt: skip
+
+
+def diagnose() -> dict[str, Any]:
+    """The facts, as plain values: versions, devices, threads, libraries, build, and ops[op][device][backend].
+
+    A backend's value is None where it runs, else the reason why it does not; a library's likewise.
+
+    Example:
+        >>> diagnose()["ops"]["info_nce"]["cpu"]["reference"] is None
+        True
+    """
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processors": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "bfloat16 in hardware": bfloat16_hardware(),
+            "kernels' instruction set": _isa(),
+            "CMLM_FAST_BACKEND": os.environ.get("CMLM_FAST_BACKEND") or "auto",
+            "devices": _devices(),
+        },
+        "libraries": {name: _library.load_errors.get(name) for name in ("_C", "_C_cuda")},
+        "build": _build_info(),
+        "ops": {op: {device: available(op, device) for device in _device_types()} for op in _library.contracts},
+    }
+
+
+def print_report(console: Console) -> None:
+    """Print `diagnose()` as tables."""
+    facts = diagnose()
+    for title, key in (("Versions", "versions"), ("Machine", "machine"), ("Build", "build")):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in facts[key].items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table.add_row(str(name), text or "none")
+        console.print(table)
+    table = Table(title="Compiled libraries", show_header=False, title_justify="left")
+    for name, reason in facts["libraries"].items():
+        table.add_row(name, "loaded" if reason is None else reason)
+    console.print(table)
+    for device in _device_types():
+        table = Table(title=f"Ops on {device}", title_justify="left")
+        for heading in ("op", *BACKENDS):
+            table.add_column(heading)
+        reasons: list[str] = []
+        for op, states in facts["ops"].items():
+            table.add_row(op, *(_mark(states[device][backend], reasons) for backend in BACKENDS))
+        console.print(table)
+        for number, reason in enumerate(reasons, 1):
+            console.print(f"  ({number}) {reason}", highlight=False, markup=False)
+
+
+def bfloat16_hardware() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16), so that autocast pays."""
+    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # absent from some torch builds
+    return any(bool(getattr(torch.cpu, test, bool)()) for test in tests)
+
+
+def _mark(reason: str | None, reasons: list[str]) -> str:
+    if reason is None:
+        return "yes"
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"no ({reasons.index(reason) + 1})"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device_types() -> tuple[str, ...]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _devices() -> list[str]:
+    return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+
+
+def _isa() -> str:
+    if "_C" in _library.load_errors:
+        return "none (no compiled CPU kernels)"
+    try:
+        return str(torch.ops.cmlm_fast._isa())
+    except RuntimeError as error:  # CMLM_FAST_ISA names one that this machine lacks
+        return str(error).splitlines()[0]
+
+
+def _build_info() -> dict[str, Any]:
+    try:
+        from ._build import build_info
+    except ImportError:
+        return {"native build": "none (a pure-Python install)"}
+    return dict(build_info())

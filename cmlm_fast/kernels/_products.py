@@ -1,0 +1,123 @@
+"""Unit rows, the gradients' products, and the way back through the normalisation.
+
+unit_rows   grid rows/BLOCK; reads a row twice (its norm, then itself; the second time from cache), writes it once
+products    grid (key tiles + row tiles) × D/BD, the longer sums first; a tile reads a strip of the weights and of the
+            other side's rows, adds to float32 sums that it alone owns; no number of the weights is read by more than
+            D/BD programs a side
+project     grid rows/BLOCK; reads sums and row twice, writes the gradient once
+Sums are float32 (float64 for float64). Deterministic: one writer a number, contractions in the order of the tiles.
+"""
+
+import triton
+import triton.language as tl
+
+from ._scores import multiply
+
+
+@triton.jit
+def inverse_norms(x, out, R, D, BLOCK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+    """out [R] = 1 / max(‖x‖, 1e-12). Its error is one of every score of the row: float32 rows keep it in float64."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = x + rows.to(tl.int64)[:, None] * D
+    total = tl.zeros((BLOCK,), ACC)
+    for d in range(0, D, BD):
+        k = d + tl.arange(0, BD)
+        v = tl.load(at + k[None, :], mask=(rows < R)[:, None] & (k < D)[None, :], other=0.0).to(ACC)
+        total += tl.sum(v * v, 1)
+    tl.store(out + rows, 1.0 / tl.maximum(tl.sqrt(total), 1e-12), mask=rows < R)
+
+
+@triton.jit
+def unit_rows(x, inverse, out, first, R, D, width, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
+              ACC: tl.constexpr):  # fmt: skip
+    """out [panel, width] = rows first.. of x at length 1, in x's dtype; 0 past row R and past column D."""
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = first + local
+    k = tl.program_id(1) * BD + tl.arange(0, BD)
+    v = tl.load(x + rows.to(tl.int64)[:, None] * D + k[None, :], mask=(rows < R)[:, None] & (k < D)[None, :], other=0.0)
+    if NORMALIZE:
+        v = (v.to(ACC) * tl.load(inverse + rows, mask=rows < R, other=0.0)[:, None]).to(v.dtype)
+    tl.store(out + local.to(tl.int64)[:, None] * width + k[None, :], v)
+
+
+@triton.jit
+def products(w, x, y, x_sum, y_sum, low, high, row0, col0, row_tiles, col_tiles, width, X_SUM: tl.constexpr,
+             Y_SUM: tl.constexpr, RANGES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+             BK: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """x_sum[row0.., :] += w·y and y_sum += wᵀ·x, for w [row_tiles·BM, col_tiles·BN], x [row_tiles·BM, width],
+    y [col_tiles·BN, width], y_sum [col_tiles·BN, width], x_sum [N up to whole tiles, width]."""
+    pid = tl.program_id(0)
+    strips = width // BD
+    y_programs = 0
+    if Y_SUM:
+        y_programs = col_tiles * strips
+    stride = tl.cast(col_tiles * BN, tl.int64)
+    if pid < y_programs:
+        j = pid // strips
+        cols, d = j * BN + tl.arange(0, BN), pid % strips * BD + tl.arange(0, BD)
+        begin, end = 0, row_tiles
+        if RANGES:  # the row tiles between the first and the last whose keys meet this tile's
+            tile = tl.arange(0, TILES)
+            lows = tl.load(low + row0 // BM + tile, mask=tile < row_tiles, other=2147483647)
+            highs = tl.load(high + row0 // BM + tile, mask=tile < row_tiles, other=0)
+            meets = (lows < col0 + (j + 1) * BN) & (highs > col0 + j * BN)
+            begin, end = tl.min(tl.where(meets, tile, TILES), 0), tl.max(tl.where(meets, tile + 1, 0), 0)
+        acc = tl.zeros((BN, BD), ACC)
+        for r in range(begin * BM, end * BM, BK):
+            k = r + tl.arange(0, BK)
+            at = w + k[:, None] * stride + cols[None, :]
+            if RANGES:  # a tile between them that meets nothing was never written
+                tile = row0 // BM + k // BM
+                written = (tl.load(low + tile) < col0 + (j + 1) * BN) & (tl.load(high + tile) > col0 + j * BN)
+                a = tl.load(at, mask=written[:, None], other=0.0)
+            else:
+                a = tl.load(at)
+            b = tl.load(x + k.to(tl.int64)[:, None] * width + d[None, :])
+            acc = multiply(tl.trans(a), b, acc, PRECISION)
+        at = y_sum + cols.to(tl.int64)[:, None] * width + d[None, :]
+        tl.store(at, tl.load(at) + acc)
+    elif X_SUM:
+        i = (pid - y_programs) // strips
+        rows, d = i * BM + tl.arange(0, BM), (pid - y_programs) % strips * BD + tl.arange(0, BD)
+        begin, end = 0, col_tiles
+        if RANGES:
+            begin = tl.maximum(tl.load(low + row0 // BM + i) - col0, 0) // BN
+            end = tl.minimum(tl.cdiv(tl.maximum(tl.load(high + row0 // BM + i) - col0, 0), BN), col_tiles)
+        acc = tl.zeros((BM, BD), ACC)
+        for c in range(begin * BN, end * BN, BK):
+            k = c + tl.arange(0, BK)
+            a = tl.load(w + rows[:, None] * stride + k[None, :])
+            b = tl.load(y + k.to(tl.int64)[:, None] * width + d[None, :])
+            acc = multiply(a, b, acc, PRECISION)
+        if begin < end:
+            at = x_sum + (row0 + rows).to(tl.int64)[:, None] * width + d[None, :]
+            tl.store(at, tl.load(at) + acc)
+
+
+@triton.jit
+def project(total, x, inverse, out, peak, tau, first, R, D, width, SCALE: tl.constexpr, NORMALIZE: tl.constexpr,
+            BLOCK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """out[first..] = the rows' gradient from that of their unit rows, total [panel, width] in units of
+    peak/(SCALE·τ)."""
+    local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = first + local
+    good = rows < R
+    at, sums = rows.to(tl.int64)[:, None] * D, total + local.to(tl.int64)[:, None] * width
+    gain = tl.load(peak) / tl.load(tau) / SCALE
+    along = tl.zeros((BLOCK,), ACC)
+    length = tl.full((BLOCK,), 1.0, ACC)
+    if NORMALIZE:
+        length = tl.load(inverse + rows, mask=good, other=0.0)
+        for d in range(0, D, BD):
+            k = d + tl.arange(0, BD)
+            v = tl.load(x + at + k[None, :], mask=good[:, None] & (k < D)[None, :], other=0.0).to(ACC)
+            along += tl.sum(v * tl.load(sums + k[None, :], mask=good[:, None] & (k < D)[None, :], other=0.0), 1)
+        along *= length
+    for d in range(0, D, BD):
+        k = d + tl.arange(0, BD)
+        inside = good[:, None] & (k < D)[None, :]
+        g = tl.load(sums + k[None, :], mask=inside, other=0.0)
+        if NORMALIZE:
+            v = tl.load(x + at + k[None, :], mask=inside, other=0.0).to(ACC) * length[:, None]
+            g = (g - v * along[:, None]) * length[:, None]
+        tl.store(out + at + k[None, :], (g * gain).to(out.dtype.element_ty), mask=inside)

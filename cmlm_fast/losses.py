@@ -1,0 +1,197 @@
+"""The losses as modules, and the CMLM objective over two views of a batch (arXiv 2106.02327).
+
+    L = mlm_weight · L_mlm + token_weight · L_token + sequence_weight · L_sequence
+
+    L_mlm       mean cross entropy over the masked tokens, the LM head run there only
+    L_token     mean over the masked tokens of both views: each against the same token seen in the other view
+    L_sequence  mean over the sequences: the vectors of one sequence's views against those of the others
+
+The parts come as sums with their counts, so that a mean can be taken over more than one batch: with gradient
+accumulation and on several ranks, over all that the optimizer step saw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .config import CMLMConfig
+from .ops import info_nce, token_contrastive
+
+#: The parts of the objective, in the order of every tensor that holds one number for each.
+PARTS = ("mlm", "token", "sequence")
+
+_MOST_LOGIT_SCALE = math.log(100.0)
+
+
+class _Temperature(nn.Module):
+    """τ: a number, or learned as a logit scale log(1/τ) that is kept at most log 100."""
+
+    def __init__(self, temperature: float, learn: bool) -> None:
+        super().__init__()
+        self.start = temperature
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn else None
+
+    def forward(self) -> float | Tensor:
+        if self.logit_scale is None:
+            return self.start
+        with torch.no_grad():
+            self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
+        return torch.exp(-self.logit_scale)
+
+
+class TokenContrastiveLoss(nn.Module):
+    """`token_contrastive` with its temperature, fixed or learned.
+
+    Args:
+        temperature: τ > 0; where learned, what it starts from.
+        learn_temperature: learn log(1/τ), at most log 100.
+        options: further keyword arguments of `token_contrastive` (normalize, reduction, backend).
+
+    >>> loss = TokenContrastiveLoss(temperature=0.1, learn_temperature=True)
+    >>> loss(torch.eye(3), torch.eye(3), torch.arange(3)).backward()
+    >>> loss.temperature.logit_scale.grad is not None
+    True
+    """
+
+    def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.temperature = _Temperature(temperature, learn_temperature)
+        self.options = options
+
+    def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """query [N, D], key [M, D], target int64 [N]; `options` as for `token_contrastive`."""
+        return token_contrastive(query, key, target, temperature=self.temperature(), **self.options, **options)
+
+
+class InfoNCELoss(nn.Module):
+    """`info_nce` with its temperature, fixed or learned; arguments as for `TokenContrastiveLoss`.
+
+    >>> round(InfoNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4)).item(), 4)
+    0.3408
+    """
+
+    def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.temperature = _Temperature(temperature, learn_temperature)
+        self.options = options
+
+    def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:
+        """z1, z2 [B, D]; `options` as for `info_nce`. With `group`, the gradient by τ is this rank's share of the whole."""
+        tau, group = self.temperature(), options.get("group")
+        if isinstance(tau, Tensor) and group is not None:
+            tau = _scale_gradient(tau, 1 / dist.get_world_size(group))
+        return info_nce(z1, z2, temperature=tau, **self.options, **options)
+
+
+def _scale_gradient(value: Tensor, factor: float) -> Tensor:
+    return value.detach() + factor * (value - value.detach())
+
+
+class Views(NamedTuple):
+    """Two views of B sequences of T tokens in all, packed end to end or flattened from a padded batch.
+
+    hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
+    as `complementary_mask` gives it; eligible bool [T], the tokens that may be masked; cu_seqlens int32 [B + 1].
+    """
+
+    hidden1: Tensor
+    hidden2: Tensor
+    z1: Tensor
+    z2: Tensor
+    input_ids: Tensor
+    role: Tensor
+    eligible: Tensor
+    cu_seqlens: Tensor
+
+
+class Anchors(NamedTuple):
+    """The masked tokens of one view against the eligible tokens of the other: the arguments of `token_contrastive`."""
+
+    query: Tensor
+    key: Tensor
+    target: Tensor
+    options: dict[str, Tensor]
+
+
+class CMLMLoss(nn.Module):
+    """The parts of the objective, each as a sum over what it is a mean of.
+
+    Args:
+        config: weights, temperatures, scope, scheme.
+    """
+
+    def __init__(self, config: CMLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        learn = config.learn_temperature
+        self.token = TokenContrastiveLoss(config.token_temperature, learn and config.token_weight > 0, reduction="sum")
+        self.sequence = InfoNCELoss(config.sequence_temperature, learn and config.sequence_weight > 0,
+                                    scheme=config.scheme, reduction="sum")  # fmt: skip
+
+    def forward(self, views: Views, mlm_sum: Callable[[Tensor, Tensor], Tensor], group: Any = None) -> Tensor:
+        """Sums of the parts, [3] in the order of `PARTS`; a part of weight 0 is 0.
+
+        Args:
+            views: what the encoder made of both views.
+            mlm_sum: (hidden [n, D], target int64 [n]) -> summed cross entropy of the LM head.
+            group: process group whose ranks give negatives to the sequence part. Its value is then this rank's share of the
+                sum over all ranks, and the gradient of z1, z2 that of the whole.
+        """
+        zero = views.hidden1.new_zeros((), dtype=torch.float32)
+        mlm = token = sequence = zero
+        if self.config.mlm_weight > 0:
+            mlm = mlm_sum(*self.masked_tokens(views))
+        if self.config.token_weight > 0:
+            for anchors in self.anchors(views):
+                token = token + self.token(anchors.query, anchors.key, anchors.target, **anchors.options)
+        if self.config.sequence_weight > 0:
+            sequence = self.sequence(views.z1, views.z2, group=group)
+            if group is not None:
+                share = sequence.detach() / dist.get_world_size(group)
+                sequence = share + (sequence - sequence.detach())
+        return torch.stack([mlm, token, sequence])
+
+    def counts(self, role: Tensor, sequences: int) -> Tensor:
+        """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
+        first, second = (role == 1).sum(), (role == 2).sum()
+        masked = first + second if self.config.mlm_views == "both" else first
+        rows = sequences * (2 if self.config.scheme == "nt_xent" else 1)
+        return torch.stack([masked, first + second, torch.full_like(first, rows)])
+
+    def total(self, sums: Tensor, counts: Tensor) -> Tensor:
+        """The objective, a scalar, of summed parts and their counts."""
+        weights = sums.new_tensor([self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight])
+        return (weights * sums / counts.clamp_min(1)).sum()
+
+    def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, D] and tokens [n] of the positions that MLM predicts: view 1's, then view 2's."""
+        masked = [(views.hidden1, views.role == 1)]
+        if self.config.mlm_views == "both":
+            masked.append((views.hidden2, views.role == 2))
+        hidden = torch.cat([states[where] for states, where in masked])
+        return hidden, torch.cat([views.input_ids[where] for _, where in masked])
+
+    def anchors(self, views: Views) -> tuple[Anchors, Anchors]:
+        """The two directions of the token contrast: view 1's masked tokens in view 2, and the reverse."""
+        keys = views.eligible.nonzero()[:, 0]
+        seen = torch.nn.functional.pad(views.eligible.cumsum(0), (1, 0))  # eligible tokens before each position
+        tokens = views.input_ids[keys]
+
+        def direction(role: int, masked: Tensor, other: Tensor) -> Anchors:
+            where = (views.role == role).nonzero()[:, 0]
+            options: dict[str, Tensor] = {}
+            if self.config.exclude_same_token:
+                options |= {"query_token": views.input_ids[where], "key_token": tokens}
+            if self.config.scope == "sequence":
+                owner = torch.bucketize(where, views.cu_seqlens.long(), right=True) - 1
+                bounds = seen[views.cu_seqlens.long()].int()
+                options |= {"key_start": bounds[owner], "key_end": bounds[owner + 1]}
+            return Anchors(masked[where], other[keys], seen[where], options)
+
+        return direction(1, views.hidden1, views.hidden2), direction(2, views.hidden2, views.hidden1)

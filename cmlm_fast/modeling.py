@@ -1,0 +1,279 @@
+"""A Hugging Face masked LM with the CMLM objective: both views in one pass of the encoder, the LM head where it counts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention import use_packed_attention
+from .config import CMLMConfig
+from .losses import CMLMLoss, Views
+from .measures import measure
+from .ops import mlm_cross_entropy
+from .ops._philox import position_shift
+
+logger = logging.getLogger(__name__)
+
+_CONTRAST = "contrast.safetensors"
+
+
+class CMLMOutput(NamedTuple):
+    """loss: scalar, the objective; sums, counts: [3], this batch's parts in the order of `losses.PARTS`, and what they are
+    sums over; measures: name -> [2], a sum and its count, where asked for."""
+
+    loss: Tensor
+    sums: Tensor
+    counts: Tensor
+    measures: dict[str, Tensor]
+
+
+class CMLMModel(nn.Module):
+    """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT kind.
+
+    Args:
+        lm: the masked LM, `AutoModelForMaskedLM`.
+        config: the objective.
+
+    Raises:
+        ValueError: a masked LM whose head is of no known kind.
+
+    Example:
+        >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
+        >>> masked = complementary_mask(batch["input_ids"], attention_mask=batch["attention_mask"],
+        ...                             sample_ids=batch["sample_ids"], step=step, **mask_settings(tokenizer))
+        >>> model(**batch, **masked._asdict(), special_ids=special_ids).loss.backward()
+        >>> model.save_pretrained("post-trained")
+    """
+
+    # Read by transformers.Trainer when a checkpoint is loaded; nothing is left out of one.
+    _keys_to_ignore_on_save = None
+
+    def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
+        super().__init__()
+        self.lm = lm
+        self.cmlm = config or CMLMConfig()
+        self.loss = CMLMLoss(self.cmlm)
+        lm_transform(lm)  # an unknown kind is an error now, not in the first step
+        self.takes_packed = use_packed_attention(lm)
+        width = lm.config.hidden_size
+        if self.cmlm.projection:
+            head = (nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.cmlm.projection))
+            self.projection: nn.Module = nn.Sequential(*head)
+        else:
+            self.projection = nn.Identity()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: CMLMConfig | None = None, **options: Any) -> CMLMModel:
+        """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings.
+
+        Args:
+            path: folder or hub id.
+            config: the objective; the default is the preset "balanced".
+            options: as for `AutoModelForMaskedLM.from_pretrained`.
+        """
+        from transformers import AutoModelForMaskedLM
+        from transformers.utils import logging as hf_logging
+
+        verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()  # its table of missing weights says in 20 lines what follows in one
+        try:
+            lm, report = AutoModelForMaskedLM.from_pretrained(path, output_loading_info=True, **options)
+        finally:
+            hf_logging.set_verbosity(verbosity)
+        if fresh := sorted(report["missing_keys"]):
+            logger.warning("%s has no LM head: made one, its decoder tied to the embeddings (new: %s)", path, ", ".join(fresh))
+        return cls(lm, config)
+
+    @property
+    def config(self) -> Any:
+        """The masked LM's Hugging Face configuration."""
+        return self.lm.config
+
+    def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, special_ids: Tensor,
+                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+                token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
+                divisor: Tensor | None = None, measured: bool = False, group: Any = None,
+                **unused: Any) -> CMLMOutput:  # fmt: skip
+        """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
+
+        Args:
+            input_ids, view1, view2, role: [B, L] or [T], as `complementary_mask` takes and gives them.
+            special_ids: int64 [S], tokens that take no part in contrast and pooling.
+            attention_mask: [B, L]; 0 at pads. Only with a padded batch, and then needed.
+            cu_seqlens, lengths: int32 [B + 1] and B ints, the sequences of a packed batch.
+            token_type_ids: shape of input_ids, for encoders that have them.
+            eligible: bool, shape of input_ids; False takes further tokens out.
+            jitter: int64 [B], how far view 2's positions are shifted.
+            divisor: [3], what the parts are means over; None: over this batch.
+            measured: also fill `measures`.
+            group: process group whose ranks share their negatives in the sequence part.
+            unused: what else a collator's batch holds (sample_ids, unit_ids).
+        """
+        can = ~torch.isin(input_ids, special_ids)
+        can = can if eligible is None else can & eligible
+        if cu_seqlens is None or lengths is None:
+            if attention_mask is None:
+                raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
+            can = can & attention_mask.bool()
+            hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
+            batch, length = input_ids.shape
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
+            first = cu_seqlens[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
+        else:
+            hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
+            batch, first = len(lengths), cu_seqlens[:-1].long()
+        can = can.flatten()
+        z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
+        views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens)
+        sums = self.loss(views, self.mlm_sum, group)
+        counts = self.loss.counts(role, batch)
+        total = self.loss.total(sums, counts if divisor is None else divisor)
+        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured else {})
+
+    def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
+                       jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Last hidden states [B·L, D] of both views, the rows of one batch of 2B."""
+        inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
+        if jitter is not None:
+            position = (attention_mask.cumsum(1) - 1).clamp_min(0) + self._first_position(attention_mask.shape[1])
+            inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
+        hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
+        hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
+        return hidden1, hidden2
+
+    def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...],
+                       token_type_ids: Tensor | None, jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T."""
+        device = view1.device
+        length = cu_seqlens.diff().long()
+        sequence = torch.repeat_interleave(length, output_size=view1.numel())
+        before = cu_seqlens[:-1].long()[sequence]
+        position = torch.arange(view1.numel(), device=device) - before
+        at1 = before + before + position
+        at2 = at1 + length[sequence]
+
+        def interleave(one: Tensor, two: Tensor) -> Tensor:
+            return one.new_empty(2 * one.numel()).scatter_(0, at1, one).scatter_(0, at2, two)[None]
+
+        position = position + self._first_position(max(lengths, default=0))
+        inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence])}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
+        twice = tuple(n for n in lengths for _ in range(2))
+        cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
+        cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2])
+        hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
+        states = hidden.last_hidden_state[0]
+        return states[at1], states[at2]
+
+    def _first_position(self, length: int) -> int:
+        """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
+        # RoBERTa's first position is the pad id + 1.
+        pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
+        first = 0 if pad is None else int(pad) + 1
+        most = self.config.max_position_embeddings - first - length
+        if self.cmlm.position_jitter > most:
+            rule = f"<= {most}, what the model's position table leaves beside {length} tokens"
+            raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
+        return first
+
+    def jitter(self, sample_ids: Tensor, seed: int, step: int) -> Tensor | None:
+        """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None where that is 0."""
+        most = self.cmlm.position_jitter
+        return position_shift(sample_ids, most, seed, step) if most else None
+
+    def _pool(self, hidden: Tensor, eligible: Tensor, cu_seqlens: Tensor, first: Tensor) -> Tensor:
+        """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
+        if self.cmlm.pooling == "cls":
+            return hidden[first]
+        weight = eligible.float()[:, None]
+        offsets = cu_seqlens.long()
+        total, count = (torch.segment_reduce(x, "sum", offsets=offsets, initial=0) for x in (hidden.float() * weight, weight))
+        return (total / count.clamp_min(1)).to(hidden.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """LM head at rows [n, D]: logits [n, V]."""
+        logits: Tensor = self.lm.get_output_embeddings()(lm_transform(self.lm, hidden))
+        return logits
+
+    def mlm_sum(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """Summed cross entropy of the LM head at rows [n, D] with tokens [n]."""
+        decoder = self.lm.get_output_embeddings()
+        return mlm_cross_entropy(lm_transform(self.lm, hidden), decoder.weight, decoder.bias, target, reduction="sum")
+
+    def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """As for any Hugging Face model; called by the Trainer."""
+        self.lm.activation_checkpointing_enable(*args, **options)
+
+    def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
+        """The name of `activation_checkpointing_enable` in earlier versions of transformers."""
+        self.lm.gradient_checkpointing_enable(*args, **options)
+
+    def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.
+
+        What belongs to the contrast alone, projection and learned temperatures, goes into a file of its own beside it.
+
+        Args:
+            path: folder, made where missing.
+            state_dict: this module's state, where it was gathered from several ranks.
+        """
+        from safetensors.torch import save_file
+
+        state = self.state_dict() if state_dict is None else dict(state_dict)
+        lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
+        self.lm.save_pretrained(path, state_dict=lm)
+        rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
+        if rest:
+            save_file(rest, Path(path) / _CONTRAST)
+
+    def load_contrast(self, path: str | Path) -> None:
+        """Take projection and learned temperatures from a folder that `save_pretrained` wrote."""
+        from safetensors.torch import load_file
+
+        file = Path(path) / _CONTRAST
+        if file.exists():
+            super().load_state_dict(load_file(file), strict=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take this module's own state, or that of a plain Hugging Face checkpoint: of the masked LM alone."""
+        if not any(name.startswith("lm.") for name in state_dict):
+            own = {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
+            state_dict = {**own, **{f"lm.{name}": value for name, value in state_dict.items()}}
+        # A file holds tied weights once, under one of their names.
+        names = dict(self.named_parameters(remove_duplicate=False))
+        held = {id(names[name]): value for name, value in state_dict.items() if name in names}
+        tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}
+        return super().load_state_dict({**tied, **state_dict}, strict=strict, assign=assign)
+
+
+def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
+    """What a masked LM's head does to hidden rows [n, D] before its decoder; without rows, only whether it is known."""
+    predictions: Any = getattr(getattr(lm, "cls", lm), "predictions", None)
+    head: Any = getattr(lm, "lm_head", None)
+    gelu = nn.functional.gelu
+    if hasattr(predictions, "transform"):  # BERT and its kin
+        steps = [predictions.transform]
+    elif hasattr(predictions, "LayerNorm"):  # ALBERT
+        steps = [predictions.dense, predictions.activation, predictions.LayerNorm]
+    elif hasattr(head, "layer_norm") and hasattr(head, "dense"):  # RoBERTa, XLM-R, CamemBERT, MPNet
+        steps = [head.dense, gelu, head.layer_norm]
+    elif hasattr(lm, "vocab_transform"):  # DistilBERT
+        steps = [lm.vocab_transform, lm.activation, lm.vocab_layer_norm]
+    elif hasattr(lm, "generator_predictions"):  # ELECTRA
+        steps = [lm.generator_predictions]
+    elif hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
+        steps = [lm.head]
+    else:
+        kinds = "BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT"
+        raise ValueError(f"CMLMModel: expected lm to be a masked LM of the kind of {kinds}, got {type(lm).__name__}")
+    for step in steps if hidden is not None else ():
+        hidden = step(hidden)
+    return hidden

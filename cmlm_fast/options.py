@@ -1,0 +1,89 @@
+"""What a post-training run is made of, and the rules on its numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class PostTrainOptions:
+    """The options of `cmlm-fast post-train`, with its defaults.
+
+    Attributes:
+        model: folder or hub id of a checkpoint with a tokenizer.
+        train_file: texts, as `data.load_texts` reads them.
+        output_dir: where checkpoint, metrics.jsonl, summary.json and curves.png go.
+        text_column, text_pair_column: columns of the file that hold the texts.
+        eval_share: share of the texts held out for the scores; 0 scores nothing.
+        preset, objective: a preset of CMLMConfig, and the fields of it that differ.
+        max_length: tokens a sequence; None: 128, or what the model takes where that is less.
+        whole_word: mask whole words.
+        epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
+        max_steps: optimizer steps; -1: as many as `epochs` needs.
+        warmup: share of the steps, below 1, or their number.
+        bf16: None: where this machine multiplies bfloat16 in hardware.
+        fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as the Trainer has them.
+        save_steps: steps from checkpoint to checkpoint; 0 makes none.
+        resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
+        trust_remote_code: run code that the checkpoint brings along.
+        backend: which kernels run; see `cmlm_fast.use_backend`.
+    """
+
+    model: str
+    train_file: str
+    output_dir: str
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    eval_share: float = 0.05
+    preset: str = "balanced"
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None
+    whole_word: bool = False
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    scheduler: str = "linear"
+    bf16: bool | None = None
+    fp16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 42
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int = 2
+    resume: bool = False
+    overwrite: bool = False
+    report_to: str = "none"
+    trust_remote_code: bool = False
+    backend: str = "auto"
+
+
+def expect(condition: bool, argument: str, rule: str, value: object) -> None:
+    """Raise the one-line ValueError of the command line unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"expected {argument} to be {rule}, got {value}")
+
+
+def check_numbers(options: PostTrainOptions) -> None:
+    """Raise ValueError where a number breaks its rule."""
+    expect(0.0 <= options.eval_share < 1.0, "eval_share", "in [0, 1)", options.eval_share)
+    for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_total_limit"):
+        expect(getattr(options, name) >= 1, name, ">= 1", getattr(options, name))
+    for name in ("epochs", "learning_rate"):
+        value = getattr(options, name)
+        expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)
+    for name in ("warmup", "weight_decay", "save_steps"):
+        value = getattr(options, name)
+        expect(math.isfinite(value) and value >= 0, name, "finite and >= 0", value)
+    expect(0 <= options.seed < 2**32, "seed", "in [0, 2^32)", options.seed)
+    expect(options.max_steps == -1 or options.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", options.max_steps)
+    expect(not (options.bf16 and options.fp16), "bf16 and fp16", "at most one of them", "both")
+    expect(not options.fp16 or torch.accelerator.is_available(), "fp16", "used with a GPU", "no GPU (bf16 runs on a CPU)")

@@ -1,0 +1,123 @@
+"""The output folder: checked before the work, filled file by file, never left half-written.
+
+A run writes `metrics.jsonl` and the Trainer's `checkpoint-N/` as it goes. Everything else is first written to a hidden
+folder inside the output folder (so on the same disk) and renamed into place once all of it is there.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_CHUNK = bytes(1 << 20)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+# safetensors and torch.save report a failed write as an exception of their own, with these words.
+_DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
+_STAGING = ".saving-"
+
+
+class DiskError(OSError):
+    """A write failed. `str()` is one line that says which, why, and what the folder still holds."""
+
+
+def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
+    """Check that `folder` may be written to; return the checkpoint to resume from, if asked. Writes nothing.
+
+    Raises:
+        ValueError: overwrite and resume together; a file where the folder should be; a folder with something in it and
+            neither flag; resume without a checkpoint.
+    """
+    if overwrite and resume:
+        raise ValueError("expected at most one of overwrite and resume, got both")
+    if any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents)):
+        raise ValueError(f"expected output_dir to be a folder, or a path where one can be made, got {folder}")
+    if resume:
+        checkpoints = complete_checkpoints(folder)
+        if not checkpoints:
+            raise ValueError(f"expected output_dir to hold a checkpoint-N to resume from, got {folder}")
+        return checkpoints[-1]
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's `checkpoint-N` folders that were written to the end, in order of N."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdigit()]
+    # trainer_state.json is what a resume needs and the Trainer writes last.
+    found = [path for path in found if (path / "trainer_state.json").exists()]
+    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
+
+
+def open_output(folder: Path, size: int, *, fresh: bool) -> None:
+    """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind.
+
+    `fresh` also removes earlier checkpoints and metrics, which a later `--resume` would otherwise take up; other files
+    stay. Raises DiskError, and leaves nothing that was not there, when the trial file cannot be written.
+    """
+    created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            for begin in range(0, size, len(_CHUNK)):
+                trial.write(_CHUNK[: size - begin])
+            trial.flush()
+    except OSError as error:
+        for path in created:
+            if path.exists():
+                path.rmdir()
+        rule = f"writable, with room for {size / 1e6:.0f} MB"
+        raise DiskError(f"expected output_dir to be {rule}, got {error.strerror or error}: {folder}") from error
+    for path in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(path)
+    if fresh:
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write to; its entries are renamed into `folder` when the block ends without an error."""
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    try:
+        yield staging
+        for path in staging.iterdir():
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a failed write inside the block into a DiskError that says what is kept; drop half-written checkpoints."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        kept = complete_checkpoints(folder)
+        for path in set(folder.glob("checkpoint-*")) - set(kept):
+            shutil.rmtree(path, ignore_errors=True)
+        rest = f"{kept[-1].name} is whole, continue with --resume" if kept else "nothing half-written is left"
+        raise DiskError(f"could not write to {folder}: {reason}; {rest}") from error
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return error.strerror or str(error)
+    text = str(error)
+    if any(word in text for word in _DISK_WORDS):
+        return next(iter(text.splitlines()), text)
+    return None

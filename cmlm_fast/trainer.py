@@ -1,0 +1,240 @@
+"""CMLM post-training with `transformers.Trainer`: masks made on the device in the step, means over what the step saw."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+
+from .config import CMLMConfig
+from .data import CMLMDataCollator, mask_settings
+from .losses import PARTS
+from .modeling import CMLMModel, CMLMOutput
+from .ops import complementary_mask
+
+logger = logging.getLogger(__name__)
+
+#: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
+EVALUATION_STEP = 2**32 - 1
+
+
+@dataclass
+class CMLMTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and the seed of the masks.
+
+    Attributes:
+        mask_seed: 64-bit seed of the masks; None takes `seed`.
+        packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
+    """
+
+    mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
+    packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+
+
+class _Sums:
+    """Sums and counts by name, added up on the device and read once."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, found: dict[str, Tensor]) -> None:
+        for name, pair in found.items():
+            self.values[name] = self.values[name] + pair if name in self.values else pair
+
+    def read(self, reduce: Any) -> dict[str, float]:
+        """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
+        if not self.values:
+            return {}
+        names = sorted(self.values)
+        totals = reduce(torch.stack([self.values[name].double() for name in names])).tolist()
+        self.values = {}
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        if kernel := means.pop("uniformity_kernel", None):
+            means["uniformity"] = math.log(kernel)
+        return means
+
+
+class CMLMTrainer(Trainer):
+    """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
+
+    Args:
+        model: a `CMLMModel`.
+        args: `CMLMTrainingArguments`.
+        train_dataset, eval_dataset: rows of `data.tokenize_texts`.
+        processing_class: the tokenizer.
+        data_collator: default `CMLMDataCollator(processing_class)`.
+        options: everything else `transformers.Trainer` takes.
+
+    The masks of a sequence depend on (mask_seed, optimizer step, sample id) alone. Logged besides the loss: its parts (mlm,
+    token, sequence), temperatures, and for the logged step masked_accuracy, token_retrieval, positive_similarity,
+    negative_similarity, sequence_retrieval, alignment and uniformity; `evaluate` gives all of them and the perplexity.
+
+    Raises:
+        ValueError: no CMLMModel, no tokenizer, or one that does not fit the model.
+
+    Example:
+        >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)
+        >>> trainer.train()
+        >>> trainer.model.save_pretrained("post-trained")
+    """
+
+    def __init__(self, model: CMLMModel, args: CMLMTrainingArguments | None = None, *, processing_class: Any = None,
+                 data_collator: Any = None, **options: Any) -> None:  # fmt: skip
+        if not isinstance(model, CMLMModel):
+            raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
+        tokenizer = processing_class if processing_class is not None else getattr(data_collator, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError("CMLMTrainer: expected processing_class to be a tokenizer, got None")
+        args = args or CMLMTrainingArguments("out")
+        if not isinstance(args, CMLMTrainingArguments):
+            raise ValueError(f"CMLMTrainer: expected args to be CMLMTrainingArguments, got {type(args).__name__}")
+        settings = mask_settings(tokenizer)
+        rows = model.lm.get_input_embeddings().num_embeddings
+        if settings["vocab_size"] > rows:
+            rule = f"of at most {rows} ids, the rows of the model's embedding"
+            raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {settings['vocab_size']}")
+        self.special_ids = torch.tensor(settings.pop("special_ids"))
+        self.mask_settings = settings
+        self._sums = _Sums()
+        if data_collator is None:
+            data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
+            if args.packed and not model.takes_packed:
+                logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
+        super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
+        # compute_loss already divides by what the whole optimizer step saw.
+        self.loss_is_scaled_for_ga = True
+
+    @property
+    def cmlm(self) -> CMLMConfig:
+        """The objective."""
+        config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
+        return config
+
+    def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """The batch on the device, with both views and the role of each token."""
+        batch = send_to_device(batch, self.args.device)
+        self.special_ids = self.special_ids.to(batch["input_ids"].device)
+        seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
+        config = self.cmlm
+        masked = complementary_mask(
+            batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
+            complement_rate=config.complement_rate, sampling=config.sampling, mask_share=config.mask_share,
+            random_share=config.random_share, seed=seed, step=step, special_ids=self.special_ids, **self.mask_settings,
+        )  # fmt: skip
+        jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
+        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter}
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
+                          device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
+        """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
+        batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
+        if batches:
+            loss = self.accelerator.unwrap_model(self.model).loss
+            divisor = self._reduce(sum(loss.counts(batch["role"], len(batch["sample_ids"])) for batch in batches))
+            batches = [{**batch, "divisor": divisor} for batch in batches]
+        return batches, None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
+                     num_items_in_batch: Any = None) -> Any:  # fmt: skip
+        """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
+        ranks = self.accelerator.num_processes
+        group = dist.group.WORLD if ranks > 1 else None
+        output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=group)
+        self._sums.add(_parts(output))
+        self._sums.add(output.measures)
+        loss = output.loss * ranks
+        return (loss, output) if return_outputs else loss
+
+    def _step_is_logged(self) -> bool:
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        if self.args.logging_strategy != "steps" or not every:
+            return False
+        return step % every == 0 or (step == 1 and self.args.logging_first_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the parts and measures of the steps since the last log to the training loss's entry."""
+        if "loss" in logs:
+            logs |= self._sums.read(self._reduce)
+            logs |= self._temperatures()
+        super().log(logs, start_time)
+
+    def _reduce(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.accelerator.reduce(tensor, "sum")
+        return total
+
+    def _temperatures(self) -> dict[str, float]:
+        if not self.cmlm.learn_temperature:
+            return {}
+        loss = self.accelerator.unwrap_model(self.model).loss
+        parts = {"token": loss.token.temperature, "sequence": loss.sequence.temperature}
+        return {f"{name}_temperature": part().item() for name, part in parts.items() if part.logit_scale is not None}
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+        """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
+        training, self._sums = self._sums, _Sums()
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+            means = self._sums.read(self._reduce)
+        finally:
+            self._sums = training
+        weights = (self.cmlm.mlm_weight, self.cmlm.token_weight, self.cmlm.sequence_weight)
+        means["loss"] = sum(weight * means.get(part, 0.0) for weight, part in zip(weights, PARTS, strict=True))
+        if "mlm" in means:
+            means["perplexity"] = math.exp(min(means["mlm"], 700.0))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
+                        ignore_keys: list[str] | None = None) -> tuple[Tensor, None, None]:  # fmt: skip
+        """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
+        self._sums.add(_parts(output))
+        self._sums.add(output.measures)
+        return output.loss.detach(), None, None
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As the Trainer's, without the learned temperatures, which would decay to 1."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As the Trainer's; a checkpoint also restores projection and learned temperatures."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            self.accelerator.unwrap_model(self.model).load_contrast(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, **options)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""
+        folder = output_dir or self.args.output_dir
+        state = self.accelerator.get_state_dict(self.model)
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, "training_args.bin"))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _parts(output: CMLMOutput) -> dict[str, Tensor]:
+    pairs = torch.stack([output.sums.double(), output.counts.double()], 1)
+    return dict(zip(PARTS, pairs, strict=True))

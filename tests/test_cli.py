@@ -1,0 +1,205 @@
+"""The command line on a real file: what it writes, resumes and refuses; each bad input is one line and leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_lm
+from typer.testing import CliRunner
+
+from cmlm_fast.cli import app
+from cmlm_fast.options import PostTrainOptions
+from cmlm_fast.output import DiskError
+from cmlm_fast.post_train import prepare, run
+
+QUICK = ("--max-steps", "4", "--batch-size", "8", "--logging-steps", "2", "--save-steps", "2", "--max-length", "32",
+         "--no-bf16")  # fmt: skip
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def post_train(checkpoint, file, folder, *more):
+    return cli("post-train", "--model", checkpoint, "--train-file", file, "--output-dir", folder, *QUICK, *more)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_post_train_writes_a_model_scores_and_curves(tiny_checkpoint, sentence_file, tmp_path):
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    folder = tmp_path / "out"
+    result = post_train(tiny_checkpoint, sentence_file, folder, "--preset", "paper", "--token-weight", "0.7", "--whole-word")
+    assert result.exit_code == 0, result.output
+    summary = json.loads((folder / "summary.json").read_text())
+    objective = summary["options"]["objective"]
+    assert (objective["token_weight"], objective["complement_rate"], objective["mlm_views"]) == (0.7, 0.7, "first")
+    assert summary["texts"] == {"rows": 420, "empty": 0, "duplicates": 0, "kept": 420} and summary["steps"] == 4
+    before, after = summary["held_out_before_after"]["perplexity"]
+    assert 0 < after < before
+    assert {"step": 2}.items() <= next(line for line in lines(folder) if "loss" in line).items()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    model, start = (AutoModelForMaskedLM.from_pretrained(path) for path in (folder, tiny_checkpoint))
+    assert not torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
+    assert not list(folder.glob(".saving*")) and "perplexity" in result.output
+
+
+def test_resume_goes_on_and_ends_like_a_run_that_was_not_cut(tiny_checkpoint, sentence_file, tmp_path):
+    from safetensors.torch import load_file
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert post_train(tiny_checkpoint, sentence_file, whole).exit_code == 0
+    code = f"""
+import os, sys
+from transformers import TrainerCallback
+from cmlm_fast import trainer
+class Crash(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3: os._exit(9)
+before = trainer.CMLMTrainer.__init__
+trainer.CMLMTrainer.__init__ = lambda self, *a, callbacks=(), **k: before(self, *a, callbacks=[*callbacks, Crash()], **k)
+from cmlm_fast.cli import app
+app({["post-train", "--model", tiny_checkpoint, "--train-file", sentence_file, "--output-dir", str(cut), *QUICK]!r})
+"""
+    crashed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert crashed.returncode == 9, crashed.stderr
+    assert (cut / "checkpoint-2").is_dir() and not (cut / "config.json").exists()
+    refused = post_train(tiny_checkpoint, sentence_file, cut)
+    assert refused.exit_code == 2 and "new or empty (or give --overwrite or --resume)" in refused.output
+    result = post_train(tiny_checkpoint, sentence_file, cut, "--resume")
+    assert result.exit_code == 0, result.output
+    a, b = (load_file(folder / "model.safetensors") for folder in (whole, cut))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    steps = [line["step"] for line in lines(cut) if "loss" in line]
+    assert steps == [2, 4] == [line["step"] for line in lines(whole) if "loss" in line]
+    first, again = (json.loads((folder / "summary.json").read_text())["held_out_before_after"] for folder in (whole, cut))
+    assert first == again
+
+
+def test_columns_and_pairs(tiny_checkpoint, sentences, tmp_path):
+    path = tmp_path / "pairs.tsv"
+    rows = "".join(f"{i}\t{a}\t{b}\n" for i, (a, b) in enumerate(zip(sentences[:60], sentences[60:120], strict=True)))
+    path.write_text("id\tquestion\tanswer\n" + rows)
+    result = post_train(tiny_checkpoint, path, tmp_path / "out", "--text-column", "question", "--text-pair-column", "answer")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["texts"]["kept"] == 60
+
+
+def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
+    """Label -> (changed arguments, words of the error)."""
+    def file(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    bare = tmp_path / "no-tokenizer"
+    make_lm().save_pretrained(bare)
+    unmasked = tmp_path / "no-mask-token"
+    make_lm().save_pretrained(unmasked)
+    tokenizer.save_pretrained(unmasked)
+    settings = json.loads((unmasked / "tokenizer_config.json").read_text())
+    settings.pop("mask_token")
+    (unmasked / "tokenizer_config.json").write_text(json.dumps(settings))
+    csv = file("table.csv", b"id,body,title\n1,one text,a\n2,two text,b\n")
+    return {
+        "rate": (["--rate", "1.5"], "expected rate to be in [0, 1], got 1.5"),
+        "temperature": (["--token-temperature", "nan"], "expected token_temperature to be finite and > 0, got nan"),
+        "epochs": (["--epochs", "0"], "expected epochs to be finite and > 0, got 0"),
+        "share": (["--eval-share", "1"], "expected eval_share to be in [0, 1), got 1.0"),
+        "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
+        "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),
+        "scheduler": (["--scheduler", "steep"], "expected scheduler to be one of"),
+        "precision": (["--bf16", "--fp16"], "expected bf16 and fp16 to be at most one of them, got both"),
+        "file": (["--train-file", "missing.txt"], "expected train_file to be an existing file or folder, got missing.txt"),
+        "suffix": (["--train-file", file("texts.doc", b"a")], "a saved datasets folder or a file ending in"),
+        "empty": (["--train-file", file("empty.txt", b"")], "expected path to be a file that is not empty"),
+        "blank": (["--train-file", file("blank.txt", b"\n \n")], "a text that is not blank"),
+        "bytes": (["--train-file", file("latin.txt", b"caf\xe9\n")], "expected path to be a UTF-8 file, got"),
+        "which": (["--train-file", csv], "expected text_column to be given where no column is named text"),
+        "column": (["--train-file", csv, "--text-column", "text"], "expected text_column to be one of the columns"),
+        "model": (["--model", tmp_path / "nothing"], "expected model to be"),
+        "no tokenizer": (["--model", bare], "expected model to be a folder, or a hub id that can be reached, with a tokenizer"),
+        "no mask": (["--model", unmasked], "expected model to be one whose tokenizer has a mask token"),
+        "both": (["--resume", "--overwrite"], "expected at most one of overwrite and resume, got both"),
+        "resume": (["--resume"], "expected output_dir to hold a checkpoint-N to resume from"),
+    }  # fmt: skip
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, sentence_file, tmp_path, tiny_tokenizer):
+    cases = bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tiny_tokenizer)
+    before = sorted(tmp_path.rglob("*"))
+    for label, (arguments, words) in cases.items():
+        result = post_train(tiny_checkpoint, sentence_file, tmp_path / "out", *arguments)
+        assert result.exit_code == 2, (label, result.output)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and words in errors[0] and "Traceback" not in result.stderr, (label, result.stderr)
+        assert sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_a_folder_that_is_not_empty_is_kept(tiny_checkpoint, sentence_file, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    result = post_train(tiny_checkpoint, sentence_file, folder)
+    assert result.exit_code == 2 and "expected output_dir to be new or empty" in result.stderr
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    assert post_train(tiny_checkpoint, sentence_file, folder, "--overwrite").exit_code == 0
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def limit_files(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.parametrize("size", [50_000, 250_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(size, tiny_checkpoint, sentence_file, tmp_path):
+    # A limit on a file's size fails writes as a full disk does: at once, or only when the (larger) checkpoint is written.
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", "from cmlm_fast.cli import main; main()", "post-train", "--model", tiny_checkpoint,
+               "--train-file", sentence_file, "--output-dir", str(out), *QUICK]  # fmt: skip
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment,
+                            preexec_fn=lambda: limit_files(size))  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.stderr and "File too large" in errors[0]
+    assert not (out / "config.json").exists() and not list(out.glob("checkpoint-*")) and not list(out.glob(".saving*"))
+
+
+def test_from_python(tiny_checkpoint, sentence_file, tmp_path):
+    options = PostTrainOptions(model=tiny_checkpoint, train_file=sentence_file, output_dir=str(tmp_path / "out"), max_steps=2,
+                               eval_share=0.0, save_steps=0, bf16=False)  # fmt: skip
+    summary = run(prepare(options))
+    assert summary["steps"] == 2 and summary["held_out_before_after"] == {}
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert issubclass(DiskError, OSError)
+
+
+def test_doctor_names_every_op_and_reason():
+    result = cli("doctor")
+    assert result.exit_code == 0
+    for word in ("complementary_mask", "token_contrastive", "token_similarity", "info_nce", "torch", "Triton"):
+        assert word in result.output
+
+
+def test_pooling_files_come_along(sentence_file, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    from cmlm_fast.demo_assets import demo_model_path
+
+    folder = tmp_path / "out"
+    result = post_train(demo_model_path(), sentence_file, folder, "--max-steps", "1", "--eval-share", "0", "--save-steps", "0")
+    assert result.exit_code == 0, result.output
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
+    assert Path(folder / "1_Pooling" / "config.json").exists() and model.encode("a film").shape == (384,)

@@ -1,0 +1,57 @@
+"""What the docs show runs: the README's Python, with a tiny encoder in the place of a hub's, and the docstrings' examples."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("backends", "config", "losses", "report", "fewshot", "ops.complementary_mask", "ops.info_nce",
+           "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    module = import_module(f"cmlm_fast.{name}")
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    names = {**vars(module), "torch": torch}
+    found = [test for test in finder.find(module, globs=names) if test.examples]
+    runner = doctest.DocTestRunner(verbose=False)
+    for test in found:
+        if "out/model" not in test.docstring:  # an example that needs a trained model
+            runner.run(test)
+    assert found and runner.tries > 0 and runner.failures == 0
+
+
+def test_readme_python_runs(tiny_checkpoint, sentence_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) >= 4
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(n, 16, generator=generator).requires_grad_() for n in (20, 50))
+    key_token = torch.randint(0, 9, (50,), generator=generator)
+    target = torch.randperm(50, generator=generator)[:20]
+    names = {"torch": torch, "F": F, "query": query, "key": key, "target": target, "key_token": key_token,
+             "query_token": key_token[target]}  # fmt: skip
+    losses = []
+    for block in sorted(blocks, key=lambda text: "from_pretrained(\"post-trained\"" in text):
+        code = block.replace("bert-base-uncased", tiny_checkpoint).replace("reviews.txt", sentence_file)
+        code = code.replace("num_train_epochs=3", "max_steps=2, use_cpu=True, report_to='none', dataloader_pin_memory=False")
+        exec(compile(code, "README.md", "exec"), names)
+        losses.append(names.get("loss"))
+    values = [loss.item() for loss in losses if loss is not None]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)  # before and after
+
+
+def test_readme_names_commands_that_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / path).exists(), path

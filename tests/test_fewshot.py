@@ -1,0 +1,54 @@
+"""Few-shot draws and fine-tuning, and the demo from end to end on its real encoder and text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cmlm_fast.demo import run_demo
+from cmlm_fast.fewshot import draw, fine_tune
+
+LABELS = ["b", "a", "a", "b", "a", "b", "b"]
+
+
+def test_a_draw_is_balanced_random_and_repeatable():
+    chosen = draw(LABELS, shots=2, seed=3)
+    assert sorted(LABELS[i] for i in chosen) == ["a", "a", "b", "b"] and len(set(chosen)) == 4
+    assert chosen == draw(LABELS, shots=2, seed=3)
+    assert len({tuple(draw(LABELS, shots=2, seed=seed)) for seed in range(20)}) > 5
+    with pytest.raises(ValueError, match="expected shots to be <= 3, the texts labelled 'a', got 4"):
+        draw(LABELS, shots=4, seed=0)
+
+
+def test_fine_tuning_learns_what_can_be_learned_and_repeats_itself(tiny_checkpoint, sentences):
+    texts = [text for text in sentences if "rain" in text or "winter" in text]
+    labels = ["wet" if "rain" in text else "cold" for text in texts]
+    options = {"epochs": 20, "learning_rate": 3e-3, "seed": 1}
+    score = fine_tune(tiny_checkpoint, texts[:60], labels[:60], texts[60:], labels[60:], **options)
+    assert score.accuracy > 0.9 and score.macro_f1 > 0.9 and score.seconds > 0
+    again = fine_tune(tiny_checkpoint, texts[:60], labels[:60], texts[60:], labels[60:], **options)
+    assert again[:2] == score[:2]
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"train_labels": [0]}, "expected train_labels to be as many as train_texts"),
+    ({"train_labels": [0, 0]}, "expected train_labels to be of at least two classes"),
+    ({"test_labels": [7]}, "expected test_labels to be among"),
+    ({"test_texts": [], "test_labels": []}, "expected test_labels to be as many as test_texts and at least one"),
+])  # fmt: skip
+def test_labels_that_do_not_fit_say_so(changes, words):
+    usual = {"train_texts": ["a", "b"], "train_labels": [0, 1], "test_texts": ["c"], "test_labels": [1]}
+    with pytest.raises(ValueError, match=words):
+        fine_tune("nowhere", **{**usual, **changes})
+
+
+def test_the_demo_leaves_texts_model_picture_and_result(tmp_path, capsys):
+    result = run_demo(tmp_path / "demo", steps=2, draws=1, shots=2, test_texts=40)
+    assert (tmp_path / "demo" / "texts.txt").read_text(encoding="utf-8").count("\n") == 8530 - 40
+    assert (tmp_path / "demo" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "demo" / "result.json").read_text()) == result
+    assert [len(values) for values in result["few_shot"]["accuracy"].values()] == [1, 1]
+    printed = capsys.readouterr().out
+    assert "What post-training changed" in printed and "few-shot accuracy (2 a class)" in printed

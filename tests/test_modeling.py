@@ -1,0 +1,280 @@
+"""The objective equals the formula written out in plain PyTorch, on every kind of encoder; what is saved loads anywhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask
+from cmlm_fast.config import PRESETS
+from cmlm_fast.data import CMLMDataCollator, mask_settings
+from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
+
+KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "albert", "mpnet")
+
+
+def batch_of(rows, tokenizer, config, indices=(0, 5, 9, 200), step=0):
+    """A masked batch, as the trainer makes it."""
+    batch = CMLMDataCollator(tokenizer)([rows[i] for i in indices])
+    settings = mask_settings(tokenizer)
+    masked = complementary_mask(
+        batch["input_ids"], attention_mask=batch["attention_mask"], sample_ids=batch["sample_ids"], rate=config.rate,
+        complement_rate=config.complement_rate, seed=7, step=step, **settings,
+    )  # fmt: skip
+    return {**batch, **masked._asdict(), "special_ids": torch.tensor(settings["special_ids"])}
+
+
+def written_out(model, batch):
+    """The objective by full logits, whole score matrices and one pass a view."""
+    config, lm = model.cmlm, model.lm
+    ids, role = batch["input_ids"], batch["role"]
+    attention = batch["attention_mask"].bool()
+    can = attention & ~torch.isin(ids, batch["special_ids"])
+    typed = lm.config.model_type.startswith(("bert", "electra", "albert"))
+    types = {"token_type_ids": torch.zeros_like(ids)} if typed else {}
+    hidden, mlm = [], []
+    for view, where in ((batch["view1"], role == 1), (batch["view2"], role == 2)):
+        hidden.append(lm.base_model(view, attention_mask=batch["attention_mask"], **types).last_hidden_state)
+        logits = lm(view, attention_mask=batch["attention_mask"], **types).logits
+        mlm.append(F.cross_entropy(logits[where], ids[where], reduction="none"))
+    mlm = torch.cat(mlm if config.mlm_views == "both" else mlm[:1]).mean()
+    token = []
+    for b, t in (role > 0).nonzero().tolist():
+        masked, seen = (0, 1) if role[b, t] == 1 else (1, 0)
+        scores = {}
+        for c, u in can.nonzero().tolist():
+            same = config.exclude_same_token and ids[c, u] == ids[b, t] and (c, u) != (b, t)
+            if not same and (config.scope == "batch" or c == b):
+                scores[c, u] = F.cosine_similarity(hidden[masked][b, t], hidden[seen][c, u], dim=0) / config.token_temperature
+        token.append(torch.logsumexp(torch.stack(list(scores.values())), 0) - scores[b, t])
+    vectors = []
+    for states in hidden:
+        pooled = [(states[b][can[b]].mean(0) if config.pooling == "mean" else states[b, 0]) for b in range(len(ids))]
+        vectors.append(F.normalize(torch.stack(pooled), dim=-1))
+    scores = vectors[0] @ vectors[1].T / config.sequence_temperature
+    own = torch.arange(len(ids))
+    sequence = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    return config.mlm_weight * mlm + config.token_weight * torch.stack(token).mean() + config.sequence_weight * sequence
+
+
+def compare(model, batch):
+    ours = model(**batch).loss
+    truth = written_out(model, batch)
+    torch.testing.assert_close(ours, truth, rtol=2e-5, atol=2e-5)
+    parameters = [p for p in model.lm.parameters() if p.requires_grad]
+    got, expected = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (ours, truth))
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None) or (a if b is None else b).abs().max() == 0
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_objective_and_gradients_are_those_written_out(kind, tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm(kind), CMLMConfig(token_temperature=0.2, sequence_weight=0.5))
+    compare(model, batch_of(tiny_rows, tiny_tokenizer, model.cmlm))
+
+
+@pytest.mark.parametrize("changes", [{"scope": "sequence"}, {"exclude_same_token": False}, {"mlm_views": "first"},
+                                     {"pooling": "cls"}, {"complement_rate": 0.7}])  # fmt: skip
+def test_options_of_the_objective(changes, tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm(), CMLMConfig(token_temperature=0.2, **changes))
+    compare(model, batch_of(tiny_rows, tiny_tokenizer, model.cmlm))
+
+
+def test_presets_are_those_published(tiny_lm, tiny_rows, tiny_tokenizer):
+    paper = CMLMConfig.from_preset("paper")
+    assert (paper.rate, paper.complement_rate, paper.mlm_views) == (0.15, 0.7, "first")
+    assert (paper.mlm_weight, paper.token_weight, paper.sequence_weight) == (0.5, 0.5, 0.5)
+    balanced = CMLMConfig.from_preset("balanced")
+    assert (balanced.mlm_weight, balanced.token_weight, balanced.sequence_weight) == (1.0, 1.0, 0.1)
+    assert balanced.complement_rate == pytest.approx(0.15 / 0.85)
+    for preset in PRESETS:
+        model = CMLMModel(tiny_lm(), CMLMConfig.from_preset(preset))
+        output = model(**batch_of(tiny_rows, tiny_tokenizer, model.cmlm))
+        weights = torch.tensor([model.cmlm.mlm_weight, model.cmlm.token_weight, model.cmlm.sequence_weight])
+        assert ((output.sums != 0) == (weights > 0)).all(), preset
+        torch.testing.assert_close((weights * output.sums / output.counts.clamp_min(1)).sum(), output.loss.detach())
+
+
+def test_simcse_contrasts_two_dropout_passes_of_the_same_tokens(tiny_lm, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig.from_preset("simcse")
+    batch = batch_of(tiny_rows, tiny_tokenizer, config)
+    assert torch.equal(batch["view1"], batch["view2"]) and not batch["role"].any()
+    still, noisy = (CMLMModel(tiny_lm(hidden_dropout_prob=p), config) for p in (0.0, 0.3))
+    assert model_alignment(still, batch) == pytest.approx(0.0, abs=1e-5)
+    assert model_alignment(noisy, batch) > 0.01
+
+
+def model_alignment(model, batch):
+    total, count = model.train()(**batch, measured=True).measures["alignment"].tolist()
+    return total / count
+
+
+def test_padding_changes_nothing(tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm(), CMLMConfig(pooling="mean"))
+    collate, settings = CMLMDataCollator(tiny_tokenizer), mask_settings(tiny_tokenizer)
+    losses = []
+    for multiple in (None, 64):
+        collate.pad_to_multiple_of = multiple
+        batch = collate([tiny_rows[i] for i in (3, 70)])
+        masked = complementary_mask(batch["input_ids"], attention_mask=batch["attention_mask"],
+                                    sample_ids=batch["sample_ids"], **settings)  # fmt: skip
+        losses.append(model(**batch, **masked._asdict(), special_ids=torch.tensor(settings["special_ids"])).loss)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+
+
+def packed_and_padded(model, rows, tokenizer, indices):
+    """The same sequences in both layouts, masked with the same bits."""
+    settings = mask_settings(tokenizer)
+    for packed in (True, False):
+        batch = CMLMDataCollator(tokenizer, packed=packed)([rows[i] for i in indices])
+        masked = complementary_mask(batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+                                    sample_ids=batch["sample_ids"], seed=5, **settings)  # fmt: skip
+        jitter = model.jitter(batch["sample_ids"], seed=5, step=0)
+        yield {**batch, **masked._asdict(), "special_ids": torch.tensor(settings["special_ids"]), "jitter": jitter}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])
+@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "pooling": "cls", "position_jitter": 9}])
+def test_packed_equals_padded(kind, changes, tiny_lm, tiny_rows, tiny_tokenizer):
+    # A window shorter than the sequences, where the encoder has one.
+    options = {"local_attention": 8, "global_attn_every_n_layers": 2} if kind == "modernbert" else {}
+    model = CMLMModel(tiny_lm(kind, **options), CMLMConfig(token_temperature=0.2, sequence_weight=0.5, **changes))
+    assert model.takes_packed
+    found = []
+    for batch in packed_and_padded(model, tiny_rows, tiny_tokenizer, (0, 5, 9, 200, 201, 7)):
+        output = model(**batch, measured=True)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()), allow_unused=True)
+        found.append((output, gradients))
+    (packed, packed_gradients), (padded, padded_gradients) = found
+    torch.testing.assert_close(packed.sums, padded.sums, rtol=1e-5, atol=1e-5)
+    assert torch.equal(packed.counts, padded.counts)
+    for name, value in packed.measures.items():
+        near_tie = 1 if name.endswith(("retrieval", "accuracy")) else 1e-5  # which of two equal scores is first is rounding
+        torch.testing.assert_close(value, padded.measures[name], rtol=1e-5, atol=near_tie)
+    for a, b in zip(packed_gradients, padded_gradients, strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_attention_stays_out_of_what_is_saved(tiny_lm, tmp_path):
+    CMLMModel(tiny_lm("modernbert")).save_pretrained(tmp_path)
+    assert "cmlm" not in (tmp_path / "config.json").read_text()
+
+
+def test_packed_dropout_is_dropout(tiny_lm, tiny_rows, tiny_tokenizer):
+    # The mean over many draws is the pass without dropout, as far as its spread allows.
+    model = CMLMModel(tiny_lm(attention_probs_dropout_prob=0.3, layers=1), CMLMConfig())
+    batch, _ = packed_and_padded(model, tiny_rows, tiny_tokenizer, (0, 5, 9))
+    arguments = (batch["view1"], batch["view2"], batch["cu_seqlens"], batch["lengths"], None, None)
+    with torch.no_grad():
+        still = model.eval()._encode_packed(*arguments)[0]
+        draws = torch.stack([model.train()._encode_packed(*arguments)[0] for _ in range(400)])
+    spread = draws.std(0)
+    assert spread.mean() > 5e-4 and (draws.mean(0) - still).abs().mean() < 0.3 * spread.mean()
+
+
+def test_nothing_eligible_is_a_zero_loss_with_zero_gradients(tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm())
+    batch = batch_of(tiny_rows, tiny_tokenizer, model.cmlm, indices=(4,))
+    batch["role"] = torch.zeros_like(batch["role"])
+    batch["view1"] = batch["view2"] = batch["input_ids"]
+    loss = model(**batch, eligible=torch.zeros_like(batch["role"], dtype=torch.bool)).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_position_jitter_shifts_view_two_alone(tiny_lm, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig(position_jitter=40)
+    ids = torch.arange(1000)
+    for kind in ("bert", "roberta"):
+        model = CMLMModel(tiny_lm(kind), config).eval()
+        shift = model.jitter(ids, seed=3, step=1)
+        assert shift.min() == 0 and shift.max() == 40 and 15 < shift.double().mean() < 25
+        assert torch.equal(shift[500:], model.jitter(ids[500:], seed=3, step=1))  # the batch does not matter
+        batch = batch_of(tiny_rows, tiny_tokenizer, config)
+        mask = batch["attention_mask"]
+        one, two = model._encode_padded(batch["view1"], batch["view1"], mask, None, shift[:4].clamp_min(1))
+        plain, _ = model._encode_padded(batch["view1"], batch["view1"], mask, None, None)
+        keep = mask.bool().flatten()
+        torch.testing.assert_close(one[keep], plain[keep])
+        assert not torch.allclose(two[keep], plain[keep], atol=1e-3)
+    wide = CMLMModel(tiny_lm(), replace(config, position_jitter=139))
+    with pytest.raises(ValueError, match=r"expected position_jitter to be <= 1.., what the model's position table leaves"):
+        wide._encode_padded(batch["view1"], batch["view1"], mask, None, shift[:4])
+
+
+def test_learned_temperature_gets_a_gradient_and_is_clamped():
+    for loss, args in ((TokenContrastiveLoss(0.1, True), (torch.eye(3), torch.eye(3), torch.arange(3))),
+                       (InfoNCELoss(0.1, True), (torch.eye(3), torch.eye(3)))):  # fmt: skip
+        loss(*args).backward()
+        assert loss.temperature.logit_scale.grad.abs() > 0
+        with torch.no_grad():
+            loss.temperature.logit_scale.fill_(9.0)
+        assert loss.temperature().item() == pytest.approx(0.01)
+
+
+BAD = {
+    "rate": {"rate": 1.5}, "mask_share": {"mask_share": -0.1}, "random_share": {"mask_share": 0.9, "random_share": 0.2},
+    "mlm_weight": {"mlm_weight": float("nan")}, "token_temperature": {"token_temperature": 0.0}, "scope": {"scope": "all"},
+    "pooling": {"pooling": "max"}, "position_jitter": {"position_jitter": -1},
+    "token_weight": {"rate": 0.0, "complement_rate": 0.0, "mlm_weight": 0.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_bad_configuration_names_field_rule_and_value(field):
+    with pytest.raises(ValueError, match=rf"CMLMConfig: expected {field} to be .+, got .+"):
+        CMLMConfig(**BAD[field])
+    with pytest.raises(ValueError, match=r"expected preset to be one of balanced, .*, got 'fast'"):
+        CMLMConfig.from_preset("fast")
+    with pytest.raises(ValueError, match=r"expected a field to be one of rate, .*, got 'temperature'"):
+        CMLMConfig.from_preset("paper", temperature=1.0)
+
+
+def test_a_model_of_no_known_kind_is_refused(tiny_lm):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with pytest.raises(ValueError, match=r"expected lm to be a masked LM of the kind of BERT, .*, got GPT2LMHeadModel"):
+        CMLMModel(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)))
+
+
+def test_an_encoder_without_lm_head_gets_one_tied_to_its_embeddings(tiny_lm, tmp_path, caplog):
+    tiny_lm().base_model.save_pretrained(tmp_path)
+    model = CMLMModel.from_pretrained(tmp_path)
+    assert "has no LM head: made one, its decoder tied to the embeddings" in caplog.text and len(caplog.records) == 1
+    assert model.lm.get_output_embeddings().weight is model.lm.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
+def test_what_is_saved_loads_without_this_package(kind, tiny_lm, tiny_tokenizer, tmp_path):
+    model = CMLMModel(tiny_lm(kind), CMLMConfig(projection=8, learn_temperature=True))
+    with torch.no_grad():
+        model.loss.token.temperature.logit_scale.fill_(1.5)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    code = f"""
+import sys, torch, transformers
+for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+    getattr(transformers, name).from_pretrained({str(tmp_path)!r})
+from sentence_transformers import SentenceTransformer
+assert SentenceTransformer({str(tmp_path)!r}, device="cpu").encode("the fountain").shape == (32,)
+model, report = transformers.AutoModelForMaskedLM.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+print(float(model.base_model(torch.arange(5, 12)[None]).last_hidden_state.double().sum()))
+assert not [name for name in sys.modules if name.startswith("cmlm_fast")]
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    expected = model.lm.eval().base_model(torch.arange(5, 12)[None]).last_hidden_state.double().sum()
+    assert float(run.stdout.split()[-1]) == pytest.approx(expected.item(), rel=1e-6)
+    again = CMLMModel.from_pretrained(tmp_path, model.cmlm)
+    again.load_contrast(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
