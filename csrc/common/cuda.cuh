@@ -66,6 +66,9 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float widen(Fp16 x) { return half_to_float(x.bits); }
 
+// The largest power of two that is no larger than x > 0.
+__device__ __forceinline__ float power_below(float x) { return bits_to_float(float_to_bits(x) & 0x7f800000u); }
+
 template <class T>
 __device__ __forceinline__ T narrow(math_t<T> x) {
   if constexpr (std::is_same_v<T, Bf16>)

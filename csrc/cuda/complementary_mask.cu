@@ -39,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor input_ids, Tensor c
   const Tensor cu = take(kOp, "cu_seqlens", cu_seqlens, ScalarType::Int, {-1}, ids);
   const Tensor special = take(kOp, "special_ids", special_ids, ScalarType::Long, {-1}, ids);
   const int64_t tokens = ids.numel(), sequences = cu.numel() - 1;
-  CMLM_CHECK(kOp, sequences >= (tokens > 0 ? 1 : 0), "cu_seqlens", "int32 of shape [B + 1], B >= 1 where there are tokens", describe(cu));
+  CMLM_CHECK(kOp, sequences >= (tokens > 0 ? 1 : 0), "cu_seqlens", "int32 of shape [B + 1], B >= 1 where there are tokens",
+             describe(cu));
   CMLM_CHECK(kOp, special.numel() <= kMostSpecial, "special_ids", "int64 of shape [S], S <= 16", describe(special));
   const auto where = take(kOp, "eligible", eligible, ScalarType::Bool, {tokens}, ids);
   const auto units = take(kOp, "unit_ids", unit_ids, ScalarType::Int, {tokens}, ids);
@@ -47,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor input_ids, Tensor c
   const MaskOptions options = mask_options(mask_id, vocab, rate, complement_rate, mask_share, random_share, seed, step);
 
   const Launcher launcher(ids);
-  const Tensor view1 = empty(ids, {tokens}, dtype), view2 = empty(ids, {tokens}, dtype), role = empty(ids, {tokens}, ScalarType::Byte);
+  const Tensor view1 = empty(ids, {tokens}, dtype), view2 = empty(ids, {tokens}, dtype);
+  const Tensor role = empty(ids, {tokens}, ScalarType::Byte);
   if (tokens == 0) return {view1, view2, role};
 
   MaskParams params{};

@@ -39,6 +39,9 @@ constexpr uint64_t kNoKey = ~uint64_t{0};
 using Draw = Philox<uint64_t>;
 
 __device__ __forceinline__ uint32_t word(uint64_t low_half) { return static_cast<uint32_t>(low_half); }
+__device__ __forceinline__ uint64_t key_of(uint64_t w0, int64_t unit) {
+  return static_cast<uint64_t>(word(w0)) << 32 | static_cast<uint32_t>(unit);
+}
 
 // X numbers at [from, from + 4), of which those in [begin, end) are needed.
 template <class X>
@@ -100,7 +103,7 @@ template <class Id>
 __device__ __forceinline__ Id corrupted(const MaskParams& p, const PhiloxWords<uint64_t>& words, Id id) {
   const int64_t w1 = word(words.w1);
   if (w1 < p.below_mask) return static_cast<Id>(p.mask_id);
-  return w1 < p.below_random ? static_cast<Id>((static_cast<uint64_t>(word(words.w2)) * static_cast<uint64_t>(p.vocab)) >> 32) : id;
+  return w1 < p.below_random ? static_cast<Id>(word(words.w2) * static_cast<uint64_t>(p.vocab) >> 32) : id;
 }
 
 __device__ __forceinline__ Draw draw_of(const MaskParams& p, int64_t sequence) {
@@ -123,7 +126,7 @@ __device__ __forceinline__ int64_t sequence_of(const int32_t* cu, int64_t i, int
 constexpr size_t kBernoulliShared = room<int64_t>(kMostSpecial) + room<int64_t>(2);
 
 template <class Id>
-__global__ void __launch_bounds__(kBernoulliThreads) mask_bernoulli(MaskParams p) {
+__global__ void __launch_bounds__(kBernoulliThreads, 4) mask_bernoulli(MaskParams p) {
   Shared shared;
   int64_t* special = shared.take<int64_t>(kMostSpecial);
   int64_t* within = shared.take<int64_t>(2);  // the sequences of this block's first and last token
@@ -209,7 +212,6 @@ __device__ __forceinline__ void search_keys(Search* searches, int* bins, int64_t
     for (; own.rank >= below + mine[bin]; ++bin) below += mine[bin];
     searches[q] = {own.prefix | static_cast<uint64_t>(lane * 8 + bin) << shift, own.rank - below, own.rank == below};
   }
-  __syncthreads();
 }
 
 template <class Id>
@@ -227,7 +229,7 @@ __global__ void mask_exact(MaskParams p) {
   const int64_t aligned = begin / kGroup * kGroup, length = end - begin, stride = static_cast<int64_t>(blockDim.x) * kGroup;
   const bool kept = length <= p.capacity, units = p.unit_ids != nullptr;
   const Draw draw = draw_of(p, sequence);
-  const auto key_of = [&](int64_t unit) { return static_cast<uint64_t>(word(draw(static_cast<uint64_t>(unit)).w0)) << 32 | static_cast<uint32_t>(unit); };
+  const auto unit_key = [&](int64_t unit) { return key_of(draw(static_cast<uint64_t>(unit)).w0, unit); };
   const int size = 2 * p.capacity;
   load_special(p, special);
   if (units && kept)
@@ -249,7 +251,7 @@ __global__ void mask_exact(MaskParams p) {
       if (i < begin || i >= end) continue;
       if (!units) {
         count += group.can[k];
-        if (kept) keys[i - begin] = group.can[k] ? key_of(i - begin) : kNoKey;
+        if (kept) keys[i - begin] = group.can[k] ? unit_key(i - begin) : kNoKey;
       } else if (kept && group.can[k]) {
         unsigned slot = static_cast<uint32_t>(group.units[k]) * 0x9E3779B1u % size;
         int32_t found;
@@ -272,9 +274,9 @@ __global__ void mask_exact(MaskParams p) {
     }
   }
   search_keys(searches, bins, units && kept ? size : length, [&](int64_t i) {
-    if (!units) return kept ? keys[i] : can(begin + i) ? key_of(i) : kNoKey;
-    if (kept) return table[i] == -1 ? kNoKey : key_of(table[i]);
-    return p.role[begin + i] != 0 ? key_of(p.unit_ids[begin + i]) : kNoKey;
+    if (!units) return kept ? keys[i] : can(begin + i) ? unit_key(i) : kNoKey;
+    if (kept) return table[i] == -1 ? kNoKey : unit_key(table[i]);
+    return p.role[begin + i] != 0 ? unit_key(p.unit_ids[begin + i]) : kNoKey;
   });
   __syncthreads();
   const uint64_t below1 = searches[0].prefix, below2 = searches[1].prefix;
@@ -286,7 +288,7 @@ __global__ void mask_exact(MaskParams p) {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const auto words = draw(static_cast<uint64_t>(from + k - begin));
-      const uint64_t key = units ? key_of(group.units[k]) : static_cast<uint64_t>(word(words.w0)) << 32 | static_cast<uint32_t>(from + k - begin);
+      const uint64_t key = units ? unit_key(group.units[k]) : key_of(words.w0, from + k - begin);
       role[k] = !group.can[k] ? 0 : key < below1 ? 1 : key < below2 ? 2 : 0;
       const Id other = corrupted(p, words, group.ids[k]);
       view1[k] = role[k] == 1 ? other : group.ids[k];

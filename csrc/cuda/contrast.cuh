@@ -4,8 +4,8 @@
 //   info_nce cross      side 0: z1 (anchors)        side 1: z2 (anchors if symmetric)
 //   info_nce self       side 0: [z1; z2] (anchors), against itself
 //
-// A problem P (token_contrastive.cuh, info_nce.cuh) says which pairs are negatives, which positive. An anchor's softmax runs over its
-// negatives; a lone positive is kept apart, so that neither a loss near 0 nor its gradient is a difference of numbers near each
+// A problem P (token_contrastive.cuh, info_nce.cuh) says which pairs are negatives, which positive. An anchor's softmax runs over
+// its negatives; a lone positive is kept apart, so that neither a loss near 0 nor its gradient is a difference of numbers near each
 // other. What is known of an anchor after that are four numbers (Stats), from which any tile's gradient is made anew.
 #pragma once
 
@@ -73,8 +73,8 @@ struct Contrast {
   }
 };
 
-// A score of a dot product. Softmax and gradient must round it alike, whichever of the rows comes first: a weight is an exponential of
-// the difference between scores, which are as large as 1/τ.
+// A score of a dot product. Softmax and gradient must round it alike, whichever of the rows comes first: a weight is an exponential
+// of the difference between scores, which are as large as 1/τ.
 template <class M>
 __device__ __forceinline__ M score_of(M product, M scale, M other_scale, M coldness) {
   return product * (scale * other_scale) * coldness;
@@ -100,8 +100,8 @@ struct Anchor {
   }
   // What the lane has whose number differs by the bit `by`.
   __device__ __forceinline__ Anchor across(int by) const {
-    return {{__shfl_xor_sync(kWarp, others.largest, by), __shfl_xor_sync(kWarp, others.sum, by), __shfl_xor_sync(kWarp, others.moment, by)},
-            __shfl_xor_sync(kWarp, positive, by), __shfl_xor_sync(kWarp, count, by)};
+    const auto from = [&](M value) { return __shfl_xor_sync(kWarp, value, by); };
+    return {{from(others.largest), from(others.sum), from(others.moment)}, from(positive), from(count)};
   }
 };
 

@@ -28,6 +28,11 @@ constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, Fp16>) return ScalarType::Half;
 }
 
+// What temperature and losses have.
+inline ScalarType loss_type(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 // Calls f(T{}) for the tensor's dtype.
 template <class F>
 auto dispatch_numbers(const char* op, const char* argument, const Tensor& tensor, F&& f) {

@@ -5,8 +5,8 @@
 //         once for the four; unit, totals: one block.
 // Tile:   16 bytes of scores a thread and row.
 // Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another).
-// Memory: rows: reads a score twice, the second time from L2 if the chunk fits there, and writes it once: 6 bytes (16-bit types; float
-//         12), and 4 to 24 bytes a column for four rows. prepare: each row once. project: sums, rows and gradient once.
+// Memory: rows: reads a score twice, the second time from L2 if the chunk fits there, and writes it once: 6 bytes (16-bit types;
+//         float 12), and 4 to 24 bytes a column for four rows. prepare: each row once. project: sums, rows and gradient once.
 // Types:  scores and weights in T (float16: scores in float, since dot products may exceed it; rows scaled by powers of two to a
 //         length near 1, since weights may fall below it); all arithmetic and sums in float, double for double.
 // Same bits every time: a row belongs to one block, and its sums are folded in one order.
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task)
   }
   squares = warp_sum(squares), others = warp_sum(others), product = warp_sum(product);
   const M scale = p.normalize ? 1 / most(std::sqrt(squares), M(1e-12)) : M(1);
-  const M power = task.rescale ? static_cast<M>(bits_to_float(float_to_bits(static_cast<float>(scale)) & 0x7f800000u)) : M(1);
+  const M power = task.rescale ? static_cast<M>(power_below(static_cast<float>(scale))) : M(1);
   if (task.copy[s] != nullptr)
     for (int64_t d = lane; d < x.width; d += 32) task.copy[s][r * x.width + d] = narrow<T>(widen(own[d]) * power);
   if (lane > 0) return;
@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
     M at[kRowsPerBlock][kPack];
 #pragma unroll
     for (int i = 0; i < kRowsPerBlock; ++i) {
-      const auto raw = *reinterpret_cast<const Pack<Score, kPack>*>(task.scores + (begin + least(i, count - 1)) * task.pitch + column);
+      const Score* from = task.scores + (begin + least(i, count - 1)) * task.pitch + column;
+      const auto raw = *reinterpret_cast<const Pack<Score, kPack>*>(from);
 #pragma unroll
       for (int k = 0; k < kPack; ++k) at[i][k] = widen(raw.at[k]);
     }
@@ -197,8 +198,8 @@ __global__ void __launch_bounds__(kRowThreads) contrast_project(ProjectTask<P, A
   if (out == nullptr) return;
   const int64_t width = p.side[task.side].width;
   // The weights held this row's scale, and the other side's.
-  const M power = task.full_scale[r] / p.stats[task.side].scale[r];
-  project_row(task.sums + at * width, p.side[task.side].row(r), p.stats[task.side].scale[r], *p.unit / *p.temperature * power, p.normalize, width, out);
+  const M scale = p.stats[task.side].scale[r], factor = *p.unit / *p.temperature * (task.full_scale[r] / scale);
+  project_row(task.sums + at * width, p.side[task.side].row(r), scale, factor, p.normalize, width, out);
 }
 
 }  // namespace cmlm

@@ -1,7 +1,7 @@
 // The softmax of a contrast and its gradient, tile by tile: no score leaves the chip.
 //
-// Grid:   forward: a block for 64 anchors, or one for each of several shares (splits) of the other side's rows; gradient: a block for
-//         64 rows of either side.
+// Grid:   forward: a block for 64 anchors, or one for each of several shares (splits) of the other side's rows; gradient: a block
+//         for 64 rows of either side.
 // Tile:   64×64 scores over D in slices of 128 bytes a row, the next slice on its way by cp.async while tensor cores (float,
 //         double: multiply-adds) work on this one. Tiles that none of the 64 rows wants are skipped.
 // Loop:   forward: over the other side's tiles, keeping the softmax of each row; norms are made of the same slices. gradient: the
@@ -28,34 +28,6 @@ constexpr size_t kForwardShared = room<T>(4 * kSlice<T>) + 2 * room<Facts<math_t
 template <class T>
 constexpr size_t kGradientShared = room<T>(4 * kSlice<T>) + room<T>(kTile * kWeightPitch<T>) + 2 * room<Facts<math_t<T>>>(kTile) +
                                    room<int64_t>(kSlots<T>) + room<float>(kSlots<T> * kTile);
-
-// The product of 64 rows of x with 64 of y. squares: of half of row threadIdx.x/2 of x and of y, if kSquares.
-template <bool kSquares, class T>
-__device__ __forceinline__ void multiply_rows(const Matrix<T>& x, int64_t x0, const Matrix<T>& y, int64_t y0, T* slices,
-                                              Product<T, kTile>& product, math_t<T> (&squares)[2]) {
-  const auto steps = static_cast<int>(ceil_div(x.width, kDepth<T>));
-  const auto load = [&](int step) {
-    T* to = slices + step % 2 * 2 * kSlice<T>;
-    load_slice(x, x0, static_cast<int64_t>(step) * kDepth<T>, to);
-    load_slice(y, y0, static_cast<int64_t>(step) * kDepth<T>, to + kSlice<T>);
-    commit_copies();
-  };
-  product.clear();
-  __syncthreads();
-  load(0);
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<0>();
-    __syncthreads();
-    if (step + 1 < steps) load(step + 1);
-    const T* slice = slices + step % 2 * 2 * kSlice<T>;
-    multiply_slices(slice, slice + kSlice<T>, product);
-    if constexpr (kSquares) {
-      const T* half = slice + threadIdx.x / 2 * kPitch<T> + threadIdx.x % 2 * (kDepth<T> / 2);
-      for (int m = 0; m < 2; ++m)
-        for (int d = 0; d < kDepth<T> / 2; ++d) squares[m] += widen(half[m * kSlice<T> + d]) * widen(half[m * kSlice<T> + d]);
-    }
-  }
-}
 
 // A thread's scores: in registers, or for double, whose exponentials need these, where the slices were.
 template <class T>
@@ -90,7 +62,7 @@ __device__ __forceinline__ M inverse_norm(M squares, bool normalize) {
 }
 
 template <class P>
-__global__ void __launch_bounds__(kTileThreads, sizeof(typename P::M) == 8 ? 1 : 3) contrast_forward(P p) {
+__global__ void __launch_bounds__(kTileThreads, 2) contrast_forward(P p) {
   using T = typename P::Number;
   using M = typename P::M;
   Shared shared;
@@ -171,7 +143,8 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(typename P::M) == 8 ? 1 :
     Anchor<M> anchor = anchors[h];
     for (int split = 0; p.splits > 1 && split < p.splits; ++split) {
       const M* from = partial + (static_cast<int64_t>(tile_row(h)) * p.splits + split) * 5;
-      const Anchor<M> share{{load_fresh(from), load_fresh(from + 1), load_fresh(from + 2)}, load_fresh(from + 3), load_fresh(from + 4)};
+      const Softmax<M> others{load_fresh(from), load_fresh(from + 1), load_fresh(from + 2)};
+      const Anchor<M> share{others, load_fresh(from + 3), load_fresh(from + 4)};
       if (split == 0)
         anchor = share;
       else
@@ -186,8 +159,9 @@ __global__ void __launch_bounds__(kTileThreads, sizeof(typename P::M) == 8 ? 1 :
 
 // sums (+)= weights · y over the tiles in `list`.
 template <class T>
-__device__ __forceinline__ void add_products(const Matrix<T>& y, const T* weights, const int64_t* list, int slots, const float* powers,
-                                             T* slices, bool fresh, int64_t row0, int64_t rows, math_t<T>* sums) {
+__device__ __forceinline__ void add_products(const Matrix<T>& y, const T* weights, const int64_t* list, int slots,
+                                             const float* powers, T* slices, bool fresh, int64_t row0, int64_t rows,
+                                             math_t<T>* sums) {
   const auto steps = static_cast<int>(ceil_div(y.width, kDepth<T>)) * slots;
   const auto load = [&](int step) {
     load_slice(y, list[step % slots] * kTile, static_cast<int64_t>(step / slots) * kDepth<T>, slices + step % 2 * kSlice<T>);
@@ -262,7 +236,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_gradient(P p) {
         p.recall(o, column + mine, columns[mine]);
       }
       if constexpr (std::is_same_v<T, Fp16>)
-        if (mine < kTile) powers[slots * kTile + mine] = column + mine < y.rows ? bits_to_float(float_to_bits(columns[mine].scale) & 0x7f800000u) : 1.0f;
+        if (mine < kTile) powers[slots * kTile + mine] = column + mine < y.rows ? power_below(columns[mine].scale) : 1.0f;
       if (mine == 0) list[slots] = tile;
       __syncthreads();
       Scores<T> scores(product, slices);

@@ -21,7 +21,7 @@ ContrastResult contrast(const Tensor& z1, const Tensor& z2, const Tensor& temper
   CMLM_CHECK(kOp, z1.size(1) >= 1, "z1", "of D >= 1", describe(z1));
   CMLM_CHECK(kOp, batch < int64_t{1} << 30, "z1", "of fewer than 2^30 rows", batch);
   const Tensor y = take(kOp, "z2", z2, dtype, {batch, z1.size(1)}, z1);
-  const Tensor tau = take(kOp, "temperature", temperature, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, {}, z1);
+  const Tensor tau = take(kOp, "temperature", temperature, loss_type(z1), {}, z1);
   CMLM_CHECK(kOp, scheme == "cross" || scheme == "nt_xent", "scheme", "'cross' or 'nt_xent'", "'" + scheme + "'");
   const bool self = labels.has_value() || scheme == "nt_xent", gradient = reduce != Reduce::none;
   CMLM_CHECK(kOp, symmetric || !self, "symmetric", "True unless scheme is 'cross' and labels are not given", "False");
@@ -65,14 +65,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(Tensor z1, Tensor z2, Tensor
                                                     std::string scheme, bool symmetric, bool normalize, std::string reduction,
                                                     bool z1_grad, bool z2_grad) {
   const Reduce reduce = reduce_of(kOp, reduction);
-  const ContrastResult result = contrast(z1, z2, temperature, labels, scheme, symmetric, normalize, reduce, std::nullopt, z1_grad, z2_grad);
+  const ContrastResult result =
+      contrast(z1, z2, temperature, labels, scheme, symmetric, normalize, reduce, std::nullopt, z1_grad, z2_grad);
   return {result.loss, result.grad1, result.grad2, result.grad_temperature};
 }
 
 std::tuple<Tensor, Tensor, Tensor> info_nce_backward(Tensor grad_loss, Tensor z1, Tensor z2, Tensor temperature,
-                                                     std::optional<Tensor> labels, std::string scheme, bool symmetric, bool normalize,
-                                                     bool z1_grad, bool z2_grad) {
-  const ContrastResult result = contrast(z1, z2, temperature, labels, scheme, symmetric, normalize, Reduce::weighted, grad_loss, z1_grad, z2_grad);
+                                                     std::optional<Tensor> labels, std::string scheme, bool symmetric,
+                                                     bool normalize, bool z1_grad, bool z2_grad) {
+  const ContrastResult result =
+      contrast(z1, z2, temperature, labels, scheme, symmetric, normalize, Reduce::weighted, grad_loss, z1_grad, z2_grad);
   return {result.grad1, result.grad2, result.grad_temperature};
 }
 

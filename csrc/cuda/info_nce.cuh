@@ -1,6 +1,6 @@
-// info_nce as a problem of contrast.cuh. Definition: cmlm_fast/ops/info_nce.py. cross: z1 against z2, and z2 against z1 if symmetric;
-// nt_xent and labels: [z1; z2] against itself. The kernels are those of contrast_tiles.cuh (up to kTiledRows sequences: one launch
-// forward, one backward) and contrast_rows.cuh (above).
+// info_nce as a problem of contrast.cuh. Definition: cmlm_fast/ops/info_nce.py. cross: z1 against z2, and z2 against z1 if
+// symmetric; nt_xent and labels: [z1; z2] against itself. The kernels are those of contrast_tiles.cuh (up to kTiledRows sequences:
+// one launch forward, one backward) and contrast_rows.cuh (above).
 #pragma once
 
 #include "cuda/contrast.cuh"

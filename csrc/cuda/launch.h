@@ -37,14 +37,17 @@ inline CublasGemm cublas_gemm() {
     void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (library == nullptr) library = dlopen(name.c_str(), RTLD_LAZY);
     void* symbol = library == nullptr ? nullptr : dlsym(library, "cublasGemmEx");
-    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected PyTorch to bring " + name + ", got none with cublasGemmEx");
+    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected PyTorch to bring cublasGemmEx in " + name + ", got none");
     return reinterpret_cast<CublasGemm>(symbol);
   }();
   return found;
 }
 constexpr int kCompute32 = 68, kCompute64 = 70;  // CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_64F
 template <class T>
-constexpr int kBlasType = std::is_same_v<T, double> ? CUDA_R_64F : std::is_same_v<T, float> ? CUDA_R_32F : std::is_same_v<T, Bf16> ? CUDA_R_16BF : CUDA_R_16F;
+constexpr int kBlasType = std::is_same_v<T, double>  ? CUDA_R_64F
+                          : std::is_same_v<T, float> ? CUDA_R_32F
+                          : std::is_same_v<T, Bf16>  ? CUDA_R_16BF
+                                                     : CUDA_R_16F;
 
 // Launches on the device of a tensor and the stream that is current there. No call waits for the device.
 class Launcher {
@@ -73,11 +76,13 @@ class Launcher {
     constexpr bool wide = std::is_same_v<T, double>;
     const double one64 = 1, beta64 = beta;
     const float one32 = 1, beta32 = static_cast<float>(beta);
-    const void *one = wide ? static_cast<const void*>(&one64) : &one32, *factor = wide ? static_cast<const void*>(&beta64) : &beta32;
+    const void* one = wide ? static_cast<const void*>(&one64) : &one32;
+    const void* factor = wide ? static_cast<const void*>(&beta64) : &beta32;
     void* handle = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-    const int status = cublas_gemm()(handle, transpose_a, transpose_b, size(m), size(n), size(k), one, a, kBlasType<T>, size(lda), b,
-                                     kBlasType<T>, size(ldb), factor, c, kBlasType<O>, size(ldc), wide ? kCompute64 : kCompute32, -1);
+    const int status =
+        cublas_gemm()(handle, transpose_a, transpose_b, size(m), size(n), size(k), one, a, kBlasType<T>, size(lda), b, kBlasType<T>,
+                      size(ldb), factor, c, kBlasType<O>, size(ldc), wide ? kCompute64 : kCompute32, -1);
     if (status != 0) throw std::runtime_error("cmlm_fast: cublasGemmEx returned status " + std::to_string(status));
   }
   void clear(void* memory, size_t bytes) const { check(cudaMemsetAsync(memory, 0, bytes, stream_)); }

@@ -1,5 +1,5 @@
-// Products of 64×64 tiles from shared memory, for a block of 4 warps, and the copies that fill it: tensor cores (mma.sync) for 16-bit
-// numbers, fused multiply-adds for float and double. Both leave element (row, column) in the same thread and place:
+// Products of 64×64 tiles from shared memory, for a block of 4 warps, and the copies that fill it: tensor cores (mma.sync) for
+// 16-bit numbers, fused multiply-adds for float and double. Both leave element (row, column) in the same thread and place:
 //
 //   warp w, lane l, at[n][2h + e]: row 16·w + l/4 + 8·h, column 8·n + 2·(l%4) + e
 #pragma once
@@ -173,6 +173,34 @@ __device__ __forceinline__ void multiply_weights(const T* weights, int pitch, co
 #pragma unroll
             for (int e = 0; e < 2; ++e) product.at[n][2 * h + e] += left[h].at[l] * right.at[e];
         }
+    }
+  }
+}
+
+// The product of 64 rows of x with 64 of y. squares: of half of row threadIdx.x/2 of x and of y, if kSquares.
+template <bool kSquares, class T>
+__device__ __forceinline__ void multiply_rows(const Matrix<T>& x, int64_t x0, const Matrix<T>& y, int64_t y0, T* slices,
+                                              Product<T, kTile>& product, math_t<T> (&squares)[2]) {
+  const auto steps = static_cast<int>(ceil_div(x.width, kDepth<T>));
+  const auto load = [&](int step) {
+    T* to = slices + step % 2 * 2 * kSlice<T>;
+    load_slice(x, x0, static_cast<int64_t>(step) * kDepth<T>, to);
+    load_slice(y, y0, static_cast<int64_t>(step) * kDepth<T>, to + kSlice<T>);
+    commit_copies();
+  };
+  product.clear();
+  __syncthreads();
+  load(0);
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<0>();
+    __syncthreads();
+    if (step + 1 < steps) load(step + 1);
+    const T* slice = slices + step % 2 * 2 * kSlice<T>;
+    multiply_slices(slice, slice + kSlice<T>, product);
+    if constexpr (kSquares) {
+      const T* half = slice + threadIdx.x / 2 * kPitch<T> + threadIdx.x % 2 * (kDepth<T> / 2);
+      for (int m = 0; m < 2; ++m)
+        for (int d = 0; d < kDepth<T> / 2; ++d) squares[m] += widen(half[m * kSlice<T> + d]) * widen(half[m * kSlice<T> + d]);
     }
   }
 }

@@ -30,7 +30,7 @@ TokenInputs take_inputs(const char* op, const Tensor& query, const Tensor& key, 
   CMLM_CHECK(op, d >= 1, "query", "of D >= 1", describe(query));
   in.key = take(op, "key", key, dtype, {-1, d}, query);
   const int64_t m = key.size(0);
-  CMLM_CHECK(op, n < std::numeric_limits<int32_t>::max() && m < std::numeric_limits<int32_t>::max(), "query and key", "of fewer than 2^31 rows", std::max(n, m));
+  CMLM_CHECK(op, std::max(n, m) < std::numeric_limits<int32_t>::max(), "query and key", "of fewer than 2^31 rows", std::max(n, m));
   in.target = take(op, "target", target, ScalarType::Long, {n}, query);
   in.start = take(op, "key_start", key_start, ScalarType::Int, {n}, query);
   in.end = take(op, "key_end", key_end, ScalarType::Int, {n}, query);
@@ -41,7 +41,7 @@ TokenInputs take_inputs(const char* op, const Tensor& query, const Tensor& key, 
     in.query_token = take(op, "query_token", query_token, kind, {n}, query);
     in.key_token = take(op, "key_token", key_token, kind, {m}, query);
   }
-  in.temperature = take(op, "temperature", temperature, dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float, {}, query);
+  in.temperature = take(op, "temperature", temperature, loss_type(query), {}, query);
   return in;
 }
 
@@ -61,8 +61,8 @@ TokenContrast<T> problem_of(const TokenInputs& in, bool normalize) {
   return p;
 }
 
-ContrastResult contrast(const char* op, const TokenInputs& in, bool normalize, Reduce reduce, const std::optional<Tensor>& row_weight,
-                        bool query_grad, bool key_grad) {
+ContrastResult contrast(const char* op, const TokenInputs& in, bool normalize, Reduce reduce,
+                        const std::optional<Tensor>& row_weight, bool query_grad, bool key_grad) {
   const int64_t n = in.query.size(0), m = in.key.size(0);
   const bool gradient = reduce != Reduce::none, rows = reduce == Reduce::none;
   return dispatch_numbers(op, "query", in.query, [&](auto number) {
@@ -98,7 +98,8 @@ ContrastResult contrast(const char* op, const TokenInputs& in, bool normalize, R
 std::tuple<Tensor, Tensor, Tensor, Tensor> token_contrastive(Tensor query, Tensor key, Tensor target, Tensor temperature,
                                                              std::optional<Tensor> key_start, std::optional<Tensor> key_end,
                                                              std::optional<Tensor> query_token, std::optional<Tensor> key_token,
-                                                             bool normalize, std::string reduction, bool query_grad, bool key_grad) {
+                                                             bool normalize, std::string reduction, bool query_grad,
+                                                             bool key_grad) {
   constexpr const char* op = "token_contrastive";
   const Reduce reduce = reduce_of(op, reduction);
   const TokenInputs in = take_inputs(op, query, key, target, temperature, key_start, key_end, query_token, key_token);
@@ -156,7 +157,8 @@ Tensor token_similarity(Tensor query, Tensor key, std::optional<Tensor> target, 
         task.products = task.out;
         multiply_transposed(launcher, rows, columns, Rows<T>{task.out, task.rows, m, m});
       }
-      const dim3 grid(static_cast<unsigned>(task.rows), static_cast<unsigned>(std::min<int64_t>(ceil_div(m, 4 * kSimilarityThreads), 65535)));
+      const int64_t across = std::min<int64_t>(ceil_div(m, 4 * kSimilarityThreads), 65535);
+      const dim3 grid(static_cast<unsigned>(task.rows), static_cast<unsigned>(across));
       launcher(similarity_scores<T>, grid, kSimilarityThreads, 0, task);
     }
     return out;

@@ -1,4 +1,4 @@
-// token_similarity, CUDA: from products to scores. Definition: cmlm_fast/ops/token_similarity.py. For inspection and plots, so plain.
+// token_similarity, CUDA: from products to scores. Definition: cmlm_fast/ops/token_similarity.py. For plots, so plain.
 //
 // Grid:   norms: a warp for each row of query and key. scores: row × runs of the row's columns.
 // Loop:   scores: over the columns, neighbouring threads at neighbouring ones.
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kSimilarityThreads) similarity_scores(Similari
   const int64_t at = blockIdx.x, i = task.first + at, columns = p.side[1].rows;
   const Facts<M> row = p.facts(0, i);
   const M factor = p.stats[0].scale[i] / *p.temperature;
-  for (int64_t j = static_cast<int64_t>(blockIdx.y) * kSimilarityThreads + threadIdx.x; j < columns; j += static_cast<int64_t>(gridDim.y) * kSimilarityThreads) {
+  const int64_t first = static_cast<int64_t>(blockIdx.y) * kSimilarityThreads, stride = static_cast<int64_t>(gridDim.y) * kSimilarityThreads;
+  for (int64_t j = first + threadIdx.x; j < columns; j += stride) {
     const Facts<M> other = p.facts(1, j);
     const bool candidate = p.negative(row, other, i, j) || p.positive(row, other, i, j);
     const M score = widen(task.products[at * columns + j]) * factor * p.stats[1].scale[j];

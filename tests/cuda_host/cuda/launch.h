@@ -35,7 +35,8 @@ class Launcher {
   template <class T, class O>
   void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, int beta, const T* a, int64_t lda, const T* b,
             int64_t ldb, O* c, int64_t ldc) const {
-    if (lda < (transpose_a ? k : m) || ldb < (transpose_b ? n : k) || ldc < m) cmlm_host::fail("a leading dimension below its matrix");
+    if (lda < (transpose_a ? k : m) || ldb < (transpose_b ? n : k) || ldc < m)
+      cmlm_host::fail("a leading dimension below its matrix");
     std::vector<double> left(m * k), right(k * n);  // rows of op(a), columns of op(b)
     for (int64_t l = 0; l < k; ++l) {
       for (int64_t i = 0; i < m; ++i) left[i * k + l] = widen(a[transpose_a ? l + i * lda : i + l * lda]);
