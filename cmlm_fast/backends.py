@@ -23,8 +23,19 @@ from ._library import contracts, load_errors, native_kernels, op, registered
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-#: What `auto` prefers, by device type; the first that is available for the op runs.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+#: What `auto` prefers, by device type, and for an op whose calls are large by (device type, op); the first that is available
+#: runs. Large score matrices want each chip's own matrix instructions, which Triton's compiler chooses; by design, not yet
+#: by measurement.
+PREFERENCE: dict[str | tuple[str, str], tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    ("cuda", "token_contrastive"): ("triton", "cuda", "reference"),
+    ("cuda", "token_similarity"): ("triton", "cuda", "reference"),
+    ("cuda", "info_nce"): ("triton", "cuda", "reference"),
+}
+
+#: Scores from which on a call is large.
+LARGE = 2**24
 
 _SUFFIX = {"reference": "_reference", "cpp": "", "cuda": "", "triton": "_triton"}
 _DISPATCH_KEY = {"cpp": ("cpu", "CPU", "_C"), "cuda": ("cuda", "CUDA", "_C_cuda")}
@@ -36,7 +47,7 @@ def _from_environment() -> str | None:
 
 
 #: What `resolve` found before, so that a call costs one look-up.
-_resolved: dict[tuple[str, str, str | None], Any] = {}
+_resolved: dict[tuple[str, str, str | None, bool], Any] = {}
 
 _current: str | None = _from_environment()
 
@@ -74,24 +85,25 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
     return None
 
 
-def resolve(name: str, device: torch.device, backend: str | None = None) -> Any:
-    """The torch op that runs op `name` on `device`: of `backend`, or of the current choice."""
+def resolve(name: str, device: torch.device, backend: str | None = None, size: int = 0) -> Any:
+    """The torch op that runs op `name` on `device`: of `backend`, or of the current choice for a call of `size` scores."""
     choice = _current if backend is None else backend
-    found = _resolved.get((name, device.type, choice))
-    return _resolve(name, device.type, choice) if found is None else found
+    large = (device.type, name) in PREFERENCE and size >= LARGE  # asked in this order: compiled, sizes are guarded on
+    found = _resolved.get((name, device.type, choice, large))
+    return _resolve(name, device.type, choice, large) if found is None else found
 
 
-def _resolve(name: str, device_type: str, asked: str | None) -> Any:
+def _resolve(name: str, device_type: str, asked: str | None, large: bool) -> Any:
     choice = asked
     if choice is None or choice == "auto":
-        preference = PREFERENCE.get(device_type, ("reference",))
+        preference = PREFERENCE[device_type, name] if large else PREFERENCE.get(device_type, ("reference",))
         choice = next(backend for backend in preference if _absence(name, device_type, backend) is None)
     elif choice not in BACKENDS:
         raise ValueError(f"cmlm_fast::{name}: expected backend to be auto or one of {', '.join(BACKENDS)}, got {choice!r}")
     reason = _absence(name, device_type, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
-    _resolved[name, device_type, asked] = found = op(name, _SUFFIX[choice])
+    _resolved[name, device_type, asked, large] = found = op(name, _SUFFIX[choice])
     return found
 
 

@@ -11,7 +11,7 @@ import torch
 
 import cmlm_fast
 from cmlm_fast._library import contracts, op
-from cmlm_fast.backends import BACKENDS, PREFERENCE, resolve
+from cmlm_fast.backends import BACKENDS, LARGE, PREFERENCE, resolve
 
 CPU = torch.device("cpu")
 
@@ -30,6 +30,14 @@ def test_auto_takes_the_first_available_backend(name):
     first = next(backend for backend in PREFERENCE["cpu"] if reasons[backend] is None)
     assert resolve(name, CPU) is resolve(name, CPU, first)
     assert resolve(name, CPU, "reference") is op(name, "_reference")
+
+
+def test_large_calls_have_a_preference_of_their_own(monkeypatch):
+    monkeypatch.setitem(PREFERENCE, ("cpu", "info_nce"), ("reference",))
+    assert resolve("info_nce", CPU, size=LARGE) is op("info_nce", "_reference")
+    assert resolve("info_nce", CPU, size=LARGE - 1) is resolve("info_nce", CPU)
+    with cmlm_fast.use_backend("cpp" if cmlm_fast.available("info_nce")["cpp"] is None else "reference"):
+        assert resolve("info_nce", CPU, size=LARGE) is resolve("info_nce", CPU)
 
 
 @pytest.mark.parametrize("name", contracts)

@@ -12,7 +12,7 @@ from cmlm_fast.testing import assert_no_worse_than_eager, poisoned_memory
 EVERY = ("name", "suffix", "device", "dtype", "label")
 
 
-@pytest.mark.parametrize(EVERY, cases())
+@pytest.mark.parametrize(EVERY, cases(every=True))
 def test_equals_the_truth(name, suffix, device, dtype, label):
     args = sample(name, dtype, device, label)
     with poisoned_memory():

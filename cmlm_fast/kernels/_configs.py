@@ -7,7 +7,8 @@ A chip is `sm_80`, `sm_90`, `sm_100` (NVIDIA; a newer chip takes the nearest old
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -76,13 +77,30 @@ def _config(entry: dict) -> Config:
 @cache
 def config(chip: str, dtype: torch.dtype, shape: str) -> Config:
     """The entry of a chip, or of the nearest older one of its maker."""
+    return _entries(chip)[str(dtype.itemsize * 8)][shape]
+
+
+def _entries(chip: str) -> dict[str, dict[str, Config]]:
     entries = table()
     if chip not in entries:
-        maker = chip.rstrip("0123456789abcdef") if chip.startswith("sm_") else "gfx"
+        maker = "sm_" if chip.startswith("sm_") else "gfx"
         known = [name for name in entries if name.startswith(maker)]
-        older = [name for name in known if _number(name) <= _number(chip)]
-        chip = max(older or known, key=_number)
-    return entries[chip][str(dtype.itemsize * 8)][shape]
+        chip = max([name for name in known if _number(name) <= _number(chip)] or known, key=_number)
+    return entries[chip]
+
+
+def install(chip: str, dtype: torch.dtype, shape: str, entry: Config) -> None:
+    """Use `entry` from now on; a chip without entries of its own gets a copy of those it has used."""
+    entries = table().setdefault(chip, {bits: dict(shapes) for bits, shapes in _entries(chip).items()})
+    entries[str(dtype.itemsize * 8)][shape] = entry
+    config.cache_clear()
+
+
+def dump(entries: dict[str, dict[str, dict[str, Config]]]) -> str:
+    """The text of configs.json, with one line a tile."""
+    text = json.dumps({chip: {bits: {shape: asdict(entry) for shape, entry in shapes.items()}
+                              for bits, shapes in numbers.items()} for chip, numbers in entries.items()}, indent=1)  # fmt: skip
+    return re.sub(r"([\[{])\n\s+([^\[\]{}]+?)\n\s+([\]}])", lambda m: m[1] + re.sub(r"\s+", " ", m[2]) + m[3], text) + "\n"
 
 
 def _number(chip: str) -> int:

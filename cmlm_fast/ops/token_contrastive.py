@@ -257,5 +257,5 @@ def token_contrastive(
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,
             recording and query.requires_grad, recording and key.requires_grad)  # fmt: skip
     _check(*args)
-    loss: Tensor = resolve(_NAME, query.device, backend)(*args)[0]
+    loss: Tensor = resolve(_NAME, query.device, backend, query.shape[0] * key.shape[0])(*args)[0]
     return loss
