@@ -104,6 +104,7 @@ def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path)
     for axes, (title, name) in zip(figure.axes, panels, strict=False):
         bars = axes.bar(("before", "after"), scores[name], color=("C7", "C0"))
         axes.bar_label(bars, fmt=show)
+        axes.margins(y=0.12)  # room for the numbers
         axes.set(title=title, yscale="log" if name == "perplexity" else "linear")
     axes = figure.axes[-1]
     accuracy = result["few_shot"]["accuracy"]
