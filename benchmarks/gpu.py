@@ -54,7 +54,8 @@ STEPS = (
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "30", "--output", "{out}/triton.json"), 90),
     Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
-                     "--kernel-name", "regex:^(statistics|weights|products)$", *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 60),
+                     "--kernel-name", "regex:^(statistics|weights|products)$",
+                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 60),
 )  # fmt: skip
 
 
