@@ -47,7 +47,7 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n auto
+	$(PY) -m pytest -n auto --dist loadgroup
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the parity tests. Python itself is not
 # instrumented, so the runtime is preloaded, and what Python never frees is no finding.

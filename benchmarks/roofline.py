@@ -95,6 +95,7 @@ SHAPES = (
     Shape("token_contrastive", 8192, 65536, 768, 65536, goal="60 % of the measured matrix rate, counting 6·N·M·D"),
     Shape("token_contrastive", 8192, 8192, 768, 8192),
     Shape("token_contrastive", 8192, 8192, 768, 128, goal="5 × eager"),
+    Shape("info_nce", 64, 64, 768, 64, "cross", "one launch"),
     Shape("info_nce", 256, 256, 768, 256, "cross"),
     Shape("info_nce", 4096, 4096, 768, 4096, "cross"),
     Shape("info_nce", 32768, 32768, 768, 32768, "cross", "1.3 × the fastest other"),
@@ -146,6 +147,14 @@ def launches(shape: Shape, chip: Chip) -> list[Launch]:
         return [Launch(shape.scheme, 0, 25 * shape.n)]
     same = shape.scheme == "nt_xent"
     times = 2 if same else 1
+    if shape.op == "info_nce":
+        from cmlm_fast.kernels.info_nce import SMALL
+
+        most, _, strip = SMALL[torch.bfloat16]
+        rows = times * shape.n
+        if rows <= most:  # each strip of the gradients makes the scores
+            product = 2 * rows * rows * shape.d
+            return [Launch("info_nce_small", product * (ceil(shape.d / strip) + (1 if same else 2)), 8 * shape.n * shape.d)]
     c = config(chip.config, torch.bfloat16, shape_class(shape.d))
     return list(contrast(times * shape.n, times * shape.m, shape.d, times * shape.keys, c, same,
                          shape.scheme == "cross"))  # fmt: skip
