@@ -3,8 +3,8 @@
     python -m benchmarks.roofline [--write] [--measured out/ops.json]
 
 A launch takes at least operations / matrix rate and at least bytes / memory bandwidth; an op at least the sum over its
-launches. Bytes: what a launch must fetch from or bring to device memory when L2 keeps a panel of weights and its operands
-(cmlm_fast/kernels/_pairs.py). Rates are the data sheets'; a vendor's matrix product reaches 70 to 85 % of them, so a floor is
+launches. Bytes: operands of a launch once, from memory, and what it writes; a panel of weights stays in L2 between the launch
+that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets'; a vendor's matrix product reaches 70 to 85 % of them, so a floor is
 no forecast. `--write` puts the table into benchmarks/results/static/roofline.md; `--measured` fills the last column with
 what benchmarks/bench_gpu.py measured.
 """
@@ -235,8 +235,9 @@ def table(measured: dict[str, float] | None = None) -> list[str]:
 TEXT = """# Floors of the Triton kernels
 
 Made by `python -m benchmarks.roofline --write` from operations and bytes: forward and backward, bfloat16 rows, int64 ids.
-A floor is what no run of these kernels can beat at the data sheets' rates, launches not counted. **Nothing has been
-measured on a GPU**: the last column is empty until `make gpu` has run on one.
+A floor is what no run of these kernels can beat at the data sheets' rates, launches not counted; each launch is taken to
+fetch its operands from memory, though small ones may still lie in L2. **Nothing has been measured on a GPU**: the last
+column is empty until `make gpu` has run on one.
 
 Operations counted are three products of the rows (nt_xent, whose scores are symmetric: two). The kernels do more, since
 they make the scores twice: {done:.3g} times those counted of token_contrastive. So its goal, 60 % of the matrix rate counting

@@ -45,7 +45,7 @@ def clock(call):
 
 
 def run(path, **options):
-    return tune("cpu", dtype=torch.float32, shapes=((40, 150, 24),), path=path, **{"clock": clock, **options})
+    return tune("cpu", dtype=torch.float32, shapes=((20, 70, 24),), path=path, **{"clock": clock, **options})
 
 
 def test_the_fastest_of_each_field_is_kept_written_and_used(tried, tmp_path, monkeypatch):
