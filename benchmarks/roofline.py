@@ -4,9 +4,9 @@
 
 A launch takes at least operations / matrix rate and at least bytes / memory bandwidth; an op at least the sum over its
 launches. Bytes: operands of a launch once, from memory, and what it writes; a panel of weights stays in L2 between the launch
-that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets'; a vendor's matrix product reaches 70 to 85 % of them, so a floor is
-no forecast. `--write` puts the table into benchmarks/results/static/roofline.md; `--measured` fills the last column with
-what benchmarks/bench_gpu.py measured.
+that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets', which nothing reaches, so a
+floor is no forecast. `--write` puts the table into benchmarks/results/static/roofline.md; `--measured` fills the last column
+with what benchmarks/bench_gpu.py measured.
 """
 
 from __future__ import annotations
