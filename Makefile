@@ -1,4 +1,5 @@
-# make setup | demo | test | sanitize | bench | gpu | clean: each works alone from a fresh clone, with Python >= 3.10, gcc and make.
+# make setup | demo | test | sanitize | cuda-link | bench | gpu | clean: each works alone from a fresh clone, with Python >= 3.10,
+# gcc and make.
 #
 #   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
 #   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
@@ -13,7 +14,7 @@ MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitize
 
-.PHONY: setup demo test lint sanitize bench gpu clean
+.PHONY: setup demo test lint sanitize cuda-link bench gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -56,6 +57,18 @@ sanitize: setup
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) $$(gcc -print-file-name=libstdc++.so.6)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CMLM_FAST_LIBRARY=$(SANITIZED)/_C.so \
 	  $(PY) -m pytest -q tests/test_parity.py
+
+# The CUDA library against a PyTorch with CUDA, in an environment of its own under build/ (several GB): it links, and every symbol is
+# found when it is loaded. No GPU is needed, and nothing is run.
+CUDA_LINK := build/cuda-link
+# Three equals signs: the release itself, and no build that an index names 2.13.0+cpu.
+CUDA_TORCH ?= torch===$(shell sed -n 's/^torch==//p' constraints.txt)
+cuda-link: setup
+	$(PYTHON) -m venv --clear $(CUDA_LINK) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(CUDA_LINK) && $(PYTHON) -m pip --python $(CUDA_LINK)/bin/python install -q pip; }
+	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) $(CUDA_TORCH) numpy
+	$(CUDA_LINK)/bin/python benchmarks/cuda_link.py cmlm_fast/_C_cuda.so
+	rm -rf $(CUDA_LINK)
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks.bench_ops
