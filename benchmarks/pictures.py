@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,16 @@ def _save(figure: Any, pyplot: Any, path: Path) -> Path:
     return path
 
 
-def _look(provider: str) -> dict[str, Any]:
-    thick = provider.startswith("ours/") and provider != "ours/reference"
-    return {"color": COLOURS.get(provider, "#555555"), "linewidth": 2.6 if thick else 1.3, "zorder": 3 if thick else 2,
-            "marker": "o" if thick else ".", "markersize": 6}  # fmt: skip
+def _thick(providers: Iterable[str]) -> set[str]:
+    """Which of one op's providers are drawn as ours: our kernels, or the reference where there are none."""
+    mine = {name for name in providers if name.startswith("ours/")}
+    return mine - {"ours/reference"} or mine
+
+
+def _look(provider: str, thick: bool) -> dict[str, Any]:
+    colour = OURS if thick and provider == "ours/reference" else COLOURS.get(provider, "#555555")
+    mark, width, order = ("o", 2.6, 3) if thick else (".", 1.3, 2)
+    return {"color": colour, "linewidth": width, "zorder": order, "marker": mark, "markersize": 6}
 
 
 def sweeps(found: Results, path: Path) -> Path | None:
@@ -69,12 +75,13 @@ def sweeps(found: Results, path: Path) -> Path | None:
     for panel, ((op, axis), lines) in zip(panels, groups.items(), strict=False):
         for provider, rows in lines.items():
             rows = sorted(rows, key=lambda r: r.sizes[axis])
+            look = _look(provider, provider in _thick(lines))
             x = [r.sizes[axis] for r in rows]
             exponent = exponents.get((op, axis, provider))
             label = provider + ("" if exponent is None else f"  ∝ {axis}^{exponent:.2f}")
-            panel.plot(x, [r.p50 * 1e3 for r in rows], label=label, **_look(provider))
+            panel.plot(x, [r.p50 * 1e3 for r in rows], label=label, **look)
             panel.fill_between(
-                x, [r.p20 * 1e3 for r in rows], [r.p80 * 1e3 for r in rows], color=_look(provider)["color"], alpha=0.15
+                x, [r.p20 * 1e3 for r in rows], [r.p80 * 1e3 for r in rows], color=look["color"], alpha=0.15
             )
         fixed = {name: value for name, value in rows[0].sizes.items() if name != axis and value not in (False, 0, True)}
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a call",
@@ -151,7 +158,8 @@ def memory(found: Results, path: Path) -> Path | None:
         return None
     figure, panels, pyplot = _figure(3, 4.8, 3.3, -(-len(largest) // 3))
     for panel, (op, rows) in zip(panels, largest.items(), strict=False):
-        colours = [OURS if r.is_ours and r.provider != "ours/reference" else OTHER for r in rows]
+        mine = _thick(r.provider for r in rows)
+        colours = [OURS if r.provider in mine else OTHER for r in rows]
         bars = panel.barh([r.provider for r in rows], [(r.peak_bytes or 0) / 1e6 for r in rows], color=colours)
         panel.bar_label(bars, [run.memory(r.peak_bytes) for r in rows], fontsize=8, padding=3)
         panel.set_title(f"{op}\n{rows[0].shape}", fontsize=9)
@@ -176,16 +184,15 @@ def ratios(found: Results, path: Path) -> Path | None:
         return None
     figure, (panel,), pyplot = _figure(1, 11, max(3.0, 0.3 * len(shown) + 1))
     shown.reverse()
-    bars = panel.barh(
-        range(len(shown)),
-        [ratio for _, ratio, _ in shown],
-        color=[OURS if r >= 1 else OTHER for _, r, _ in shown],
-    )
-    panel.bar_label(bars, [f"{ratio:.2f} ×  {other}" for _, ratio, other in shown], fontsize=8, padding=4)
+    values = [ratio for _, ratio, _ in shown]
+    panel.barh(range(len(shown)), [r - 1 for r in values], left=1, color=[OURS if r >= 1 else OTHER for r in values])
+    for y, (_, ratio, other) in enumerate(shown):
+        panel.text(max(ratio, 1) * 1.04, y, f"{ratio:.2f} ×  {other}", va="center", fontsize=8)
     panel.axvline(1, color="black", linewidth=1)
     panel.set_yticks(range(len(shown)), [label for label, *_ in shown], fontsize=8)
-    panel.set(xscale="log", xlabel="time of the fastest other ÷ time of ours (right of 1: ours is faster)")
-    panel.margins(x=0.3, y=0.02)
+    panel.set(xscale="log", xlim=(min(*values, 1) * 0.8, max(*values, 1) * 5))
+    panel.set_xlabel("time of the fastest other ÷ time of ours (right of 1: ours is faster)")
+    panel.margins(y=0.02)
     panel.grid(visible=False, axis="y", which="both")
     return _save(figure, pyplot, path)
 

@@ -189,14 +189,17 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit(root: Path) -> str:
-    """The commit of a repository, with "+" when files differ from it; "" without git."""
+    """The last commit that changed what is timed, with "+" when files differ from it; "" without git."""
+    timed = ("--", "cmlm_fast", "csrc", "benchmarks/ops")
     try:
-        head = subprocess.run(["git", "-C", root, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
-        status = ["git", "-C", root, "status", "--porcelain", "-uno", "--", "cmlm_fast", "csrc", "benchmarks/ops"]
-        changed = subprocess.run(status, capture_output=True, text=True)
+        last = _git(root, "log", "-1", "--abbrev=10", "--format=%h", *timed)
+        return last + "+" * bool(_git(root, "status", "--porcelain", "-uno", *timed))
     except FileNotFoundError:
         return ""
-    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
+
+
+def _git(root: Path, *arguments: str) -> str:
+    return subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True).stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -119,14 +119,14 @@ def row(op: Op, shape: Shape, problem: Problem, name: str, samples: list[float],
     )
 
 
-HEADS = ("provider", "p50", "p20 – p80", "÷ best other", "rate", "of ceiling", "peak memory", "error (eager's)")
+HEADS = ("provider", "p50", "p20 – p80", "speed ÷ best other's", "rate", "of ceiling", "peak memory", "error (eager's)")
 
 
 def cells(row: Row, group: list[Row]) -> tuple[str, ...]:
     """A row as every table prints it, under `HEADS`."""
     other = results.best_other(row, group)
-    ratio = "" if other is None else f"{other.p50 / row.p50:.2f} ×"
-    share = "" if row.ceiling_share is None else f"{row.ceiling_share:.0%}"
+    ratio = "" if other is None else f"{other.p50 / row.p50:.3g} ×"
+    share = "" if row.ceiling_share is None else f"{row.ceiling_share:.{int(row.ceiling_share < 0.01)}%}"
     spread, rate = f"{seconds(row.p20)} – {seconds(row.p80)}", f"{row.rate:.3g} {row.unit}"
     return row.provider, seconds(row.p50), spread, ratio, rate, share, memory(row.peak_bytes), errors(row)
 

@@ -48,10 +48,10 @@ def verdict(ours: Row, other: Row) -> str:
     return f"{word}, {ratio:.2f} ×"
 
 
-def limit(ours: Row, words: str) -> str:
+def limit(ours: Row, other: Row, words: str) -> str:
     """What holds ours back: the ceiling, the call itself, or what the op says of it."""
     share = ours.ceiling_share
-    if share is not None and share >= 0.7:
+    if share is not None and share >= 0.7 and other.p50 * EVEN >= ours.p50:
         kind = {"GB/s": "memory bandwidth", "Mtoken/s": "the tokenizer itself"}.get(ours.unit, "the matrix products")
         return f"{kind}, {share:.0%} of the ceiling"
     place = "" if share is None else f"{share:.0%} of the ceiling: "
@@ -83,7 +83,7 @@ def page(found: Results) -> str:
             "| size | ours | other | verdict | what limits ours |\n|---|---|---|---|---|\n"
             + "\n".join(
                 f"| {shape} | {run.seconds(ours.p50)} {ours.provider} | {run.seconds(other.p50)} {other.provider} | "
-                f"{verdict(ours, other)} | {limit(ours, op.limit)} |"
+                f"{verdict(ours, other)} | {limit(ours, other, op.limit)} |"
                 for shape, ours, other in rows
             ),
         ]
