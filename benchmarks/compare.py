@@ -88,7 +88,7 @@ def compare_refs(a: str, b: str, plan: Sequence[tuple[str, str]], seconds: float
     absent: dict[tuple[str, str], str] = {}
     changes: dict[tuple[str, str], Change] = {}
     with tempfile.TemporaryDirectory(prefix="cmlm-fast-compare-") as folder, ExitStack() as stack:
-        sides = [stack.enter_context(side(ref, Path(folder) / name, say)) for ref, name in ((a, "a"), (b, "b"))]
+        sides = [stack.enter_context(side(ref, Path(folder) / name, device, say)) for ref, name in ((a, "a"), (b, "b"))]
         for launch in range(LAUNCHES[1]):
             open_keys = [
                 key for key in plan if key not in absent and (key not in changes or changes[key].verdict == "unclear")
@@ -154,7 +154,7 @@ class Worker:
 
 
 @contextmanager
-def side(ref: str, folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
+def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Iterator[Path]:
     """A folder from which `cmlm_fast` of the ref and this suite are imported. The suite is the same for both sides."""
     folder.mkdir()
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -165,14 +165,14 @@ def side(ref: str, folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
     tree = folder / "tree"
     git("worktree", "add", "--detach", "--quiet", str(tree), ref)
     try:
-        build(ref, tree, say)
+        build(ref, tree, device, say)
         (folder / "cmlm_fast").symlink_to(tree / "cmlm_fast")
         yield folder
     finally:
         git("worktree", "remove", "--force", str(tree))
 
 
-def build(ref: str, tree: Path, say: Callable[[str], None]) -> None:
+def build(ref: str, tree: Path, device: str, say: Callable[[str], None]) -> None:
     """Native libraries for the checked-out tree: those of the working tree where the sources are the same, else built."""
     libraries = list((ROOT / "cmlm_fast").glob("*.so"))
     if not libraries:
@@ -186,9 +186,9 @@ def build(ref: str, tree: Path, say: Callable[[str], None]) -> None:
             shutil.copy2(library, tree / "cmlm_fast")
         return
     say(f"building {ref}")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, capture_output=True, text=True
-    )
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**os.environ, **({"CMLM_FAST_CUDA": "0"} if device == "cpu" else {})}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"compare: expected {ref} to build, got:\n{done.stderr[-2000:]}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import run
-from .results import Results, Row, best_other, best_ours
+from .results import Results, Row, automatic, best_other
 
 OURS, OTHER = "#d62728", "#8a94a0"
 #: The same provider has the same colour in every picture; ours are drawn thick.
@@ -97,8 +97,9 @@ def sweeps(found: Results, path: Path) -> Path | None:
 
 def roofline(found: Results, path: Path) -> Path | None:
     """Rate over operations a byte, below what the machine can do; then each row's share of its own ceiling."""
+    kind = found.machine["type"]
     groups = [(op, shape, ours, others) for (op, shape), rows in found.groups().items()
-              if (ours := best_ours(rows)) and (others := [r for r in rows if not r.is_ours])]  # fmt: skip
+              if (ours := automatic(rows, kind)) and (others := [r for r in rows if not r.is_ours])]  # fmt: skip
     dense = [(ours, min(others, key=lambda r: r.p50)) for _, _, ours, others in groups if ours.unit == "TFLOP/s"]
     if not dense:
         return None
@@ -176,7 +177,7 @@ def ratios(found: Results, path: Path) -> Path | None:
     """How many times faster ours is than the fastest other, a bar a shape."""
     shown = []
     for (op, shape), group in found.groups().items():
-        ours = best_ours(group)
+        ours = automatic(group, found.machine["type"])
         other = ours and best_other(ours, group)
         if ours and other:
             shown.append((f"{op}  {shape}", other.p50 / ours.p50, other.provider))

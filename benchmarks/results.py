@@ -26,6 +26,9 @@ from typing import Any
 
 import torch
 
+from cmlm_fast._library import contracts
+from cmlm_fast.backends import preference
+
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("cmlm-fast", "torch", "triton", "transformers", "datasets", "sentence-transformers", "pytorch-metric-learning",
@@ -164,9 +167,16 @@ def best_other(row: Row, group: list[Row]) -> Row | None:
     return min(others, key=lambda r: r.p50, default=None)
 
 
-def best_ours(group: list[Row]) -> Row | None:
-    """Our fastest backend."""
-    return min((row for row in group if row.is_ours), key=lambda r: r.p50, default=None)
+def automatic(group: list[Row], device: str) -> Row | None:
+    """Our row that a user gets without naming a backend: the first in the package's order of choice for this size."""
+    mine = {row.provider.removeprefix("ours/"): row for row in group if row.is_ours}
+    if not mine or group[0].op not in contracts:  # an op of one way only
+        return next(iter(mine.values()), None)
+    op, sizes = group[0].op, group[0].sizes
+    dtype = getattr(torch, sizes["dtype"]) if "dtype" in sizes else None
+    scores = {"token_contrastive": ("N", "M"), "info_nce": ("B", "B")}.get(op)
+    size = sizes[scores[0]] * sizes[scores[1]] if scores else 0
+    return next((mine[name] for name in preference(op, device, dtype, size) if name in mine), None)
 
 
 def new(device: torch.device, suite: str, seconds: float, measured: dict[str, float]) -> Results:
@@ -190,7 +200,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def commit(root: Path) -> str:
     """The last commit that changed what is timed, with "+" when files differ from it; "" without git."""
-    timed = ("--", "cmlm_fast", "csrc", "benchmarks/ops")
+    timed = ("--", "cmlm_fast", "csrc")
     try:
         last = _git(root, "log", "-1", "--abbrev=10", "--format=%h", *timed)
         return last + "+" * bool(_git(root, "status", "--porcelain", "-uno", *timed))

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
 
-from . import run
+from . import pictures, run
 from .ops import OPS
-from .results import FOLDER, Results, Row, best_other, best_ours
+from .results import FOLDER, Results, Row, automatic, best_other
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, COMMITTED = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", FOLDER / "cpu.json"
 BEGIN, END = "<!-- benchmarks: made by `cmlm-fast bench report --docs` -->", "<!-- /benchmarks -->"
 EVEN = 1.05  # a ratio within 5 % of 1 is a tie: that is what two runs of one program differ by here
+
+PAGE_PICTURES = (pictures.ratios, pictures.sweeps)
 
 #: Rows of the README: op and how the shape's label begins.
 SHOWN = (
@@ -25,17 +27,17 @@ SHOWN = (
     ("token_contrastive", "N=1024 M=8192 D=128 float32 same token excluded"),
     ("token_contrastive", "sequence scope N=1024 M=4096 D=384 bfloat16"),
     ("info_nce", "B=64 D=384 float32 cross"),
-    ("info_nce", "B=4096 D=384 float32 cross"),
-    ("info_nce", "B=256 D=384 float32 nt_xent"),
+    ("info_nce", "B=2048 D=384 float32 cross"),
+    ("info_nce", "B=128 D=384 float32 nt_xent"),
     ("varlen_attention", "bert-base 32 sequences of 32 to 128 H=12 D=64 float32"),
     ("train_step", ""),
 )
 
 
 def duels(found: Results, op: str) -> Iterator[tuple[str, Row, Row]]:
-    """(shape, our fastest backend, the fastest other) of each shape of an op that has both."""
+    """(shape, ours as the package chooses it, the fastest other) of each shape of an op that has both."""
     for (name, shape), group in found.groups().items():
-        ours = best_ours(group) if name == op else None
+        ours = automatic(group, found.machine["type"]) if name == op else None
         other = ours and best_other(ours, group)
         if ours and other:
             yield shape, ours, other
@@ -65,10 +67,11 @@ def page(found: Results) -> str:
     parts = [
         "# Where ours wins, and where it does not",
         "Made by `cmlm-fast bench report --docs` from [benchmarks/results/cpu.json](../benchmarks/results/cpu.json); a test "
-        "holds it to that file. *Ours* is the fastest of our backends, *other* the fastest provider that is not ours, both "
-        f"timed in turns in one run, after their answers were checked. A tie is within {EVEN - 1:.0%}.",
+        "holds it to that file. *Ours* is the backend that the package chooses by itself, *other* the fastest provider that is "
+        f"not ours, both timed in turns in one run, after their answers were checked. A tie is within {EVEN - 1:.0%}.",
         f"{m['device']}, {m['threads']} threads, {m['instruction set']}, torch {found.versions['torch']}, {found.date}, commit "
         f"{found.commit}. Measured in the run: {tops}. Nothing has been timed on a GPU.",
+        "![Ours beside the fastest other](benchmarks-ratios.png)",
     ]
     for op in OPS:
         rows = list(duels(found, op.name))
@@ -92,6 +95,7 @@ def page(found: Results) -> str:
         lines = "\n".join(f"| {op} | {axis} | {who} | {exponent:.2f} |" for op, axis, who, exponent in slopes)
         parts += [
             "## How cost grows",
+            "![Time over size](benchmarks-sweeps.png)",
             "Exponent of the time in one size, the others fixed: 1 is linear, 2 quadratic; less where a fixed cost counts."
             f"\n\n| op | size | provider | exponent |\n|---|---|---|---|\n{lines}",
         ]
@@ -109,7 +113,7 @@ def readme_table(found: Results) -> str:
         label = next((shape for name, shape in groups if name == op and shape.startswith(part)), None)
         if label is None:  # this run did not time it
             continue
-        ours = best_ours(groups[op, label])
+        ours = automatic(groups[op, label], found.machine["type"])
         other = ours and best_other(ours, groups[op, label])
         if not ours or not other:
             continue
@@ -131,8 +135,10 @@ def readme(text: str, found: Results) -> str:
 
 
 def write_docs(found: Results) -> list[Path]:
-    """Bring docs/benchmarks.md and the README up to date."""
+    """Bring docs/benchmarks.md, its pictures and the README up to date."""
     PAGE.parent.mkdir(exist_ok=True)
+    for draw in PAGE_PICTURES:
+        draw(found, PAGE.parent / f"benchmarks-{draw.__name__}.png")
     PAGE.write_text(page(found), encoding="utf-8")
     README.write_text(readme(README.read_text(encoding="utf-8"), found), encoding="utf-8")
     return [PAGE, README]

@@ -95,8 +95,9 @@ OPS = (
         (
             _shape(3, 12, 2, 8, "float32", "smoke"),
             *(_shape(32, 128, 12, 64, dtype, label="bert-base") for dtype in ("float32", "bfloat16")),
-            _shape(32, 128, 12, 64, "float32", label="bert-base", dropout=0.1),
+            _shape(8, 128, 2, 64, "float32", dropout=0.1),
             *(_shape(16, 512, 12, 64, dtype, "full", "bert-base") for dtype in ("float32", "bfloat16")),
+            _shape(32, 128, 12, 64, "float32", "full", "bert-base", dropout=0.1),
         ),
         build,
         (

@@ -145,7 +145,7 @@ def _metric(problem: Problem) -> Call:
 def _metric_unfit(problem: Problem) -> str:
     needed = 12.0 * problem.sizes["N"] ** 2 * problem.sizes["M"]  # a matrix of positive × negative pairs, three times
     return all_keys(problem) or (
-        f"would hold {needed / 1e9:.0f} GB: every pair of a positive and a negative" * (needed > 2e9)
+        f"would hold {needed / 1e9:.0f} GB: every pair of a positive and a negative" * (needed > 1e9)
     )
 
 

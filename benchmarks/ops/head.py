@@ -48,10 +48,10 @@ OPS = (
     Op(
         "mlm_cross_entropy", "LM head and cross entropy at the masked rows, forward and backward",
         (
-            _shape(12, "smoke", V=50, D=16), *(_shape(n, sweep="N") for n in (200, 400, 800)),
+            _shape(12, "smoke", V=50, D=16), *(_shape(n, sweep="N") for n in (100, 200, 400)),
             _shape(614, "full", D=768, label="bert-base"), _shape(614, "full", D=768, dtype="bfloat16", label="bert-base"),
             _shape(614, "full", V=50_265, D=768, label="roberta-base"),
-            *(_shape(n, "full", "N") for n in (2000, 8000)),
+            *(_shape(n, "full", "N") for n in (800, 2000, 8000)),
         ),
         build,
         (

@@ -113,6 +113,6 @@ OPS = (
             Provider("whole-word collator", _transformers, unfit=partial(_on_cpu, True)),
         ),
         lambda p: partial(_ours, None, *p.inputs, p.sizes["sampling"]),
-        "Philox and, for exact sampling, a selection in each sequence; below 10,000 tokens the call itself",
+        "Philox and, for exact sampling, a selection in each sequence",
     ),
 )  # fmt: skip
