@@ -33,7 +33,7 @@ def bench(
     ] = False,
     seconds: Annotated[
         float, typer.Option(min=0.0, help="time for the rounds of a shape, of which there are at least 5")
-    ] = 1.5,
+    ] = 1.0,
     output: Annotated[Path, typer.Option(help="the results go here, after each shape")] = Path("out/bench.json"),
     update: Annotated[
         bool, typer.Option("--update", help="keep the other shapes that --output holds of this commit")

@@ -8,15 +8,17 @@ slower means that the whole interval is above 1 + threshold.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from pathlib import Path
@@ -27,6 +29,8 @@ from .results import Results
 
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 1000
+SAMPLE_BATCHES = 3  # a sample is as many of timing.py's batches, about 15 ms
+SETTLE = 0.02  # seconds until the threads of the other process have stopped spinning for work
 LAUNCHES = (3, 6)  # at least; at most, while the interval reaches over the threshold
 Launches = list[tuple[list[float], list[float]]]
 
@@ -87,8 +91,8 @@ def compare_refs(a: str, b: str, plan: Sequence[tuple[str, str]], seconds: float
     samples: dict[tuple[str, str], Launches] = {key: [] for key in plan}
     absent: dict[tuple[str, str], str] = {}
     changes: dict[tuple[str, str], Change] = {}
-    with tempfile.TemporaryDirectory(prefix="cmlm-fast-compare-") as folder, ExitStack() as stack:
-        sides = [stack.enter_context(side(ref, Path(folder) / name, device, say)) for ref, name in ((a, "a"), (b, "b"))]
+    with tempfile.TemporaryDirectory(prefix="cmlm-fast-compare-") as folder:
+        sides = [side(ref, Path(folder) / name, device, say) for ref, name in ((a, "a"), (b, "b"))]
         for launch in range(LAUNCHES[1]):
             open_keys = [
                 key for key in plan if key not in absent and (key not in changes or changes[key].verdict == "unclear")
@@ -114,10 +118,12 @@ def compare_refs(a: str, b: str, plan: Sequence[tuple[str, str]], seconds: float
 def rounds(worker_a: Worker, worker_b: Worker, key: tuple[str, str], seconds: float) -> tuple[list[float], list[float]]:
     """Samples of both, taken in turns; which of the two begins alternates."""
     repeats = max(worker.ask("make", *key) for worker in (worker_a, worker_b))
+    repeats *= SAMPLE_BATCHES
     found: tuple[list[float], list[float]] = ([], [])
     while sum(map(sum, found)) * repeats < seconds or len(found[0]) < 5:
         order = (0, 1) if len(found[0]) % 2 == 0 else (1, 0)
         for i in order:
+            time.sleep(SETTLE)
             found[i].append((worker_a, worker_b)[i].ask("sample", repeats))
     return found
 
@@ -153,23 +159,21 @@ class Worker:
         return answer["value"]
 
 
-@contextmanager
-def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Iterator[Path]:
+def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Path:
     """A folder from which `cmlm_fast` of the ref and this suite are imported. The suite is the same for both sides."""
     folder.mkdir()
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-    if ref == ".":
-        (folder / "cmlm_fast").symlink_to(ROOT / "cmlm_fast")
-        yield folder
-        return
-    tree = folder / "tree"
-    git("worktree", "add", "--detach", "--quiet", str(tree), ref)
-    try:
+    tree = ROOT
+    if ref != ".":
+        tree = folder / "tree"
+        archive = subprocess.run(["git", "-C", ROOT, "archive", ref], capture_output=True)
+        if archive.returncode != 0:
+            raise ValueError(f"compare: expected a git ref, got {ref!r}: {archive.stderr.decode().strip()}")
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(tree, filter="data")
         build(ref, tree, device, say)
-        (folder / "cmlm_fast").symlink_to(tree / "cmlm_fast")
-        yield folder
-    finally:
-        git("worktree", "remove", "--force", str(tree))
+    (folder / "cmlm_fast").symlink_to(tree / "cmlm_fast")
+    return folder
 
 
 def build(ref: str, tree: Path, device: str, say: Callable[[str], None]) -> None:
@@ -191,11 +195,3 @@ def build(ref: str, tree: Path, device: str, say: Callable[[str], None]) -> None
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"compare: expected {ref} to build, got:\n{done.stderr[-2000:]}")
-
-
-def git(*arguments: str) -> str:
-    """Output of a git command in the repository; `ValueError` in its own words where it fails."""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise ValueError(f"compare: git {arguments[0]}: {done.stderr.strip()}")
-    return done.stdout.strip()

@@ -81,8 +81,6 @@ def measure(op: Op, shape: Shape, device: torch.device, seconds: float,
     if not calls:
         return [], absent
     timed = {**calls, **({"": problem.ceiling} if problem.ceiling else {})}
-    for call in timed.values():
-        call()
     samples = interleaved(timed, device, seconds)
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     top = quantiles(samples.pop(""))[1] if problem.ceiling else None

@@ -21,17 +21,26 @@ def interleaved(
     calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0, least: int = 5
 ) -> dict[str, list[float]]:
     """Seconds of one call of each, a sample a round, for `seconds` but at least `least` rounds (3 where a round takes longer
-    than `seconds`). Calls must be warm."""
-    once = {name: sample(call, 1, device) for name, call in calls.items()}
-    repeats = {name: max(1, round(BATCH_SECONDS / max(t, 1e-7))) for name, t in once.items()}
-    rounds = least if sum(once.values()) < seconds else min(least, 3)
+    than `seconds`). `repeats_of` warms each call."""
+    repeats = {name: repeats_of(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, end = list(calls), time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[names[0]]) < rounds:
+    while time.perf_counter() < end or len(samples[names[0]]) < least:
         names = names[1:] + names[:1]  # nobody always follows the same neighbour
+        start = time.perf_counter()
         for name in names:
             samples[name].append(sample(calls[name], repeats[name], device))
+        if time.perf_counter() - start > seconds:
+            least = min(least, 3)
     return samples
+
+
+def repeats_of(call: Call, device: torch.device) -> int:
+    """Calls that make up one sample. The first call warms; a short one is timed by a second, warm one."""
+    once = sample(call, 1, device)
+    if once < 0.1:
+        once = sample(call, 1, device)
+    return max(1, round(BATCH_SECONDS / max(once, 1e-7)))
 
 
 def sample(call: Call, repeats: int, device: torch.device) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .ops import OPS
-from .timing import BATCH_SECONDS, sample
+from .timing import repeats_of, sample
 
 
 def main() -> None:
@@ -23,7 +23,11 @@ def main() -> None:
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         try:
-            value = make(state, device, *arguments) if command == "make" else sample(state["call"], *arguments, device)
+            if command == "make":
+                value = make(state, device, *arguments)
+            else:
+                state["call"]()  # wakes the threads
+                value = sample(state["call"], *arguments, device)
             answer = {"value": value}
         except Exception as error:  # an older ref may lack what the shape needs
             answer = {"reason": f"{type(error).__name__}: {error}"}
@@ -38,9 +42,8 @@ def make(state: dict[str, Any], device: torch.device, name: str, label: str) -> 
     torch.manual_seed(0)
     problem = op.build(device, **shape.sizes)
     state["call"] = op.auto(problem)
-    for _ in range(2):
-        state["call"]()
-    return max(1, round(BATCH_SECONDS / max(sample(state["call"], 1, device), 1e-7)))
+    state["call"]()
+    return repeats_of(state["call"], device)
 
 
 if __name__ == "__main__":

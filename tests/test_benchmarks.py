@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -123,13 +122,12 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
             "    while _time.perf_counter() - end < 0.5 * (end - start):\n        pass\n    return out\n"
         )
 
-    @contextmanager
     def side(ref, folder, device, say):
         package = {"fast": source, "slow": tmp_path / "slow" / "cmlm_fast"}[ref]
         folder.mkdir()
         (folder / "benchmarks").symlink_to(compare.ROOT / "benchmarks")
         (folder / "cmlm_fast").symlink_to(package)
-        yield folder
+        return folder
 
     monkeypatch.setattr(compare, "side", side)
     monkeypatch.setattr(compare, "LAUNCHES", (1, 2))
@@ -145,7 +143,7 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
         (["--shape", "bert-huge"], "expected --shape to be a part of a shape's label"),
         (["--device", "tpu"], "expected --device to be one that is here"),
         (["compare", "a.json", "HEAD"], "expected two results files or two git refs"),
-        (["compare", "no-such-ref", "."], "compare: git worktree"),
+        (["compare", "no-such-ref", "."], "expected a git ref, got 'no-such-ref'"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments, words):
