@@ -50,10 +50,16 @@ def bench(
 
     suite = "full" if full else "quick"
     plan, where = chosen(op, shape, suite), checked_device(device)
+    names = {p.name for o, _ in plan for p in o.providers}
+    if provider and not any(part in name for part in provider for name in names):
+        raise ValueError(f"bench: expected --provider to be a part of {'; '.join(sorted(names))}, got {provider}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir():
+        raise ValueError(f"bench: expected --output to be a file, got the folder {output}")
     older = Results.load(output) if update and output.exists() else None
     found = run.run(plan, where, suite, seconds, tuple(provider or ()), older, lambda now: now.save(output))
     if not found.rows:
-        raise ValueError(f"bench: expected --provider to name one that runs here, got {provider}")
+        raise ValueError(f"bench: expected a provider that runs here: {'; '.join(run.absences(found.absent))}")
     console = Console(width=None if sys.stdout.isatty() else 190)
     console.print(run.table(found))
     for op_name, axis, name, exponent, points in found.slopes():
