@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import glob
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,24 +50,38 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
         >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
         ['text', 'text_pair']
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
-    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
-    wanted = {"text": _choose_column(types, text_column, text_pair_column)}
-    if text_pair_column is not None:
-        wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
-        if wanted["text"] == text_pair_column:
-            raise fail("load_texts", "text_pair_column", "another column than text_column", repr(text_pair_column))
-    dataset = dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+    dataset = read_columns(path, text_column, text_pair_column, {})
     strings = Features({name: Value("string") for name in dataset.column_names})
     return dataset if dataset.features == strings else dataset.cast(strings)
 
 
-def _choose_column(types: Mapping[str, str], given: str | None, pair: str | None) -> str:
+def read_columns(path: str | Path, text_column: str | None, text_pair_column: str | None,
+                 others: Mapping[str, tuple[str, str]]) -> Dataset:  # fmt: skip
+    """Columns text (and text_pair), chosen as `load_texts` says, and `others`: new name -> (argument, column), of any type."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
+    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
+    for argument, column in others.values():
+        if column not in types:
+            raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
+    taken = {column for _, column in others.values()} | {text_pair_column}
+    wanted = {"text": _choose_column(types, text_column, taken)}
+    if text_pair_column is not None:
+        wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
+    columns = {**{f"{name}_column": column for name, column in wanted.items()}, **dict(others.values())}
+    owner: dict[str, str] = {}
+    for argument, column in columns.items():
+        if owner.setdefault(column, argument) != argument:
+            raise fail("load_texts", argument, f"another column than {owner[column]}", repr(column))
+    wanted |= {name: column for name, (_, column) in others.items()}
+    return dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+
+
+def _choose_column(types: Mapping[str, str], given: str | None, taken: Collection[str | None]) -> str:
     if given is not None:
         return _check_column(types, "text_column", given)
-    texts = [name for name, kind in types.items() if kind in _TEXT_TYPES and name != pair]
+    texts = [name for name, kind in types.items() if kind in _TEXT_TYPES and name not in taken]
     usual = [name for name in ("text", "sentence") if name in texts]
     if usual or len(texts) == 1:
         return (usual or texts)[0]
