@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("backends", "config", "losses", "report", "fewshot.draws", "fewshot.finetune", "fewshot.methods", "fewshot.tables",
+MODULES = ("backends", "config", "losses", "report", "fewshot.draws", "fewshot.methods", "fewshot.tables",
            "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
            "ops.varlen_attention")  # fmt: skip
 
