@@ -184,7 +184,8 @@ class Grid:
                 self._cells_of(name, d, report)
         found = [self.cells[key] for key in keys]
         setups = {cell["setup_id"] for cell in found}
-        write_tables(self.folder, [c for c in self.cells.values() if c["setup_id"] in setups], self.options.baseline)
+        whole = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}.values()  # other runs may have added to it
+        write_tables(self.folder, [cell for cell in whole if cell["setup_id"] in setups], self.options.baseline)
         return found
 
     def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> None:
