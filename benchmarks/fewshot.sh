@@ -15,6 +15,7 @@ data=${1:?folder with the data sets} start=${2:?checkpoint to start from} out=${
 : "${CMLM_FAST:=cmlm-fast}" "${CACHE:=build/fewshot}"
 : "${METHODS:=ft,tapt,cmlm,cmlm-no-token,cmlm-paper,simcse,seq-eda,scl}"
 : "${ABLATIONS:=cmlm-no-sequence,cmlm-no-mlm,cmlm-independent,cmlm-bernoulli,cmlm-whole-word}"
+: "${VALIDATION:=}"                       # score so many texts held out of train instead of the test set
 : "${OPTIONS:=}"                          # more options of few-shot, for every data set
 export OMP_NUM_THREADS=1
 
@@ -25,8 +26,10 @@ worker() {
       for name in "$@"; do
         shots=16,64
         [ "$name" = banking77 ] && shots=16,32   # its smallest class has 35 texts
+        scored=(--test "$data/$name/test.tsv")
+        [ -n "$VALIDATION" ] && scored=(--validation "$VALIDATION")
         # shellcheck disable=SC2086  # OPTIONS is a list of words
-        "$CMLM_FAST" few-shot --model "$start" --name "$name" --train "$data/$name/train.tsv" --test "$data/$name/test.tsv" \
+        "$CMLM_FAST" few-shot --model "$start" --name "$name" --train "$data/$name/train.tsv" "${scored[@]}" \
           --methods "$methods" --shots "$shots" --draws "$draws" --epochs "$EPOCHS" --output-dir "$out" --cache-dir "$CACHE" \
           $OPTIONS | grep "^$name"
       done

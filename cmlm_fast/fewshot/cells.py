@@ -14,6 +14,9 @@ logger = logging.getLogger(__name__)
 
 Cell = dict[str, Any]
 
+#: The file's name.
+CELLS = "cells.jsonl"
+
 
 def fingerprint(facts: Any) -> str:
     """16 hexadecimal digits of plain values; equal values, whatever their order in a mapping, give equal digits."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .cells import Cell, read_cells
+from .cells import CELLS, Cell, read_cells
 
 #: A data set, the labelled texts a class, and a fingerprint of the start and the fine-tuning.
 Condition = tuple[str, int, str]
@@ -93,9 +93,9 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
 
 def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
     """`write_tables` of the folder's cells.jsonl, all of it."""
-    cells = read_cells(folder / "cells.jsonl")
+    cells = read_cells(folder / CELLS)
     if not cells:
-        raise ValueError(f"expected output_dir to be a folder with a cells.jsonl that holds cells, got {folder}")
+        raise ValueError(f"expected output_dir to be a folder with a {CELLS} that holds cells, got {folder}")
     known = sorted({cell["method"] for cell in cells})
     if baseline not in known:
         raise ValueError(f"expected baseline to be among the methods of the cells, {', '.join(known)}, got {baseline}")
