@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {"parse_agent_traces": False}),
     ".parquet": ("parquet", {}),
 }
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 _TEXT_TYPES = ("string", "large_string", "string_view")
 
 
@@ -32,9 +35,9 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
     """The texts of a file, or of a folder saved with `datasets`, in order, as strings (or None).
 
     Args:
-        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted), .jsonl or .json (objects, or
-            a list of strings), .parquet; text is UTF-8. Or a folder written by `save_to_disk`, with one split or a
-            split "train".
+        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted, and where a .tsv is not, its
+            quotation marks are text), .jsonl or .json (objects, or a list of strings), .parquet; text is UTF-8. Or a
+            folder written by `save_to_disk`, with one split or a split "train".
         text_column: column that holds the text; default: "text" or "sentence", else the only column of strings.
         text_pair_column: column that holds the second text of a pair, if any.
 
@@ -127,6 +130,8 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
     types: dict[str, str] | None = None
     try:
         if reader == "csv":
+            if suffix == ".tsv" and not _uses_quotes(path):
+                options = {**options, "quoting": csv.QUOTE_NONE}
             types = _csv_types(path, options)
             options = {**options, "features": Features({name: Value("string") for name in types})}
         # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern.
@@ -147,11 +152,26 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
 def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
     """Column types by the first 1000 rows; the file itself is read as strings, or a text such as "007" would suffer."""
     head = pd.read_csv(path, nrows=1000, sep=options["sep"], encoding=options["encoding"], keep_default_na=False,
-                       na_values=[""])  # fmt: skip
+                       na_values=[""], quoting=options.get("quoting", csv.QUOTE_MINIMAL))  # fmt: skip
     if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
         raise ValueError(f"the header has {head.shape[1]} fields, the first row more; is a comma in it not quoted?")
     is_text = pd.api.types.is_string_dtype
     return {str(name): "string" if is_text(kind) else str(kind) for name, kind in head.dtypes.items()}
+
+
+def _uses_quotes(path: Path) -> bool:
+    """False where quotation marks are text: each line has the header's number of fields, at least two, and a field that
+    begins with a mark is not all quoted. Read as quoted, such a field would swallow the lines behind it."""
+    plain = False
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        width = next(file, "").count("\t")
+        for line in file:
+            if width == 0 or (line.count("\t") != width and line.strip()):
+                return True
+            if '"' in line and not plain:
+                fields = line.rstrip("\r\n").split("\t")
+                plain = any(field.startswith('"') and not _QUOTED.fullmatch(field) for field in fields)
+    return not plain
 
 
 def _check_utf8(path: Path) -> None:

@@ -35,7 +35,7 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path) -> None:
         title = "mean over all" if shots is None else f"{dataset}, {shots} a class"
         axes.set_title(title + (f" ({setup[:4]})" if several and setup else "") + start, fontsize=9)
         axes.axvline(0.0, color="C7", linewidth=1)
-        axes.set(yticks=range(len(methods)), ylim=(len(methods) - 0.5, -0.5))
+        axes.set(yticks=range(len(methods)), ylim=(max(1, len(methods)) - 0.5, -0.5))
         axes.set_yticklabels(methods, fontsize=8)
         axes.set_xlabel(f"accuracy − {baseline}, points", fontsize=8)
         axes.grid(alpha=0.3)
