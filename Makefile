@@ -1,4 +1,4 @@
-# make setup | demo | test | sanitize | bench | clean: each works alone from a fresh clone, with Python >= 3.10, gcc and make.
+# make setup | demo | test | sanitize | bench | gpu | clean: each works alone from a fresh clone, with Python >= 3.10, gcc and make.
 #
 #   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
 #   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
@@ -13,7 +13,7 @@ MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitize
 
-.PHONY: setup demo test lint sanitize bench clean
+.PHONY: setup demo test lint sanitize bench gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -47,7 +47,7 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the parity tests. Python itself is not
 # instrumented, so the runtime is preloaded, and what Python never frees is no finding.
@@ -59,6 +59,11 @@ sanitize: setup
 
 bench: $(VENV)/.bench
 	$(PY) -m benchmarks.bench_ops
+
+# All that needs a GPU, into $(OUT); DRY=1: the steps that need none. Installs nothing: without .venv, the machine's own Python.
+OUT ?= out
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(if $(filter 1,$(DRY)),--dry)
 
 clean:
 	rm -rf build dist out *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -7,6 +7,9 @@ import tempfile
 from itertools import product
 from typing import Any
 
+# With a worker on every core, threads that wait must sleep; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
