@@ -14,7 +14,7 @@ data=${1:?folder with the data sets} start=${2:?checkpoint to start from} out=${
 : "${DRAWS:=5}" "${EPOCHS:=1}" "${SETS:=subj snips mr banking77}"
 : "${CMLM_FAST:=cmlm-fast}" "${CACHE:=build/fewshot}"
 : "${METHODS:=ft,tapt,cmlm,cmlm-no-token,cmlm-paper,simcse,seq-eda,scl}"
-: "${ABLATIONS:=cmlm-no-sequence,cmlm-no-mlm,cmlm-independent,cmlm-bernoulli,cmlm-whole-word}"
+: "${ABLATIONS=cmlm-no-sequence,cmlm-no-mlm,cmlm-independent,cmlm-bernoulli,cmlm-whole-word}"
 : "${VALIDATION:=}"                       # score so many texts held out of train instead of the test set
 : "${OPTIONS:=}"                          # more options of few-shot, for every data set
 export OMP_NUM_THREADS=1

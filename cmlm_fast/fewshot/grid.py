@@ -101,7 +101,7 @@ class Grid:
             report(f"{self.name}, {shots} a class, draw {d}, {name}: accuracy {cell['accuracy']:.4f}, macro-F1 "
                    f"{cell['macro_f1']:.4f}, {cell['fine_tune_seconds']:.0f} s")  # fmt: skip
         if self.methods[name].objective is not None and not self.options.keep_models:
-            shutil.rmtree(checkpoint)
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
     def facts(self, name: str, shots: int, d: int) -> dict[str, Any]:
         """All that the number of one cell depends on."""
@@ -113,8 +113,8 @@ class Grid:
 
     def _post_training_facts(self, name: str, d: int) -> dict[str, Any]:
         method = self.methods[name].facts
-        common = {"protocol": _PROTOCOL, "start": self.start_id, "seed": self.options.seed + d, "bf16": self.bf16,
-                  "max_length": self.options.max_length}  # fmt: skip
+        common = {"protocol": _PROTOCOL, "dataset": self.name, "start": self.start_id, "seed": self.options.seed + d,
+                  "bf16": self.bf16, "max_length": self.options.max_length}  # fmt: skip
         if method["objective"] is None:
             return common
         kept = {field: method[field] for field in ("objective", "second", "whole_word")}
