@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .cli_errors import one_line_errors, quiet
+from .fewshot.methods import METHODS
 from .options import PostTrainOptions
 
 
@@ -30,7 +31,7 @@ def few_shot_command(
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
     paraphrase_column: Annotated[str | None, typer.Option(help="column of each text's paraphrase, for cssl")] = None,
-    methods: Annotated[str, typer.Option(help="names between commas; name:field=value changes the objective")] = "ft,tapt,cmlm",
+    methods: Annotated[str, typer.Option(help=f"names between commas: {', '.join(METHODS)}")] = "ft,tapt,cmlm",
     shots: Annotated[str, typer.Option(help="labelled texts a class, numbers between commas")] = "16",
     draws: Annotated[int, typer.Option(help="draws of the labelled texts")] = 5,
     baseline: Annotated[str, typer.Option(help="the method that the others are compared with")] = "ft",
@@ -49,7 +50,10 @@ def few_shot_command(
     keep_models: Annotated[bool, _option("keep the checkpoints of finished cells", _OTHER, "--keep-models")] = False,
     backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton", _OTHER)] = "auto",
 ) -> None:
-    """Does post-training help? Post-train on unlabelled texts, fine-tune on a few labels, compare methods draw by draw."""
+    """Does post-training help? Post-train on unlabelled texts, fine-tune on a few labels, compare methods draw by draw.
+
+    A method's objective is changed by name:field=value:…, for instance cmlm:sequence_weight=0.3.
+    """
     given = dict(locals())
     with one_line_errors("the same command goes on from the finished cells"):
         given["methods"] = tuple(part.strip() for part in methods.split(",") if part.strip())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from cmlm_fast.data import load_labelled
 from cmlm_fast.fewshot import FewShotExperiment, draw
 from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
-from cmlm_fast.fewshot.tables import interval, rows_of
+from cmlm_fast.fewshot.tables import interval, markdown, rows_of
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
 
@@ -246,3 +249,28 @@ def test_warm_head_takes_general_text_where_none_is_given(tiny_checkpoint, tmp_p
     result = cli("warm-head", "--model", tiny_checkpoint, "--output-dir", tmp_path / "warm", "--max-steps", "1", "--no-bf16")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "movie-reviews" in json.loads((tmp_path / "warm" / "summary.json").read_text())["options"]["train_file"]
+
+
+def test_the_script_of_the_whole_comparison_runs_every_set_once(tiny_checkpoint, files, tmp_path):
+    for name in ("snips", "banking77"):
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            (tmp_path / name / f"{part}.tsv").write_text(Path(files[part]).read_text())
+    settings = {"CMLM_FAST": str(Path(sys.executable).parent / "cmlm-fast"), "CACHE": str(tmp_path / "cache"), "DRAWS": "1",
+                "SETS": "snips banking77", "METHODS": "ft", "ABLATIONS": "",
+                "OPTIONS": "--text-column text --max-length 32 --fine-tune-epochs 1 --no-bf16"}  # fmt: skip
+    script = Path(__file__).parents[1] / "benchmarks" / "fewshot.sh"
+    result = subprocess.run(["bash", script, tmp_path, tiny_checkpoint, tmp_path / "out"], env={**os.environ, **settings},
+                            capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    cells = read_cells(tmp_path / "out" / "cells.jsonl")
+    assert {(c["dataset"], c["shots"]) for c in cells} == {("snips", 16), ("snips", 64), ("banking77", 16), ("banking77", 32)}
+    assert len(cells) == 4 and {c["threads"] for c in cells} == {1} and result.stdout.count("accuracy") == 4
+
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("fewshot*/cells.jsonl"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_made_of_the_committed_cells(path):
+    assert (path.parent / "results.md").read_text(encoding="utf-8") == markdown(rows_of(read_cells(path)), "ft")

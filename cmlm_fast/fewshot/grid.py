@@ -83,11 +83,9 @@ class Grid:
         with disk_errors(self.folder), use_backend(self.options.backend):
             for d, name in grid:
                 self._cells_of(name, d, report)
-        found = [self.cells[key] for key in keys]
-        setups = {cell["setup_id"] for cell in found}
-        whole = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}.values()  # other runs may have added to it
-        write_tables(self.folder, [cell for cell in whole if cell["setup_id"] in setups], self.options.baseline)
-        return found
+            # Read again: other runs may have added to the file in the meantime.
+            write_tables(self.folder, read_cells(self.folder / CELLS), self.options.baseline)
+        return [self.cells[key] for key in keys]
 
     def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> None:
         todo = [shots for shots in self.shots if fingerprint(self.facts(name, shots, d)) not in self.cells]
@@ -134,6 +132,7 @@ class Grid:
         if method.objective is not None:
             folder = models / fingerprint(self._post_training_facts(name, d))
             if not folder.exists():
+                report(f"{self.name}, draw {d}, {name}: post-training")
                 done = post_train(start, self._unlabelled, method, self._schedule, seed=self.options.seed + d, bf16=self.bf16,
                                   folder=folder)  # fmt: skip
                 report(f"{self.name}, draw {d}, {name}: post-trained, {done['steps']} steps, {done['seconds']:.0f} s")
