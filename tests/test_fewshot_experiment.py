@@ -116,6 +116,9 @@ def test_draws_are_nested_and_validation_texts_are_drawn_from_no_longer(tiny_che
     for label in set(labels):
         assert grid.test_labels.count(label) == pytest.approx(labels.count(label) / 4, abs=1)
     assert not (tmp_path / "out").exists()  # checking writes nothing
+    for size in (3, 319):
+        with pytest.raises(ValueError, match="expected validation to be >= 4 and <= 316"):
+            experiment(tiny_checkpoint, {**options, "validation": size}, tmp_path / "out").check()
 
 
 def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
@@ -178,6 +181,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
     other = file("other.tsv", "text\tlabel\na text\tunheard\n")
     empty = file("empty.tsv", "text\tlabel\na text\twet\nanother\t\n")
     single = file("single.tsv", "text\tlabel\n" + "".join(f"{text}\twet\n" for text in sentences[:9]))
+    blank = file("blank.tsv", "text\tlabel\tturned\n" + "".join(f"{text}\t{label_of(text)}\t\n" for text in sentences))
     cases = {
         "shots": (["--shots", "500"], "draw: expected shots to be <= "),
         "no shots": (["--shots", "0"], "expected shots to be at least one number, all >= 1"),
@@ -191,6 +195,9 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         "unknown label": (["--test", other], "expected test to be texts with labels among cold, home, quiet, wet, got unheard"),
         "empty label": (["--train", empty], "expected label_column to be a column without an empty row, got 'label' with 1"),
         "one class": (["--train", single, "--test", single], "expected train to be texts of at least two classes, got ['wet']"),
+        "blank paraphrases": (["--train", blank, "--methods", "cssl", "--paraphrase-column", "turned"],
+                              "expected paraphrase_column to be a column with a text, got 'turned', all blank"),
+        "baseline": (["--baseline", "best"], "expected methods to be among ft, scl, tapt"),
         "both": (["--validation", "20"], "expected test or validation to be given, one of them, got both"),
         "file": (["--test", "missing.tsv"], "expected path to be an existing file or folder, got missing.tsv"),
         "draws": (["--draws", "0"], "expected draws to be >= 1, got 0"),

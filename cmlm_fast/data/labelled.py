@@ -7,7 +7,7 @@ from pathlib import Path
 from datasets import ClassLabel, Dataset, Features, Value
 
 from ._errors import fail
-from .load import read_columns
+from .load import TEXT_TYPES, read_columns
 
 
 def load_labelled(path: str | Path, *, label_column: str = "label", text_column: str | None = None,
@@ -45,6 +45,9 @@ def load_labelled(path: str | Path, *, label_column: str = "label", text_column:
     if empty := [row for row, label in enumerate(labels) if not label]:
         got = f"{label_column!r} with {len(empty)}, the first in row {empty[0] + 1}"
         raise fail("load_labelled", "label_column", "a column without an empty row", got)
+    if "paraphrase" in dataset.column_names and str(dataset.features["paraphrase"].dtype) not in TEXT_TYPES:
+        got = f"{paraphrase_column!r} of type {dataset.features['paraphrase']}"
+        raise fail("load_labelled", "paraphrase_column", "a column of text", got)
     columns = {name: dataset[name][:] for name in dataset.column_names if name != "label"}
     strings = Features({name: Value("string") for name in (*columns, "label")})
     return Dataset.from_dict({**columns, "label": labels}, features=strings)

@@ -28,7 +28,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
-_TEXT_TYPES = ("string", "large_string", "string_view")
+TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
@@ -84,7 +84,7 @@ def read_columns(path: str | Path, text_column: str | None, text_pair_column: st
 def _choose_column(types: Mapping[str, str], given: str | None, taken: Collection[str | None]) -> str:
     if given is not None:
         return _check_column(types, "text_column", given)
-    texts = [name for name, kind in types.items() if kind in _TEXT_TYPES and name not in taken]
+    texts = [name for name, kind in types.items() if kind in TEXT_TYPES and name not in taken]
     usual = [name for name in ("text", "sentence") if name in texts]
     if usual or len(texts) == 1:
         return (usual or texts)[0]
@@ -95,7 +95,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
 def _check_column(types: Mapping[str, str], argument: str, name: str) -> str:
     if name not in types:
         raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(name))
-    if types[name] not in _TEXT_TYPES:
+    if types[name] not in TEXT_TYPES:
         raise fail("load_texts", argument, "a column of text", f"{name!r} of type {types[name]}; columns {dict(types)}")
     return name
 

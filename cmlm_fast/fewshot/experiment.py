@@ -87,8 +87,8 @@ class FewShotExperiment:
 
     def check(self) -> Grid:
         """Check everything, read the texts, load the start; writes nothing."""
-        for name in ("draws", "batch_size", "fine_tune_batch_size", "max_length"):
-            expect(getattr(self, name) >= 1, name, ">= 1", getattr(self, name))
+        for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1), ("max_length", 8)):
+            expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
         for name in ("epochs", "learning_rate", "fine_tune_epochs", "fine_tune_learning_rate"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)
@@ -98,6 +98,7 @@ class FewShotExperiment:
         expect(bool(self.methods), "methods", "at least one", self.methods)
         expect(bool(self.shots) and min(self.shots) >= 1, "shots", "at least one number, all >= 1", self.shots)
         methods = {name: find_method(name) for name in dict.fromkeys(self.methods)}
+        find_method(self.baseline)
         for name, method in methods.items():
             needed = method.second == "paraphrase"
             expect(not needed or self.paraphrase_column is not None, "paraphrase_column", f"given for method {name}", None)

@@ -42,8 +42,6 @@ class Grid:
     """A checked experiment: data, start and cells."""
 
     def __init__(self, experiment: FewShotExperiment, methods: dict[str, Method]) -> None:
-        from sklearn.model_selection import train_test_split
-
         self.options = experiment
         self.methods = methods
         self.shots = sorted(set(experiment.shots))
@@ -54,12 +52,7 @@ class Grid:
         if experiment.test is not None:
             test = self._read(experiment.test, None)
         else:
-            most = len(train) - len(set(train["label"]))
-            expect(len(set(train["label"])) <= experiment.validation <= most, "validation",
-                   f"at least the classes and at most {most}", experiment.validation)  # fmt: skip
-            rest, held = train_test_split(range(len(train)), test_size=experiment.validation, stratify=train["label"][:],
-                                          random_state=experiment.seed)  # fmt: skip
-            train, test = train.select(sorted(rest)), train.select(sorted(held))
+            train, test = _hold_out(train, experiment.validation, experiment.seed)
             self.name += " (validation)"
         self.train, self.test = train, test
         self.labels, self.test_labels = train["label"][:], test["label"][:]
@@ -69,6 +62,9 @@ class Grid:
         unseen = sorted(set(self.test_labels) - set(classes))
         expect(not unseen, "test", f"texts with labels among {', '.join(classes[:20])}", ", ".join(unseen[:5]))
         draw(self.labels, self.shots[-1], 0)  # a class with fewer texts is an error now
+        if any(method.second == "paraphrase" for method in methods.values()):
+            filled = any((text or "").strip() for text in train["paraphrase"])
+            expect(filled, "paraphrase_column", "a column with a text", f"{experiment.paraphrase_column!r}, all blank")
         self.bf16 = fast_in_bf16() if experiment.bf16 is None else experiment.bf16
         self.tokenizer, self.start, self.start_id = self._load_start()
         self.cells = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}
@@ -198,7 +194,6 @@ class Grid:
         """Tokenizer, model, and a fingerprint of both. A head that the checkpoint lacks is made from the seed."""
         from transformers import set_seed
 
-
         tokenizer = load_tokenizer(self.options.model)
         set_seed(self.options.seed)
         model = load_model(self.options.model, CMLMConfig())
@@ -209,6 +204,20 @@ class Grid:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return tokenizer, model, digest.hexdigest()[:16]
+
+
+def _hold_out(train: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """`rows` texts held out of train, every class in its share; both parts keep the order."""
+    from sklearn.model_selection import train_test_split
+
+    labels = train["label"][:]
+    classes = classes_of(labels)
+    rule = f">= {len(classes)} and <= {len(labels) - len(classes)}, so that each side has all classes"
+    expect(len(classes) <= rows <= len(labels) - len(classes), "validation", rule, rows)
+    single = [label for label in classes if labels.count(label) < 2]
+    expect(not single, "train", "at least two texts of each class, for a validation", f"one of {', '.join(single[:5])}")
+    kept, held = train_test_split(range(len(labels)), test_size=rows, stratify=labels, random_state=seed)
+    return train.select(sorted(kept)), train.select(sorted(held))
 
 
 def _texts(dataset: Dataset) -> list[Text]:

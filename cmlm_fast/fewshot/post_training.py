@@ -63,13 +63,11 @@ class UnlabelledTexts:
 
     @cached_property
     def paraphrases(self) -> Dataset:
-        """A row for each text that fits one sequence and has a paraphrase; column partner holds that one's tokens."""
+        """A row for each text that has a paraphrase, cut where it is too long; columns partner_* hold the paraphrase."""
         pairs = self.dataset.filter(lambda row: bool((row["paraphrase"] or "").strip()))
-        if len(pairs) == 0:
-            raise ValueError("expected paraphrase_column to hold a text, got blank rows")
         cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
-        second = [pairs["text_pair"][:]] if "text_pair" in pairs.column_names else []
-        rows = self.tokenizer(pairs["text"][:], *second, **cut)
+        texts = [[text or "" for text in pairs[name]] for name in ("text", "text_pair") if name in pairs.column_names]
+        rows = self.tokenizer(*texts, **cut)
         partner = self.tokenizer(pairs["paraphrase"][:], **cut)
         columns = {name: rows[name] for name in rows if name != "attention_mask"}
         columns |= {f"partner_{name}": partner[name] for name in columns}
