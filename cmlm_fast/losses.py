@@ -97,7 +97,8 @@ class Views(NamedTuple):
     """Two views of B sequences of T tokens in all, packed end to end or flattened from a padded batch.
 
     hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
-    as `complementary_mask` gives it; eligible bool [T], the tokens that may be masked; cu_seqlens int32 [B + 1].
+    as `complementary_mask` gives it, and 3 = 1 | 2 for a token that independent masks hide in both views; eligible bool [T],
+    the tokens that may be masked; cu_seqlens int32 [B + 1].
     """
 
     hidden1: Tensor
@@ -159,10 +160,11 @@ class CMLMLoss(nn.Module):
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
         """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
-        first, second = (role == 1).sum(), (role == 2).sum()
+        first, second = (role & 1).sum(), (role >> 1).sum()
         masked = first + second if self.config.mlm_views == "both" else first
+        anchors = ((role == 1) | (role == 2)).sum()
         rows = sequences * (2 if self.config.scheme == "nt_xent" else 1)
-        return torch.stack([masked, first + second, torch.full_like(first, rows)])
+        return torch.stack([masked, anchors, torch.full_like(first, rows)])
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The objective, a scalar, of summed parts and their counts."""
@@ -171,9 +173,9 @@ class CMLMLoss(nn.Module):
 
     def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:
         """Hidden states [n, D] and tokens [n] of the positions that MLM predicts: view 1's, then view 2's."""
-        masked = [(views.hidden1, views.role == 1)]
+        masked = [(views.hidden1, (views.role & 1).bool())]
         if self.config.mlm_views == "both":
-            masked.append((views.hidden2, views.role == 2))
+            masked.append((views.hidden2, (views.role & 2).bool()))
         hidden = torch.cat([states[where] for states, where in masked])
         return hidden, torch.cat([views.input_ids[where] for _, where in masked])
 

@@ -198,6 +198,11 @@ class CMLMModel(nn.Module):
         total, count = (torch.segment_reduce(x, "sum", offsets=offsets, initial=0) for x in (hidden.float() * weight, weight))
         return (total / count.clamp_min(1)).to(hidden.dtype)
 
+    def freeze_encoder(self) -> None:
+        """Leave the LM head alone to be trained; its decoder too stays, where it is tied to the embeddings."""
+        for parameter in self.lm.base_model.parameters():
+            parameter.requires_grad_(False)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head at rows [n, D]: logits [n, V]."""
         logits: Tensor = self.lm.get_output_embeddings()(lm_transform(self.lm, hidden))

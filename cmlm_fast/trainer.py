@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,12 +22,15 @@ from .config import CMLMConfig
 from .data import CMLMDataCollator, mask_settings
 from .losses import PARTS
 from .modeling import CMLMModel, CMLMOutput
-from .ops import complementary_mask
+from .ops import ComplementaryMask, complementary_mask
 
 logger = logging.getLogger(__name__)
 
 #: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
 EVALUATION_STEP = 2**32 - 1
+
+#: What the seed of view 2's masks differs by where the views are masked independently.
+INDEPENDENT = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -133,12 +137,19 @@ class CMLMTrainer(Trainer):
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
         config = self.cmlm
-        masked = complementary_mask(
-            batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
-            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
-            complement_rate=config.complement_rate, sampling=config.sampling, mask_share=config.mask_share,
-            random_share=config.random_share, seed=seed, step=step, special_ids=self.special_ids, **self.mask_settings,
+        draw = partial(
+            complementary_mask, batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"],
+            sampling=config.sampling, mask_share=config.mask_share, random_share=config.random_share, step=step,
+            special_ids=self.special_ids, **self.mask_settings,
         )  # fmt: skip
+        if config.complementary:
+            masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
+        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
+            view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
+            second = (1.0 - config.rate) * config.complement_rate
+            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=seed ^ INDEPENDENT)
+            masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter}
 

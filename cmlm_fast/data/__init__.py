@@ -1,6 +1,7 @@
 """From text to batches: read, clean, split, tokenise, collate. Built on `datasets`, so all of it is Arrow on disk.
 
     load_texts      file or saved folder      ->  columns text (and text_pair)
+    load_labelled   the same with their labels  ->  columns text, label (and text_pair, paraphrase)
     clean_texts     drops blank and repeated rows, counts them
     split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
     tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
@@ -18,6 +19,7 @@ Example:
 
 from .clean import TextCounts, clean_texts, split_evaluation
 from .collate import CMLMDataCollator, mask_settings
+from .labelled import load_labelled
 from .load import load_texts
 from .tokens import tokenize_texts
 
@@ -25,6 +27,7 @@ __all__ = [
     "CMLMDataCollator",
     "TextCounts",
     "clean_texts",
+    "load_labelled",
     "load_texts",
     "mask_settings",
     "split_evaluation",
