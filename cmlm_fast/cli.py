@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields
 from enum import Enum
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import ranks
 from .options import PostTrainOptions
+from .output import DivergedError, Stopped
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,12 +42,20 @@ def one_line_errors() -> Iterator[None]:
     """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (*ranks.EXPECTED, DivergedError) as error:
+        _say(f"error: {' '.join(str(error).split())}")
         raise typer.Exit(2) from None
+    except Stopped as stopped:
+        _say(str(stopped))
+        raise typer.Exit(128 + stopped.signal) from None
     except KeyboardInterrupt:
-        print("stopped; continue with --resume where a checkpoint was written", file=sys.stderr)
+        _say("stopped by SIGINT")
         raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    if ranks.is_main():
+        print(line, file=sys.stderr)
 
 
 def _default(name: str) -> Any:
@@ -117,7 +128,11 @@ def post_train_command(
         from .post_train import prepare, run
         from .report import print_summary
 
-        print_summary(run(prepare(options)))
+        ranks.join()
+        summary = run(ranks.in_turn(lambda: prepare(options)))
+        if ranks.is_main():
+            print_summary(summary)
+        ranks.leave()
 
 
 @app.command()
@@ -152,8 +167,22 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+    if not ranks.is_main():
+        import datasets
+
+        datasets.disable_progress_bars()
+        getLogger("cmlm_fast").setLevel(ERROR)
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. Of several processes that get the same wrong arguments, one says so."""
+    if ranks.is_main():
+        app()
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            try:
+                sys.exit(app(standalone_mode=False))
+            except Exception as error:
+                if code := getattr(error, "exit_code", None):  # wrong usage, which the main process explains
+                    sys.exit(code)
+                raise
