@@ -26,9 +26,9 @@ _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", 
 class Stopped(KeyboardInterrupt):
     """The run was told to end by `signal`. `str()` is one line that says what is kept."""
 
-    def __init__(self, signal: signal.Signals, kept: str = "nothing was saved") -> None:
-        super().__init__(f"stopped by {signal.name}; {kept}")
-        self.signal = signal
+    def __init__(self, number: signal.Signals, kept: str | None = None) -> None:
+        super().__init__(f"stopped by {number.name}" + (f"; {kept}" if kept else ""))
+        self.signal = number
 
 
 class DivergedError(ArithmeticError):

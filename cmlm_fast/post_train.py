@@ -60,7 +60,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     config = CMLMConfig.from_preset(options.preset, **options.objective)
     with use_backend(options.backend):
         pass  # an unknown backend is an error now
-    checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
+    checkpoint = None
+    if ranks.is_main():  # it tells the others, when they run
+        checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers.trainer_utils import SchedulerType
@@ -95,7 +97,10 @@ def run(prepared: Prepared) -> dict[str, Any]:
     from .callbacks import StopOnSignal
 
     with StopOnSignal() as stop:
-        return _run(prepared, stop)
+        try:
+            return _run(prepared, stop)
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, what_is_kept(Path(prepared.options.output_dir))) from None
 
 
 def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = time.perf_counter() - begin
         if stop.stopped:
-            raise Stopped(stop.stopped, what_is_kept(folder))
+            raise Stopped(stop.stopped)
         after = trainer.evaluate() if prepared.evaluation is not None else {}
         summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
         _save(trainer, prepared, summary)
