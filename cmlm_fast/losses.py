@@ -35,14 +35,19 @@ class _Temperature(nn.Module):
     def __init__(self, temperature: float, learn: bool) -> None:
         super().__init__()
         self.start = temperature
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn else None
+        # Of one element, for FSDP shards no scalar.
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
+
+    def clamp(self) -> None:
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
 
     def forward(self) -> float | Tensor:
         if self.logit_scale is None:
             return self.start
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
-        return torch.exp(-self.logit_scale)
+        self.clamp()
+        return torch.exp(-self.logit_scale).squeeze(0)
 
 
 class TokenContrastiveLoss(nn.Module):
@@ -157,6 +162,11 @@ class CMLMLoss(nn.Module):
                 share = sequence.detach() / dist.get_world_size(group)
                 sequence = share + (sequence - sequence.detach())
         return torch.stack([mlm, token, sequence])
+
+    def clamp_temperatures(self) -> None:
+        """Keep learned temperatures in their range. FSDP's shards must be told outside the forward pass, which has copies."""
+        self.token.temperature.clamp()
+        self.sequence.temperature.clamp()
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
         """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""

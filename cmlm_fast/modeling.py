@@ -98,7 +98,7 @@ class CMLMModel(nn.Module):
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
                 divisor: Tensor | None = None, measured: bool = False, group: Any = None,
-                **unused: Any) -> CMLMOutput:  # fmt: skip
+                stand_in: bool = False, **unused: Any) -> CMLMOutput:  # fmt: skip
         """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
 
         Args:
@@ -112,6 +112,7 @@ class CMLMModel(nn.Module):
             divisor: [3], what the parts are means over; None: over this batch.
             measured: also fill `measures`.
             group: process group whose ranks share their negatives in the sequence part.
+            stand_in: this batch stands for none: its sequences count for nothing.
             unused: what else a collator's batch holds (sample_ids, unit_ids).
         """
         can = ~torch.isin(input_ids, special_ids)
@@ -129,11 +130,13 @@ class CMLMModel(nn.Module):
             batch, first = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
         z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
+        if stand_in:
+            z1, z2, batch = z1[:0], z2[:0], 0
         views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens)
         sums = self.loss(views, self.mlm_sum, group)
         counts = self.loss.counts(role, batch)
         total = self.loss.total(sums, counts if divisor is None else divisor)
-        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured else {})
+        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured and not stand_in else {})
 
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip

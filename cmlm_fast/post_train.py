@@ -12,23 +12,26 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import ranks
 from .backends import use_backend
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, check_numbers, expect
-from .output import check_output, disk_errors, open_output, staged
+from .output import Stopped, check_output, disk_errors, open_output, staged, what_is_kept
 from .pooling import copy_pooling
 from .report import plot_curves
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .callbacks import StopOnSignal
     from .data import TextCounts
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
@@ -57,7 +60,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     config = CMLMConfig.from_preset(options.preset, **options.objective)
     with use_backend(options.backend):
         pass  # an unknown backend is an error now
-    checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
+    checkpoint = None
+    if ranks.is_main():  # it tells the others, when they run
+        checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers.trainer_utils import SchedulerType
@@ -88,29 +93,50 @@ def run(prepared: Prepared) -> dict[str, Any]:
 
     Raises:
         DiskError: a write failed; says what the folder still holds.
+        DivergedError: the loss or a weight is not finite.
+        Stopped: SIGINT or SIGTERM; a training under way has finished its step and saved a checkpoint.
     """
+    from .callbacks import StopOnSignal
+
+    with StopOnSignal() as stop:
+        try:
+            return _run(prepared, stop)
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, what_is_kept(Path(prepared.options.output_dir))) from None
+
+
+def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     from transformers import PrinterCallback, ProgressCallback
 
     from .callbacks import MetricsFile, QuietProgress
     from .trainer import CMLMTrainer
 
     options, folder = prepared.options, Path(prepared.options.output_dir)
+    prepared.checkpoint = ranks.of_main(prepared.checkpoint)
     size = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps.
     copies = 1 + (3 * (options.save_total_limit + 1) if options.save_steps else 0)
-    open_output(folder, copies * size, fresh=prepared.checkpoint is None)
-    metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint)
-    with disk_errors(folder), use_backend(options.backend):
+    fresh = prepared.checkpoint is None
+    ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
+    metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
+    with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
         trainer = CMLMTrainer(
             prepared.model, prepared.arguments, train_dataset=prepared.train, eval_dataset=prepared.evaluation,
-            processing_class=prepared.tokenizer, callbacks=[metrics],
+            processing_class=prepared.tokenizer, callbacks=[metrics, stop],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback if prepared.arguments.disable_tqdm else ProgressCallback)
-        trainer.add_callback(QuietProgress())
-        before = trainer.evaluate() if prepared.evaluation is not None and prepared.checkpoint is None else {}
+        trainer.add_callback(progress)
+        before: dict[str, float] = {}
+        if prepared.evaluation is not None and fresh:
+            if trainer.is_fsdp_enabled:  # FSDP shards model and optimizer together, when the training begins
+                prepared.arguments.eval_on_start = True
+            else:
+                before = trainer.evaluate()
         begin = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = time.perf_counter() - begin
+        if stop.stopped:
+            raise Stopped(stop.stopped)
         after = trainer.evaluate() if prepared.evaluation is not None else {}
         summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
         _save(trainer, prepared, summary)
@@ -119,8 +145,11 @@ def run(prepared: Prepared) -> dict[str, Any]:
 
 def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any]) -> None:
     folder = Path(prepared.options.output_dir)
+    state = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: FSDP gathers its shards
+    if not ranks.is_main():
+        return
     with staged(folder) as staging:
-        trainer.model.save_pretrained(staging)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
         copy_pooling(prepared.options.model, staging)
         plot_curves(trainer.state.log_history, staging / "curves.png")

@@ -6,6 +6,7 @@
     split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
     tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
     CMLMDataCollator                          ->  padded tensors for the masked-view step
+    RankShare       what each of several ranks sees of an epoch
     mask_settings   what `complementary_mask` must know of a tokenizer
 
 Example:
@@ -21,10 +22,12 @@ from .clean import TextCounts, clean_texts, split_evaluation
 from .collate import CMLMDataCollator, mask_settings
 from .labelled import load_labelled
 from .load import load_texts
+from .share import RankShare
 from .tokens import tokenize_texts
 
 __all__ = [
     "CMLMDataCollator",
+    "RankShare",
     "TextCounts",
     "clean_texts",
     "load_labelled",

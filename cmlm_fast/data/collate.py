@@ -48,6 +48,9 @@ class CMLMDataCollator:
     Packed: the same of shape [T] without attention_mask, the longest sequence first; cu_seqlens int32 [B + 1], sequence b
     is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, a tuple of B ints.
 
+    No rows (a rank's share of a round that has too few, see `RankShare`) become one sequence of a special token, and the entry
+    stand_in = True: the encoder runs as on every rank, and nothing of it counts.
+
     Args:
         tokenizer: the tokenizer of `tokenize_texts`.
         pad_to_multiple_of: round L up to a multiple of this.
@@ -66,7 +69,10 @@ class CMLMDataCollator:
         self._more_special = torch.tensor(_special_ids(self.tokenizer)[_MAX_SPECIAL_IDS:], dtype=torch.int64)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self._pack(rows) if self.packed else self._pad(rows)
+        if rows:
+            return self._pack(rows) if self.packed else self._pad(rows)
+        nothing = {"input_ids": [self.tokenizer.mask_token_id], "attention_mask": [1], "sample_id": 0}
+        return {**(self._pack([nothing]) if self.packed else self._pad([nothing])), "stand_in": True}
 
     def _pack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable: equal lengths keep their order
