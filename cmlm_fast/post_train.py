@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -75,9 +76,10 @@ def prepare(options: PostTrainOptions) -> Prepared:
     model = _load_model(options, config)
     _check_fit(model, length)
     arguments = _arguments(options)
-    train = tokenize_texts(train, tokenizer, max_length=length, whole_word=options.whole_word)
+    tokens = {"max_length": length, "whole_word": options.whole_word}
+    train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
-        held = tokenize_texts(held, tokenizer, max_length=length, whole_word=options.whole_word)
+        held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments)
 
 
@@ -165,6 +167,12 @@ def _load_model(options: PostTrainOptions, config: CMLMConfig) -> CMLMModel:
         raise ValueError(f"expected model to be a masked LM or an encoder, got {options.model}: {_line(error)}") from error
 
 
+def _processes(texts: int) -> int | None:
+    """For tokenising: one a core where there is work for them, else this one."""
+    wanted = min(os.cpu_count() or 1, texts // 20_000)
+    return wanted if wanted > 1 else None
+
+
 def _check_fit(model: CMLMModel, length: int) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None:
@@ -178,11 +186,13 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
 
     gpu = torch.accelerator.is_available()
     fast = bfloat16_hardware() if not gpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
         output_dir=options.output_dir, num_train_epochs=options.epochs, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.learning_rate,
+        max_tokens=options.max_tokens, contrastive_batch_size=options.contrastive_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation * batches, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
         bf16=fast and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
         seed=options.seed, logging_steps=options.logging_steps,
