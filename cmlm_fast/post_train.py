@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -82,9 +83,10 @@ def prepare(options: PostTrainOptions) -> Prepared:
         model.freeze_encoder()
     check_length(model, length, config.position_jitter)
     arguments = _arguments(options)
-    train = tokenize_texts(train, tokenizer, max_length=length, whole_word=options.whole_word)
+    tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
+    train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
-        held = tokenize_texts(held, tokenizer, max_length=length, whole_word=options.whole_word)
+        held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments)
 
 
@@ -198,6 +200,12 @@ def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) 
         raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
 
 
+def _processes(texts: int) -> int | None:
+    """For tokenising: one a core where there is work for them, else this one."""
+    wanted = min(os.cpu_count() or 1, texts // 20_000)
+    return wanted if wanted > 1 else None
+
+
 def check_length(model: CMLMModel, length: int, jitter: int) -> None:
     """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
     most = getattr(model.config, "max_position_embeddings", None)
@@ -218,11 +226,13 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     from .trainer import CMLMTrainingArguments
 
     gpu = torch.accelerator.is_available()
+    batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
         output_dir=options.output_dir, num_train_epochs=options.epochs, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.learning_rate,
+        max_tokens=options.max_tokens, contrastive_batch_size=options.contrastive_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation * batches, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
         bf16=fast_in_bf16() and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
         seed=options.seed, logging_steps=options.logging_steps,
