@@ -1,5 +1,5 @@
-# make setup | demo | test | chaos | sanitize | cuda-link | bench | compare | gpu | clean: each works alone from a fresh clone, with
-# Python >= 3.10, gcc and make.
+# make setup | demo | test | chaos | sanitize | cuda-link | bench | compare | gpu | clean: each works alone from a fresh clone,
+# with Python >= 3.10, gcc and make.
 #
 #   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
 #   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
@@ -62,12 +62,11 @@ sanitize: setup
 # The CUDA library against a PyTorch with CUDA, in an environment of its own under build/ (several GB): it links, and every symbol is
 # found when it is loaded. No GPU is needed, and nothing is run.
 CUDA_LINK := build/cuda-link
-# Three equals signs: the release itself, and no build that an index names 2.13.0+cpu.
-CUDA_TORCH ?= torch===$(shell sed -n 's/^torch==//p' constraints.txt)
+CUDA_TORCH ?= torch
 cuda-link: setup
 	$(PYTHON) -m venv --clear $(CUDA_LINK) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(CUDA_LINK) && $(PYTHON) -m pip --python $(CUDA_LINK)/bin/python install -q pip; }
-	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) $(CUDA_TORCH) numpy
+	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) '$(CUDA_TORCH)' numpy
 	$(CUDA_LINK)/bin/python benchmarks/cuda_link.py cmlm_fast/_C_cuda.so
 	rm -rf $(CUDA_LINK)
 

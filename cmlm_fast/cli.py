@@ -1,4 +1,4 @@
-"""The command `cmlm-fast`: post-train, demo, bench, doctor.
+"""The command `cmlm-fast`: post-train, demo, bench, doctor; the few-shot evaluation's commands are in cli_fewshot.
 
 Every bad input is one line on stderr, `error: …`, and exit code 2, before anything is computed or written. transformers
 and datasets, seconds to import, wait until a command needs them.
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import fields
 from enum import Enum
 from importlib import import_module
-from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import ranks
+from .cli_errors import one_line_errors, quiet
+from .cli_fewshot import register
 from .options import PostTrainOptions
-from .output import DivergedError, Stopped
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,27 +35,6 @@ class Preset(str, Enum):
     tapt = "tapt"
     seq = "seq"
     simcse = "simcse"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
-    try:
-        yield
-    except (*ranks.EXPECTED, DivergedError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
-        raise typer.Exit(2) from None
-    except Stopped as stopped:
-        _say(str(stopped))
-        raise typer.Exit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        _say("stopped by SIGINT")
-        raise typer.Exit(130) from None
-
-
-def _say(line: str) -> None:
-    if ranks.is_main():
-        print(line, file=sys.stderr)
 
 
 def _default(name: str) -> Any:
@@ -86,6 +64,8 @@ def post_train_command(
     epochs: Annotated[float, _option("times through the texts")] = _default("epochs"),
     max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs")] = _default("max_steps"),
     batch_size: Annotated[int, _option("sequences a step and device")] = _default("batch_size"),
+    max_tokens: Annotated[int | None, _option("tokens a batch, in place of --batch-size")] = None,
+    contrastive_batch_size: Annotated[int | None, _option("sequences contrasted together, on little memory")] = None,
     gradient_accumulation: Annotated[int, _option("batches a step")] = _default("gradient_accumulation"),
     learning_rate: Annotated[float, _option("peak of the schedule")] = _default("learning_rate"),
     weight_decay: Annotated[float, _option("of AdamW")] = _default("weight_decay"),
@@ -125,7 +105,7 @@ def post_train_command(
     plain = {name: value for name, value in given.items() if name in names}
     options = PostTrainOptions(**{**plain, "preset": preset.value, "objective": objective})
     with one_line_errors():
-        _quiet()
+        quiet()
         from .post_train import prepare, run
         from .report import print_summary
 
@@ -145,7 +125,7 @@ def demo(
 ) -> None:
     """Post-train all-MiniLM-L6-v2 on film reviews, fine-tune it on a few labels, show what changed."""
     with one_line_errors():
-        _quiet()
+        quiet()
         from .demo import run_demo
 
         run_demo(output_dir, steps=steps, draws=draws, shots=shots)
@@ -178,18 +158,7 @@ def doctor() -> None:
     print_report(Console())
 
 
-def _quiet() -> None:
-    """Progress bars and warnings of ours only, and no threads that a fork would lose."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading and saving; the training's bar is another
-    if not ranks.is_main():
-        import datasets
-
-        datasets.disable_progress_bars()
-        getLogger("cmlm_fast").setLevel(ERROR)
+register(app)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 
 from .config import CMLMConfig
 from .ops import info_nce, token_contrastive
+from .ops._rows import take_rows
+
+if TYPE_CHECKING:
+    from .gradient_cache import CachedContrast
 
 #: The parts of the objective, in the order of every tensor that holds one number for each.
 PARTS = ("mlm", "token", "sequence")
@@ -102,7 +106,9 @@ class Views(NamedTuple):
     """Two views of B sequences of T tokens in all, packed end to end or flattened from a padded batch.
 
     hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
-    as `complementary_mask` gives it; eligible bool [T], the tokens that may be masked; cu_seqlens int32 [B + 1].
+    as `complementary_mask` gives it, and 3 = 1 | 2 for a token that independent masks hide in both views; eligible bool [T],
+    the tokens that may be masked; cu_seqlens int32 [B + 1]; sizes: how many tokens have role 1, role 2, and are eligible,
+    where the host knows: to find them then needs no wait for the device.
     """
 
     hidden1: Tensor
@@ -113,6 +119,7 @@ class Views(NamedTuple):
     role: Tensor
     eligible: Tensor
     cu_seqlens: Tensor
+    sizes: tuple[int, int, int] | None = None
 
 
 class Anchors(NamedTuple):
@@ -122,6 +129,12 @@ class Anchors(NamedTuple):
     key: Tensor
     target: Tensor
     options: dict[str, Tensor]
+
+
+def _places(mask: Tensor, size: int | None) -> Tensor:
+    """Where `mask` [T] is true, int64, in order; with their number `size` the device need not tell it."""
+    found = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size)
+    return found[:, 0]
 
 
 class CMLMLoss(nn.Module):
@@ -139,7 +152,8 @@ class CMLMLoss(nn.Module):
         self.sequence = InfoNCELoss(config.sequence_temperature, learn and config.sequence_weight > 0,
                                     scheme=config.scheme, reduction="sum")  # fmt: skip
 
-    def forward(self, views: Views, mlm_sum: Callable[[Tensor, Tensor], Tensor], group: Any = None) -> Tensor:
+    def forward(self, views: Views, mlm_sum: Callable[[Tensor, Tensor], Tensor], group: Any = None,
+                cached: CachedContrast | None = None) -> Tensor:  # fmt: skip
         """Sums of the parts, [3] in the order of `PARTS`; a part of weight 0 is 0.
 
         Args:
@@ -147,6 +161,7 @@ class CMLMLoss(nn.Module):
             mlm_sum: (hidden [n, D], target int64 [n]) -> summed cross entropy of the LM head.
             group: process group whose ranks give negatives to the sequence part. Its value is then this rank's share of the
                 sum over all ranks, and the gradient of z1, z2 that of the whole.
+            cached: what a larger batch's contrast found for this one; takes the place of the contrast within it.
         """
         zero = views.hidden1.new_zeros((), dtype=torch.float32)
         mlm = token = sequence = zero
@@ -155,11 +170,10 @@ class CMLMLoss(nn.Module):
         if self.config.token_weight > 0:
             for anchors in self.anchors(views):
                 token = token + self.token(anchors.query, anchors.key, anchors.target, **anchors.options)
-        if self.config.sequence_weight > 0:
-            sequence = self.sequence(views.z1, views.z2, group=group)
-            if group is not None:
-                share = sequence.detach() / dist.get_world_size(group)
-                sequence = share + (sequence - sequence.detach())
+        if cached is not None:
+            sequence = cached.sequence_sum(views.z1, views.z2, self.sequence.temperature.logit_scale)
+        elif self.config.sequence_weight > 0:
+            sequence = self.sequence_sum(views.z1, views.z2, group)
         return torch.stack([mlm, token, sequence])
 
     def clamp_temperatures(self) -> None:
@@ -167,34 +181,46 @@ class CMLMLoss(nn.Module):
         self.token.temperature.clamp()
         self.sequence.temperature.clamp()
 
+    def sequence_sum(self, z1: Tensor, z2: Tensor, group: Any = None) -> Tensor:
+        """The sequence part of vectors [B, E]; with `group` as in `forward`."""
+        sequence: Tensor = self.sequence(z1, z2, group=group)
+        if group is None:
+            return sequence
+        return sequence.detach() / dist.get_world_size(group) + (sequence - sequence.detach())
+
     def counts(self, role: Tensor, sequences: int) -> Tensor:
         """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
-        first, second = (role == 1).sum(), (role == 2).sum()
+        first, second = (role & 1).sum(), (role >> 1).sum()
         masked = first + second if self.config.mlm_views == "both" else first
+        anchors = ((role == 1) | (role == 2)).sum()
         rows = sequences * (2 if self.config.scheme == "nt_xent" else 1)
-        return torch.stack([masked, first + second, torch.full_like(first, rows)])
+        return torch.stack([masked, anchors, torch.full_like(first, rows)])
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The objective, a scalar, of summed parts and their counts."""
-        weights = sums.new_tensor([self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight])
-        return (weights * sums / counts.clamp_min(1)).sum()
+        means = (sums / counts.clamp_min(1)).unbind()
+        weights = (self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight)
+        # Numbers, not a tensor of them: that would be a copy to the device, which the host waits for.
+        return sum((weight * mean for weight, mean in zip(weights, means, strict=True)), sums.new_zeros(()))
 
     def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:
         """Hidden states [n, D] and tokens [n] of the positions that MLM predicts: view 1's, then view 2's."""
-        masked = [(views.hidden1, views.role == 1)]
+        sizes = views.sizes or (None, None, None)
+        masked = [(views.hidden1, _places((views.role & 1).bool(), sizes[0]))]
         if self.config.mlm_views == "both":
-            masked.append((views.hidden2, views.role == 2))
-        hidden = torch.cat([states[where] for states, where in masked])
+            masked.append((views.hidden2, _places((views.role & 2).bool(), sizes[1])))
+        hidden = torch.cat([take_rows(states, where) for states, where in masked])
         return hidden, torch.cat([views.input_ids[where] for _, where in masked])
 
     def anchors(self, views: Views) -> tuple[Anchors, Anchors]:
         """The two directions of the token contrast: view 1's masked tokens in view 2, and the reverse."""
-        keys = views.eligible.nonzero()[:, 0]
+        sizes = views.sizes or (None, None, None)
+        keys = _places(views.eligible, sizes[2])
         seen = torch.nn.functional.pad(views.eligible.cumsum(0), (1, 0))  # eligible tokens before each position
         tokens = views.input_ids[keys]
 
         def direction(role: int, masked: Tensor, other: Tensor) -> Anchors:
-            where = (views.role == role).nonzero()[:, 0]
+            where = _places(views.role == role, sizes[role - 1])
             options: dict[str, Tensor] = {}
             if self.config.exclude_same_token:
                 options |= {"query_token": views.input_ids[where], "key_token": tokens}
@@ -202,6 +228,6 @@ class CMLMLoss(nn.Module):
                 owner = torch.bucketize(where, views.cu_seqlens.long(), right=True) - 1
                 bounds = seen[views.cu_seqlens.long()].int()
                 options |= {"key_start": bounds[owner], "key_end": bounds[owner + 1]}
-            return Anchors(masked[where], other[keys], seen[where], options)
+            return Anchors(take_rows(masked, where), take_rows(other, keys), seen[where], options)
 
         return direction(1, views.hidden1, views.hidden2), direction(2, views.hidden2, views.hidden1)

@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -71,18 +72,21 @@ def prepare(options: PostTrainOptions) -> Prepared:
     expect(options.scheduler in schedulers, "scheduler", f"one of {', '.join(schedulers)}", options.scheduler)
     from .data import clean_texts, load_texts, split_evaluation, tokenize_texts
 
-    tokenizer = _load_tokenizer(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     length = options.max_length or min(128, int(tokenizer.model_max_length))
     texts, counts = clean_texts(
         load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     )
     train, held = split_evaluation(texts, options.eval_share, options.seed)
-    model = _load_model(options, config)
-    _check_fit(model, length)
+    model = load_model(options.model, config, options.trust_remote_code)
+    if options.freeze_encoder:
+        model.freeze_encoder()
+    check_length(model, length, config.position_jitter)
     arguments = _arguments(options)
-    train = tokenize_texts(train, tokenizer, max_length=length, whole_word=options.whole_word)
+    tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
+    train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
-        held = tokenize_texts(held, tokenizer, max_length=length, whole_word=options.whole_word)
+        held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments)
 
 
@@ -168,52 +172,69 @@ def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str
     }
 
 
-def _load_tokenizer(options: PostTrainOptions) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint that can be post-trained; every fault is a ValueError of one line."""
     from transformers import AutoTokenizer
 
-    path = Path(options.model)
+    path = Path(model)
     if path.exists():
-        expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", options.model)
+        expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", model)
     rule = "a folder, or a hub id that can be reached, with a tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected model to be {rule}, got {options.model}: {_line(error)}") from error
+        raise ValueError(f"expected model to be {rule}, got {model}: {_line(error)}") from error
     # transformers makes up a tokenizer of special tokens alone where a folder has none.
-    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, options.model)
-    expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", options.model)
+    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, model)
+    expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", model)
     return tokenizer
 
 
-def _load_model(options: PostTrainOptions, config: CMLMConfig) -> CMLMModel:
+def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) -> CMLMModel:
+    """`CMLMModel.from_pretrained`; every fault is a ValueError of one line."""
     from .modeling import CMLMModel
 
     try:
-        return CMLMModel.from_pretrained(options.model, config, trust_remote_code=options.trust_remote_code)
+        return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected model to be a masked LM or an encoder, got {options.model}: {_line(error)}") from error
+        raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
 
 
-def _check_fit(model: CMLMModel, length: int) -> None:
+def _processes(texts: int) -> int | None:
+    """For tokenising: one a core where there is work for them, else this one."""
+    wanted = min(os.cpu_count() or 1, texts // 20_000)
+    return wanted if wanted > 1 else None
+
+
+def check_length(model: CMLMModel, length: int, jitter: int) -> None:
+    """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None:
         pad = getattr(getattr(model.lm.base_model, "embeddings", None), "padding_idx", None)
-        most -= model.cmlm.position_jitter + (0 if pad is None else pad + 1)
+        most -= jitter + (0 if pad is None else pad + 1)
         expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
+
+
+def fast_in_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return bfloat16_hardware()
 
 
 def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     from .trainer import CMLMTrainingArguments
 
     gpu = torch.accelerator.is_available()
-    fast = bfloat16_hardware() if not gpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
         output_dir=options.output_dir, num_train_epochs=options.epochs, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation, learning_rate=options.learning_rate,
+        max_tokens=options.max_tokens, contrastive_batch_size=options.contrastive_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation * batches, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
-        bf16=fast and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
+        bf16=fast_in_bf16() and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
         seed=options.seed, logging_steps=options.logging_steps,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,

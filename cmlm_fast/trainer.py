@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,16 +21,21 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .config import CMLMConfig
-from .data import CMLMDataCollator, RankShare, mask_settings
+from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
+from .gradient_cache import GradientCache
 from .losses import PARTS
 from .modeling import CMLMModel, CMLMOutput
-from .ops import complementary_mask
+from .ops import ComplementaryMask, complementary_mask
+from .ops.complementary_mask import exact_counts
 from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 #: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
 EVALUATION_STEP = 2**32 - 1
+
+#: What the seed of view 2's masks differs by where the views are masked independently.
+INDEPENDENT = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -39,13 +45,29 @@ class CMLMTrainingArguments(TrainingArguments):
     Attributes:
         mask_seed: 64-bit seed of the masks; None takes `seed`.
         packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
+        max_tokens: training batches are filled up to so many tokens of the texts instead of `per_device_train_batch_size`
+            sequences; see `data.TokenBudgetSampler`.
+        contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
+            `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
+            caching, which costs one more forward pass; the token part keeps to its batch.
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
     packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
 
+    max_tokens: int | None = field(default=None, metadata={"help": "tokens a batch, instead of sequences a batch"})
+    contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrastive_batch_size is not None:
+            batches = self.contrastive_batch_size // self.per_device_train_batch_size
+            whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
+            if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
+                rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
+                        f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
+                given = self.contrastive_batch_size
+                raise ValueError(f"CMLMTrainingArguments: expected contrastive_batch_size to be {rule}, got {given}")
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
@@ -117,6 +139,7 @@ class CMLMTrainer(ResumableTrainer):
         self.special_ids = torch.tensor(settings.pop("special_ids"))
         self.mask_settings = settings
         self._sums = _Sums()
+        self._cache: GradientCache | None = None
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
@@ -138,9 +161,18 @@ class CMLMTrainer(ResumableTrainer):
         config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
         return config
 
-    def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
-        return self._shared(super().get_train_dataloader())
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
+        args, dataset = self.args, self.train_dataset
+        if args.max_tokens is None:
+            return self._shared(super().get_train_dataloader())
+        sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=args.seed,
+                                     rank=args.process_index, ranks=args.world_size)  # fmt: skip
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
+                            num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+                            persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
+        # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
@@ -162,14 +194,23 @@ class CMLMTrainer(ResumableTrainer):
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
         config = self.cmlm
-        masked = complementary_mask(
-            batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
-            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
-            complement_rate=config.complement_rate, sampling=config.sampling, mask_share=config.mask_share,
-            random_share=config.random_share, seed=seed, step=step, special_ids=self.special_ids, **self.mask_settings,
+        draw = partial(
+            complementary_mask, batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"],
+            sampling=config.sampling, mask_share=config.mask_share, random_share=config.random_share, step=step,
+            special_ids=self.special_ids, **self.mask_settings,
         )  # fmt: skip
+        if config.complementary:
+            masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
+        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
+            view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
+            second = (1.0 - config.rate) * config.complement_rate
+            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=seed ^ INDEPENDENT)
+            masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
-        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter}
+        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
+        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
@@ -181,15 +222,29 @@ class CMLMTrainer(ResumableTrainer):
             loss = self.accelerator.unwrap_model(self.model).loss
             divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
             batches = [{**batch, "divisor": divisor} for batch in batches]
+        if self.args.contrastive_batch_size is not None and self.cmlm.sequence_weight > 0:
+            size = self.args.contrastive_batch_size // self.args.per_device_train_batch_size
+            self._cache = GradientCache(batches, size, loss, self._group(), self.accelerator.autocast())
+            batches = [{**batch, "at": at} for at, batch in enumerate(batches)]
         return batches, None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; with a contrast over several batches, after their vectors were made."""
+        if self._cache is not None:
+            model.train()
+            inputs["cached"] = self._cache.replay(model, inputs.pop("at"))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _group(self) -> Any:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
         self.accelerator.unwrap_model(self.model).loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
-        group = dist.group.WORLD if ranks > 1 else None
-        output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=group)
+        output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
         self._sums.add(_parts(output))
         self._sums.add(output.measures)
         loss = output.loss * ranks

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("backends", "config", "losses", "report", "fewshot", "ops.complementary_mask", "ops.info_nce",
-           "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity", "ops.varlen_attention")  # fmt: skip
+MODULES = ("backends", "config", "losses", "report", "fewshot.draws", "fewshot.methods", "fewshot.tables",
+           "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
+           "ops.varlen_attention")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
