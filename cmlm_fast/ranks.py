@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
+_group: Any = None  # of all, and patient: one may tokenise for hours while the others wait; None: the default one
 #: What a user can mend; anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, OSError, ModuleNotFoundError)
 
@@ -29,17 +31,21 @@ def is_main() -> bool:
 
 def join() -> None:
     """Meet the other processes."""
+    global _group
     if world_size() > 1:
         from accelerate import PartialState
 
         gpu = torch.accelerator.is_available()
         PartialState(cpu=not gpu, **({} if gpu else {"backend": "gloo"}))
+        _group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
 
 
 def leave() -> None:
     """Part from them."""
+    global _group
     if dist.is_initialized():
         dist.destroy_process_group()
+    _group = None
 
 
 def in_turn(action: Callable[[], _T]) -> _T:
@@ -60,7 +66,7 @@ def in_turn(action: Callable[[], _T]) -> _T:
             except EXPECTED as caught:
                 error = caught
         messages: list[str | None] = [None] * world_size()
-        dist.all_gather_object(messages, None if error is None else str(error))
+        dist.all_gather_object(messages, None if error is None else str(error), group=_group)
         if message := next((message for message in messages if message is not None), None):
             raise ValueError(message) from error
     return result
@@ -71,5 +77,5 @@ def of_main(value: _T) -> _T:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, 0)
+    dist.broadcast_object_list(values, 0, group=_group)
     return values[0]
