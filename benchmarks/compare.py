@@ -20,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, log
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,18 +50,19 @@ class Change:
 def judge(name: str, launches: Launches, threshold: float) -> Change:
     """The change from the samples (of A, of B) of each launch."""
     draw = random.Random(0)
-    logs = sorted(_mean_log(_resampled(launches, draw)) for _ in range(RESAMPLES))
-    ratio, low, high = (exp(x) for x in (_mean_log(launches), logs[RESAMPLES // 40], logs[-1 - RESAMPLES // 40]))
+    resampled = (_medians(_resampled(launches, draw)) for _ in range(RESAMPLES))
+    drawn = sorted(b / a for a, b in resampled)
+    (a, b), low, high = _medians(launches), drawn[RESAMPLES // 40], drawn[-1 - RESAMPLES // 40]
     slower, faster = low > 1 + threshold, high < 1 / (1 + threshold)
     inside = low > 1 / (1 + threshold) and high < 1 + threshold
     verdict = "slower" if slower else "faster" if faster else "same" if inside else "unclear"
+    return Change(name, a, b, b / a, low, high, verdict)
+
+
+def _medians(launches: Launches) -> tuple[float, float]:
+    """Of all samples of A and of B: a launch that something else disturbed moves them little."""
     a, b = (median(x for pair in launches for x in pair[side]) for side in (0, 1))
-    return Change(name, a, b, ratio, low, high, verdict)
-
-
-def _mean_log(launches: Launches) -> float:
-    """Log of the ratio of medians, the mean over launches."""
-    return sum(log(median(b) / median(a)) for a, b in launches) / len(launches)
+    return a, b
 
 
 def _resampled(launches: Launches, draw: random.Random) -> Launches:
