@@ -48,14 +48,14 @@ class Step:
 
 
 STEPS = (
-    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 90, gpu=False),
-    Step("doctor", (*PYTHON, "-c", DOCTOR), 20, gpu=False),
-    Step("tests", (*PYTHON, "-m", "pytest", "-q", "-m", "gpu", *PARALLEL, *SWEEPS), 150),
-    Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "30", "--output", "{out}/triton.json"), 90),
-    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
+    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 80, gpu=False),
+    Step("doctor", (*PYTHON, "-c", DOCTOR), 10, gpu=False),
+    Step("tests", (*PYTHON, "-m", "pytest", "-q", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
+    Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 75),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(statistics|weights|products)$",
-                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 60),
+                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 45),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command `cmlm-fast`: post-train, demo, doctor; the few-shot evaluation's commands are in cli_fewshot.
+"""The command `cmlm-fast`: post-train, demo, bench, doctor; the few-shot evaluation's commands are in cli_fewshot.
 
 Every bad input is one line on stderr, `error: …`, and exit code 2, before anything is computed or written. transformers
 and datasets, seconds to import, wait until a command needs them.
@@ -6,8 +6,10 @@ and datasets, seconds to import, wait until a command needs them.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,6 +120,23 @@ def demo(
         from .demo import run_demo
 
         run_demo(output_dir, steps=steps, draws=draws, shots=shots)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time the ops beside what others offer; compare two commits; report. Needs the repository: bench --help."""
+    with one_line_errors():
+        benchmark_suite()(context.args, prog_name="cmlm-fast bench")
+
+
+def benchmark_suite() -> Any:
+    """The command line of `benchmarks/`, of the repository that is the working directory or holds this package."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (folder / "benchmarks" / "registry.py").exists() and (folder / "cmlm_fast").is_dir():
+            sys.path.insert(0, str(folder))
+            return import_module("benchmarks.cli").app
+    raise ModuleNotFoundError("cmlm-fast bench: expected the working directory to be a clone of the repository, which holds "
+                              f"the suite (it times the package that is installed), got {Path.cwd()}")  # fmt: skip
 
 
 @app.command()

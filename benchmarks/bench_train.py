@@ -1,0 +1,246 @@
+"""A whole optimizer step of post-training beside two baselines and the floor of its work, in one run.
+
+    python -m benchmarks.bench_train [--dtype float32] [--dtype bfloat16] [--rounds N] [--output benchmarks/results/train.json]
+
+Real sentences (Rotten Tomatoes), all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M parameters), its dropout, 32 sequences a step.
+A step is all of it: batch from token rows, masks, both passes, backward, gradient clipping, AdamW. The providers take turns,
+round by round; first their losses and gradients are compared, with the same masks and no dropout. Speed-ups are by real token.
+
+The floor is the step's matrix products at the rate of the fastest product measured, and AdamW's bytes at the rate of a copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast.data import tokenize_texts
+from cmlm_fast.demo_assets import demo_model_path, demo_texts
+
+from .peers import Naive, Strong
+from .results import describe
+
+PROVIDERS = ("ours", "strong", "naive")
+SEQUENCES, BATCHES = 32, 5
+#: transformers' own length grouping sorts as many batches at a time.
+SORTED_BATCHES = 50
+
+
+def load() -> tuple[Any, Any]:
+    """The tokenizer, and as many token rows as length grouping sorts at a time."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
+    order = torch.randperm(8530, generator=torch.Generator().manual_seed(0))[: SORTED_BATCHES * SEQUENCES]
+    return tokenizer, tokenize_texts(demo_texts().select(order.tolist()), tokenizer, max_length=128)
+
+
+def batches(rows: Any, provider: str) -> list[list[Any]]:
+    """Some of the batches of a run over these rows: mixed, or for `strong` sorted by length, from the shortest to the longest.
+
+    Both hold the same number of sentences, not the same tokens: speeds are compared by the time of a token.
+    """
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__) if provider == "strong" else range(len(lengths))
+    step = SORTED_BATCHES // BATCHES
+    chosen = range(step // 2, SORTED_BATCHES, step)
+    return [[rows[i] for i in list(order)[n * SEQUENCES : (n + 1) * SEQUENCES]] for n in chosen]
+
+
+def tokens(work: Sequence[Sequence[Any]]) -> float:
+    """Real tokens in both views of a batch, the mean over batches."""
+    return sum(2 * len(row["input_ids"]) for rows in work for row in rows) / len(work)
+
+
+class Ours:
+    """The trainer's step, driven from outside."""
+
+    def __init__(self, tokenizer: Any, dtype: torch.dtype, folder: str) -> None:
+        arguments = CMLMTrainingArguments(folder, use_cpu=True, bf16=dtype == torch.bfloat16, report_to="none")
+        self.trainer = CMLMTrainer(CMLMModel.from_pretrained(demo_model_path(), CMLMConfig()), arguments,
+                                   processing_class=tokenizer, train_dataset=[])  # fmt: skip
+        self.trainer.create_optimizer_and_scheduler(1_000_000)
+        prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.model, self.optimizer = prepared
+        self.lm = self.trainer.model.lm
+
+    def step(self, rows: Sequence[Any]) -> Tensor:
+        """One optimizer step from token rows."""
+        trainer = self.trainer
+        (inputs,), _ = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+        loss = trainer.training_step(self.model, inputs)
+        trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
+        self.optimizer.step()
+        trainer.lr_scheduler.step()
+        self.model.zero_grad()
+        trainer.state.global_step += 1
+        return loss
+
+
+def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str) -> Any:
+    """A provider with weights of its own: `lm` and `step(rows)`."""
+    from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging
+
+    torch.manual_seed(0)  # the LM head is new, and must be the same for all
+    if provider == "ours":
+        return Ours(tokenizer, dtype, folder)
+    logging.set_verbosity_error()
+    lm = AutoModelForMaskedLM.from_pretrained(demo_model_path())
+    return {"strong": Strong, "naive": Naive}[provider](lm, tokenizer, CMLMConfig(), dtype)
+
+
+def build(provider: str, dtype: torch.dtype) -> Callable[[], None]:
+    """A call that takes one optimizer step of a provider ("ours", "strong", "naive"), each on the next batch."""
+    tokenizer, rows = load()
+    folder = tempfile.mkdtemp()
+    one, work, at = make(provider, dtype, tokenizer, folder), batches(rows, provider), iter(range(10**9))
+    return lambda: one.step(work[next(at) % BATCHES])
+
+
+def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
+    """Largest relative difference of loss and gradients from naive's in this dtype; same masks, no dropout."""
+    ours = providers["ours"]
+    trainer = ours.trainer
+    packed = trainer.mask(trainer.data_collator(rows), 0)
+    found = {}
+    for name, provider in providers.items():
+        provider.lm.eval()
+        if name == "ours":
+            with trainer.autocast_smart_context_manager():
+                loss = ours.model(**packed).loss
+        else:
+            batch = provider.pad(rows)
+            ids = [row["sample_id"] for row in rows]
+            masked = trainer.mask({**batch, "sample_ids": torch.tensor(ids)}, 0)
+            with torch.autocast("cpu", provider.dtype, enabled=provider.dtype != torch.float32):
+                loss = provider.loss({**batch, **{view: masked[view] for view in ("view1", "view2", "role")}})
+        loss.backward()
+        gradients = {k: p.grad for k, p in provider.lm.named_parameters() if p.grad is not None}
+        found[name] = (loss.detach(), torch.cat([gradients[k].flatten() for k in sorted(gradients)]))
+        provider.lm.zero_grad()
+        provider.lm.train()
+    loss, gradient = found["naive"]
+    return {name: round(max(float(abs(a - loss) / loss), float((g - gradient).norm() / gradient.norm())), 7)
+            for name, (a, g) in found.items() if name != "naive"}  # fmt: skip
+
+
+def floor(ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> dict[str, float]:
+    """What a step costs at least: its products and AdamW's bytes, at rates measured here and now."""
+    with FlopCounterMode(display=False) as counter:
+        for rows in work:
+            ours.step(rows)
+    # The counter does not know our kernels: six products of attention, three of the token contrast in each direction.
+    config = ours.lm.config
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in work]
+    attention = sum(2 * n * n for rows in lengths for n in rows) * 12 * config.hidden_size * config.num_hidden_layers
+    contrast = sum(2 * 0.15 * sum(rows) ** 2 for rows in lengths) * 6 * config.hidden_size
+    flops = (counter.get_total_flops() + attention + contrast) / len(work)
+    numbers = sum(p.numel() for p in ours.lm.parameters() if p.requires_grad)
+    rates = [gemm_rate(*shape, dtype) for shape in ((2048, 2048, 2048), (1712, config.hidden_size, config.intermediate_size))]
+    source = torch.randn(2**26)
+    target = torch.empty_like(source)
+    copy = 8 * source.numel() / best(lambda: target.copy_(source))
+    bytes_moved = 7 * 4 * numbers  # reads weight, gradient and two moments, writes all but the gradient
+    seconds = flops / max(rates) + bytes_moved / copy
+    return {"GFLOP": round(flops / 1e9, 1), "GEMM GFLOP/s": round(max(rates) / 1e9, 1), "AdamW MB": round(bytes_moved / 1e6, 1),
+            "copy GB/s": round(copy / 1e9, 1), "ms": round(seconds * 1e3, 1)}  # fmt: skip
+
+
+def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+    """Operations a second of one product, by the faster of PyTorch's own and oneDNN's kernel."""
+    a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    ways = [lambda: F.linear(a, b), lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")]
+    return 2 * m * k * n / min(map(best, ways))
+
+
+def best(call: Callable[[], Any], repeats: int = 7) -> float:
+    """Seconds of the fastest of some calls: a rate is what the machine can do."""
+    call()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure(dtype: torch.dtype, rounds: int, names: Sequence[str] = PROVIDERS) -> dict[str, Any]:
+    """One row of the results: medians over rounds; a round's time is the mean over the batches."""
+    tokenizer, rows = load()
+    with tempfile.TemporaryDirectory() as folder:
+        providers = {name: make(name, dtype, tokenizer, folder) for name in names}
+        work = {name: batches(rows, name) for name in names}
+        differences = check(providers, work[names[-1]][0]) if len(names) > 1 else {}
+        if any(not value < (1e-3 if dtype == torch.float32 else 0.05) for value in differences.values()):
+            raise AssertionError(f"loss and gradients are not those of the naive step: {differences}")
+        for name, provider in providers.items():
+            provider.step(work[name][0])
+        least = floor(providers["ours"], work["ours"], dtype)
+        samples: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds):
+            for name, provider in providers.items():
+                begin = time.perf_counter()
+                for batch in work[name]:
+                    provider.step(batch)
+                samples[name].append((time.perf_counter() - begin) / BATCHES)
+    ms = {name: round(statistics.median(values) * 1e3, 1) for name, values in samples.items()}
+    size = {name: tokens(work[name]) for name in names}
+    return {
+        "op": "training step",
+        "case": f"MiniLM-L6 32 sentences {str(dtype).removeprefix('torch.')}",
+        "ms": ms,
+        "tokens": {name: round(count) for name, count in size.items()},
+        "speedup": {name: round(ms[name] / size[name] / (ms["ours"] / size["ours"]), 2) for name in names if name != "ours"},
+        "floor": least,
+        "share of floor": round(least["ms"] / ms["ours"], 3),
+        "difference from naive": differences,
+    }
+
+
+def main() -> None:
+    """Measure, print the table, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only these; `ours` is needed")
+    parser.add_argument("--output", type=Path, default=Path("out/bench_train.json"))
+    options = parser.parse_args()
+    result = Table(title="one optimizer step, 32 sentences")
+    for column in ("dtype", "ours ms", "strong", "naive", "floor ms", "share of floor"):
+        result.add_column(column, justify="right")
+    for name in options.dtype or ("float32", "bfloat16"):
+        row = measure(getattr(torch, name), options.rounds, options.provider or PROVIDERS)
+        print(json.dumps(row), flush=True)
+        save(row, options.output)
+        ms, speedup = row["ms"], row["speedup"]
+        others = [f"{ms[other]} ({speedup[other]} x)" if other in ms else "" for other in ("strong", "naive")]
+        result.add_row(name, f"{ms['ours']}", *others, f"{row['floor']['ms']}", f"{row['share of floor']:.0%}")
+    Console(width=120).print(result)
+
+
+def save(row: dict[str, Any], path: Path) -> None:
+    """Write a row over the earlier one of its case."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [*(old for old in rows if old["case"] != row["case"]), row]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = describe(torch.device("cpu"))
+    path.write_text(json.dumps({"machine": machine, "rows": sorted(rows, key=lambda r: r["case"])}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

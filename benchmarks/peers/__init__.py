@@ -1,0 +1,12 @@
+"""Post-training steps as people write them, to time ours beside.
+
+    naive    two padded passes, logits of the whole vocabulary at every position, eager losses, plain AdamW
+    strong   both views in one pass, batches of sequences of like length, the LM head on the masked rows, fused AdamW
+
+Both make their masks with transformers' collator and clip the gradient's norm, as ours does.
+"""
+
+from .naive import Naive
+from .strong import Strong
+
+__all__ = ["Naive", "Strong"]
