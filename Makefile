@@ -1,5 +1,5 @@
-# make setup | demo | test | sanitize | cuda-link | bench | compare | gpu | clean: each works alone from a fresh clone, with
-# Python >= 3.10, gcc and make.
+# make setup | demo | test | chaos | sanitize | cuda-link | bench | compare | gpu | clean: each works alone from a fresh clone,
+# with Python >= 3.10, gcc and make.
 #
 #   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
 #   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
@@ -14,7 +14,7 @@ MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitize
 
-.PHONY: setup demo test lint sanitize cuda-link bench compare gpu clean
+.PHONY: setup demo test chaos lint sanitize cuda-link bench compare gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -46,6 +46,11 @@ lint: setup
 test: lint
 	$(PY) -m pytest -n auto --dist loadgroup
 
+# A training killed by SIGKILL at random moments and resumed, until it ends with the bits of one that was not.
+KILLS ?= 12
+chaos: setup
+	OMP_NUM_THREADS=1 $(PY) tests/chaos.py --kills $(KILLS) --steps 60
+
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the parity tests. Python itself is not
 # instrumented, so the runtime is preloaded, and what Python never frees is no finding.
 sanitize: setup
@@ -57,12 +62,11 @@ sanitize: setup
 # The CUDA library against a PyTorch with CUDA, in an environment of its own under build/ (several GB): it links, and every symbol is
 # found when it is loaded. No GPU is needed, and nothing is run.
 CUDA_LINK := build/cuda-link
-# Three equals signs: the release itself, and no build that an index names 2.13.0+cpu.
-CUDA_TORCH ?= torch===$(shell sed -n 's/^torch==//p' constraints.txt)
+CUDA_TORCH ?= torch
 cuda-link: setup
 	$(PYTHON) -m venv --clear $(CUDA_LINK) || \
 	  { $(PYTHON) -m venv --clear --without-pip $(CUDA_LINK) && $(PYTHON) -m pip --python $(CUDA_LINK)/bin/python install -q pip; }
-	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) $(CUDA_TORCH) numpy
+	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) '$(CUDA_TORCH)' numpy
 	$(CUDA_LINK)/bin/python benchmarks/cuda_link.py cmlm_fast/_C_cuda.so
 	rm -rf $(CUDA_LINK)
 

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import tokenize_texts
@@ -141,15 +140,16 @@ def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
 
 def floor(ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> dict[str, float]:
     """What a step costs at least: its products and AdamW's bytes, at rates measured here and now."""
-    with FlopCounterMode(display=False) as counter:
-        for rows in work:
-            ours.step(rows)
-    # The counter does not know our kernels: six products of attention, three of the token contrast in each direction.
-    config = ours.lm.config
-    lengths = [[len(row["input_ids"]) for row in rows] for rows in work]
-    attention = sum(2 * n * n for rows in lengths for n in rows) * 12 * config.hidden_size * config.num_hidden_layers
-    contrast = sum(2 * 0.15 * sum(rows) ** 2 for rows in lengths) * 6 * config.hidden_size
-    flops = (counter.get_total_flops() + attention + contrast) / len(work)
+    # Of real tokens alone. Each weight of a linear layer: two operations a row forward and four backward; attention: six
+    # products of a sequence with itself; token contrast: three products of masked and other tokens in each direction.
+    config, flops = ours.lm.config, 0.0
+    for rows in work:
+        lengths = [len(row["input_ids"]) for row in rows]
+        masked = int((ours.trainer.mask(ours.trainer.data_collator(rows), 0)["role"] > 0).sum())
+        flops += 6 * (linear_weights(ours.lm.base_model) * 2 * sum(lengths) + linear_weights(ours.lm.cls) * masked)
+        flops += 12 * config.hidden_size * config.num_hidden_layers * sum(2 * n * n for n in lengths)
+        flops += 6 * config.hidden_size * masked * sum(lengths)
+    flops /= len(work)
     numbers = sum(p.numel() for p in ours.lm.parameters() if p.requires_grad)
     rates = [gemm_rate(*shape, dtype) for shape in ((2048, 2048, 2048), (1712, config.hidden_size, config.intermediate_size))]
     source = torch.randn(2**26)
@@ -159,6 +159,11 @@ def floor(ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> dict
     seconds = flops / max(rates) + bytes_moved / copy
     return {"GFLOP": round(flops / 1e9, 1), "GEMM GFLOP/s": round(max(rates) / 1e9, 1), "AdamW MB": round(bytes_moved / 1e6, 1),
             "copy GB/s": round(copy / 1e9, 1), "ms": round(seconds * 1e3, 1)}  # fmt: skip
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Numbers in the weights of all linear layers."""
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:

@@ -22,9 +22,8 @@ def main(library: str) -> None:
     missing = [op for op in OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cmlm_fast::{op}", "CUDA")]
     if missing:
         raise SystemExit(f"cuda_link: loaded, but not registered for CUDA: {', '.join(missing)}")
-    cublas = f"libcublas.so.{torch.version.cuda.split('.')[0]}"
-    if not hasattr(ctypes.CDLL(cublas, mode=os.RTLD_NOLOAD | os.RTLD_NOW), "cublasGemmEx"):
-        raise SystemExit(f"cuda_link: {cublas} has no cublasGemmEx")
+    if not hasattr(ctypes.CDLL("libtorch_cuda.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW), "cublasGemmEx"):
+        raise SystemExit("cuda_link: libtorch_cuda.so brings no cublasGemmEx")
     print(f"{library} loads into PyTorch {torch.__version__} (CUDA {torch.version.cuda}); {len(OPS)} ops registered")
 
 

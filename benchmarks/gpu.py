@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable, "-W", "ignore")
-SWEEPS = ("tests/test_parity.py", "tests/test_registration.py")
+SWEEPS = ("tests/test_parity.py", "tests/test_registration.py", "tests/test_cuda_gpu.py")
 PARALLEL = ("-n", "8") if find_spec("xdist") else ()  # mostly the host compiles
 DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"
 LIMIT = 530  # seconds of all budgets together
@@ -39,12 +39,21 @@ class Step:
         command: run in the repository; {out} stands for the output folder.
         seconds: its budget.
         gpu: whether it needs a GPU.
+        asked: runs only where --step names it, and does not count in the run's time.
     """
 
     name: str
     command: tuple[str, ...]
     seconds: int
     gpu: bool = True
+    asked: bool = False
+
+
+def sanitizer(tool: str) -> Step:
+    """The CUDA kernels on every sample under one of compute-sanitizer's tools."""
+    command = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--kernel-name", "kns=cmlm",
+               "--error-exitcode", "1", *PYTHON, "-m", "benchmarks.gpu_samples")  # fmt: skip
+    return Step(tool, command, 300, asked=True)
 
 
 STEPS = (
@@ -56,6 +65,9 @@ STEPS = (
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(statistics|weights|products)$",
                      *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 45),
+    sanitizer("memcheck"),
+    sanitizer("racecheck"),
+    sanitizer("synccheck"),
 )  # fmt: skip
 
 
@@ -123,7 +135,7 @@ def main() -> None:
             sys.exit("make gpu: expected a GPU that PyTorch can use; make gpu DRY=1 runs what needs none")
     outcomes = []
     for step in STEPS:
-        if options.step and step.name not in options.step:
+        if step.name not in options.step if options.step else step.asked:
             continue
         (out / f"{step.name}.txt").unlink(missing_ok=True)
         print(f"{step.name} ({step.seconds} s): {shlex.join(step.command).replace('{out}', str(out))}", flush=True)

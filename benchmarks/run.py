@@ -13,10 +13,13 @@ from rich.table import Table
 
 from . import results
 from .memory import peak_bytes
+from .ops import OPS
 from .registry import Op, Problem, Shape, Wrong
 from .results import Absent, Results, Row
 from .timing import ceilings, interleaved, quantiles
 
+#: Where a shape stands in the registry, and hence in a file: a run that adds to a file does not change its order.
+ORDER = {key: i for i, key in enumerate((op.name, shape.label) for op in OPS for shape in op.shapes)}
 UNITS = {"flop": (1e12, "TFLOP/s"), "byte": (1e9, "GB/s"), "token": (1e6, "Mtoken/s"), "sequence": (1.0, "sequences/s")}
 
 
@@ -44,6 +47,8 @@ def run(
             bar.update(task, description=f"{op.name} {shape.label}")
             start = time.perf_counter()
             found.put((op.name, shape.label), *measure(op, shape, device, seconds, providers))
+            found.rows.sort(key=lambda r: ORDER.get((r.op, r.shape), -1))
+            found.absent.sort(key=lambda a: ORDER.get((a.op, a.shape), -1))
             save(found)
             bar.advance(task)
             if not console.is_terminal:

@@ -6,7 +6,9 @@ and datasets, seconds to import, wait until a command needs them.
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import redirect_stdout
 from dataclasses import fields
 from enum import Enum
 from importlib import import_module
@@ -15,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import ranks
 from .cli_errors import one_line_errors, quiet
 from .cli_fewshot import register
 from .options import PostTrainOptions
@@ -61,6 +64,8 @@ def post_train_command(
     epochs: Annotated[float, _option("times through the texts")] = _default("epochs"),
     max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs")] = _default("max_steps"),
     batch_size: Annotated[int, _option("sequences a step and device")] = _default("batch_size"),
+    max_tokens: Annotated[int | None, _option("tokens a batch, in place of --batch-size")] = None,
+    contrastive_batch_size: Annotated[int | None, _option("sequences contrasted together, on little memory")] = None,
     gradient_accumulation: Annotated[int, _option("batches a step")] = _default("gradient_accumulation"),
     learning_rate: Annotated[float, _option("peak of the schedule")] = _default("learning_rate"),
     weight_decay: Annotated[float, _option("of AdamW")] = _default("weight_decay"),
@@ -104,7 +109,11 @@ def post_train_command(
         from .post_train import prepare, run
         from .report import print_summary
 
-        print_summary(run(prepare(options)))
+        ranks.join()
+        summary = run(ranks.in_turn(lambda: prepare(options)))
+        if ranks.is_main():
+            print_summary(summary)
+        ranks.leave()
 
 
 @app.command()
@@ -153,5 +162,14 @@ register(app)
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. Of several processes that get the same wrong arguments, one says so."""
+    if ranks.is_main():
+        app()
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            try:
+                sys.exit(app(standalone_mode=False))
+            except Exception as error:
+                if code := getattr(error, "exit_code", None):  # wrong usage, which the main process explains
+                    sys.exit(code)
+                raise

@@ -1,4 +1,4 @@
-"""What every command shares: bad input ends with one line, and the libraries' chatter is off."""
+"""What every command shares: bad input ends with one line, and the libraries' chatter is off; of several ranks one speaks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,33 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 import typer
 
+from . import ranks
+from .output import DivergedError, Stopped
+
 
 @contextmanager
-def one_line_errors(stopped: str = "continue with --resume where a checkpoint was written") -> Iterator[None]:
+def one_line_errors(stopped: str = "stopped by SIGINT") -> Iterator[None]:
     """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (*ranks.EXPECTED, DivergedError) as error:
+        _say(f"error: {' '.join(str(error).split())}")
         raise typer.Exit(2) from None
+    except Stopped as signalled:
+        _say(str(signalled))
+        raise typer.Exit(128 + signalled.signal) from None
     except KeyboardInterrupt:
-        print(f"stopped; {stopped}", file=sys.stderr)
+        _say(stopped)
         raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    if ranks.is_main():
+        print(line, file=sys.stderr)
 
 
 def quiet() -> None:
@@ -30,3 +42,8 @@ def quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+    if not ranks.is_main():
+        import datasets
+
+        datasets.disable_progress_bars()
+        getLogger("cmlm_fast").setLevel(ERROR)

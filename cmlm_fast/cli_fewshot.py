@@ -55,7 +55,7 @@ def few_shot_command(
     A method's objective is changed by name:field=value:…, for instance cmlm:sequence_weight=0.3.
     """
     given = dict(locals())
-    with one_line_errors("the same command goes on from the finished cells"):
+    with one_line_errors("stopped; the same command goes on from the finished cells"):
         given["methods"] = tuple(part.strip() for part in methods.split(",") if part.strip())
         given["shots"] = _numbers("shots", shots)
         quiet()

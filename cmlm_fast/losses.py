@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,10 @@ from torch import Tensor, nn
 
 from .config import CMLMConfig
 from .ops import info_nce, token_contrastive
+from .ops._rows import take_rows
+
+if TYPE_CHECKING:
+    from .gradient_cache import CachedContrast
 
 #: The parts of the objective, in the order of every tensor that holds one number for each.
 PARTS = ("mlm", "token", "sequence")
@@ -35,14 +39,19 @@ class _Temperature(nn.Module):
     def __init__(self, temperature: float, learn: bool) -> None:
         super().__init__()
         self.start = temperature
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn else None
+        # Of one element, for FSDP shards no scalar.
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
+
+    def clamp(self) -> None:
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
 
     def forward(self) -> float | Tensor:
         if self.logit_scale is None:
             return self.start
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
-        return torch.exp(-self.logit_scale)
+        self.clamp()
+        return torch.exp(-self.logit_scale).squeeze(0)
 
 
 class TokenContrastiveLoss(nn.Module):
@@ -98,7 +107,8 @@ class Views(NamedTuple):
 
     hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
     as `complementary_mask` gives it, and 3 = 1 | 2 for a token that independent masks hide in both views; eligible bool [T],
-    the tokens that may be masked; cu_seqlens int32 [B + 1].
+    the tokens that may be masked; cu_seqlens int32 [B + 1]; sizes: how many tokens have role 1, role 2, and are eligible,
+    where the host knows: to find them then needs no wait for the device.
     """
 
     hidden1: Tensor
@@ -109,6 +119,7 @@ class Views(NamedTuple):
     role: Tensor
     eligible: Tensor
     cu_seqlens: Tensor
+    sizes: tuple[int, int, int] | None = None
 
 
 class Anchors(NamedTuple):
@@ -118,6 +129,12 @@ class Anchors(NamedTuple):
     key: Tensor
     target: Tensor
     options: dict[str, Tensor]
+
+
+def _places(mask: Tensor, size: int | None) -> Tensor:
+    """Where `mask` [T] is true, int64, in order; with their number `size` the device need not tell it."""
+    found = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size)
+    return found[:, 0]
 
 
 class CMLMLoss(nn.Module):
@@ -135,7 +152,8 @@ class CMLMLoss(nn.Module):
         self.sequence = InfoNCELoss(config.sequence_temperature, learn and config.sequence_weight > 0,
                                     scheme=config.scheme, reduction="sum")  # fmt: skip
 
-    def forward(self, views: Views, mlm_sum: Callable[[Tensor, Tensor], Tensor], group: Any = None) -> Tensor:
+    def forward(self, views: Views, mlm_sum: Callable[[Tensor, Tensor], Tensor], group: Any = None,
+                cached: CachedContrast | None = None) -> Tensor:  # fmt: skip
         """Sums of the parts, [3] in the order of `PARTS`; a part of weight 0 is 0.
 
         Args:
@@ -143,6 +161,7 @@ class CMLMLoss(nn.Module):
             mlm_sum: (hidden [n, D], target int64 [n]) -> summed cross entropy of the LM head.
             group: process group whose ranks give negatives to the sequence part. Its value is then this rank's share of the
                 sum over all ranks, and the gradient of z1, z2 that of the whole.
+            cached: what a larger batch's contrast found for this one; takes the place of the contrast within it.
         """
         zero = views.hidden1.new_zeros((), dtype=torch.float32)
         mlm = token = sequence = zero
@@ -151,12 +170,23 @@ class CMLMLoss(nn.Module):
         if self.config.token_weight > 0:
             for anchors in self.anchors(views):
                 token = token + self.token(anchors.query, anchors.key, anchors.target, **anchors.options)
-        if self.config.sequence_weight > 0:
-            sequence = self.sequence(views.z1, views.z2, group=group)
-            if group is not None:
-                share = sequence.detach() / dist.get_world_size(group)
-                sequence = share + (sequence - sequence.detach())
+        if cached is not None:
+            sequence = cached.sequence_sum(views.z1, views.z2, self.sequence.temperature.logit_scale)
+        elif self.config.sequence_weight > 0:
+            sequence = self.sequence_sum(views.z1, views.z2, group)
         return torch.stack([mlm, token, sequence])
+
+    def clamp_temperatures(self) -> None:
+        """Keep learned temperatures in their range. FSDP's shards must be told outside the forward pass, which has copies."""
+        self.token.temperature.clamp()
+        self.sequence.temperature.clamp()
+
+    def sequence_sum(self, z1: Tensor, z2: Tensor, group: Any = None) -> Tensor:
+        """The sequence part of vectors [B, E]; with `group` as in `forward`."""
+        sequence: Tensor = self.sequence(z1, z2, group=group)
+        if group is None:
+            return sequence
+        return sequence.detach() / dist.get_world_size(group) + (sequence - sequence.detach())
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
         """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
@@ -168,25 +198,29 @@ class CMLMLoss(nn.Module):
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The objective, a scalar, of summed parts and their counts."""
-        weights = sums.new_tensor([self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight])
-        return (weights * sums / counts.clamp_min(1)).sum()
+        means = (sums / counts.clamp_min(1)).unbind()
+        weights = (self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight)
+        # Numbers, not a tensor of them: that would be a copy to the device, which the host waits for.
+        return sum((weight * mean for weight, mean in zip(weights, means, strict=True)), sums.new_zeros(()))
 
     def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:
         """Hidden states [n, D] and tokens [n] of the positions that MLM predicts: view 1's, then view 2's."""
-        masked = [(views.hidden1, (views.role & 1).bool())]
+        sizes = views.sizes or (None, None, None)
+        masked = [(views.hidden1, _places((views.role & 1).bool(), sizes[0]))]
         if self.config.mlm_views == "both":
-            masked.append((views.hidden2, (views.role & 2).bool()))
-        hidden = torch.cat([states[where] for states, where in masked])
+            masked.append((views.hidden2, _places((views.role & 2).bool(), sizes[1])))
+        hidden = torch.cat([take_rows(states, where) for states, where in masked])
         return hidden, torch.cat([views.input_ids[where] for _, where in masked])
 
     def anchors(self, views: Views) -> tuple[Anchors, Anchors]:
         """The two directions of the token contrast: view 1's masked tokens in view 2, and the reverse."""
-        keys = views.eligible.nonzero()[:, 0]
+        sizes = views.sizes or (None, None, None)
+        keys = _places(views.eligible, sizes[2])
         seen = torch.nn.functional.pad(views.eligible.cumsum(0), (1, 0))  # eligible tokens before each position
         tokens = views.input_ids[keys]
 
         def direction(role: int, masked: Tensor, other: Tensor) -> Anchors:
-            where = (views.role == role).nonzero()[:, 0]
+            where = _places(views.role == role, sizes[role - 1])
             options: dict[str, Tensor] = {}
             if self.config.exclude_same_token:
                 options |= {"query_token": views.input_ids[where], "key_token": tokens}
@@ -194,6 +228,6 @@ class CMLMLoss(nn.Module):
                 owner = torch.bucketize(where, views.cu_seqlens.long(), right=True) - 1
                 bounds = seen[views.cu_seqlens.long()].int()
                 options |= {"key_start": bounds[owner], "key_end": bounds[owner + 1]}
-            return Anchors(masked[where], other[keys], seen[where], options)
+            return Anchors(take_rows(masked, where), take_rows(other, keys), seen[where], options)
 
         return direction(1, views.hidden1, views.hidden2), direction(2, views.hidden2, views.hidden1)

@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from .attention import use_packed_attention
 from .config import CMLMConfig
+from .gradient_cache import CachedContrast
+from .layers import use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
-from .ops import mlm_cross_entropy
 from .ops._philox import position_shift
+from .ops._rows import take_rows
+from .ops.mlm_cross_entropy import head_losses
 
 logger = logging.getLogger(__name__)
 
 _CONTRAST = "contrast.safetensors"
+_ROUND = 32  # the rows of the encoder and of the LM head are rounded up to a multiple of this
 
 
 class CMLMOutput(NamedTuple):
@@ -60,6 +64,7 @@ class CMLMModel(nn.Module):
         self.loss = CMLMLoss(self.cmlm)
         lm_transform(lm)  # an unknown kind is an error now, not in the first step
         self.takes_packed = use_packed_attention(lm)
+        use_fast_layers(lm, lm.get_output_embeddings().weight if self.cmlm.mlm_weight > 0 else None)
         width = lm.config.hidden_size
         if self.cmlm.projection:
             head = (nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.cmlm.projection))
@@ -97,8 +102,9 @@ class CMLMModel(nn.Module):
     def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, special_ids: Tensor,
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
-                divisor: Tensor | None = None, measured: bool = False, group: Any = None,
-                **unused: Any) -> CMLMOutput:  # fmt: skip
+                divisor: Tensor | None = None, sizes: tuple[int, int, int] | None = None, measured: bool = False,
+                group: Any = None, stand_in: bool = False, cached: CachedContrast | None = None, vectors_only: bool = False,
+                **unused: Any) -> Any:  # fmt: skip
         """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
 
         Args:
@@ -110,9 +116,16 @@ class CMLMModel(nn.Module):
             eligible: bool, shape of input_ids; False takes further tokens out.
             jitter: int64 [B], how far view 2's positions are shifted.
             divisor: [3], what the parts are means over; None: over this batch.
+            sizes: how many tokens have role 1, role 2, and are eligible, where the host knows; see `Views`.
             measured: also fill `measures`.
             group: process group whose ranks share their negatives in the sequence part.
+            stand_in: this batch stands for none: its sequences count for nothing.
+            cached: this batch's part of a larger batch's sequence contrast; see `gradient_cache`.
+            vectors_only: return the sequence vectors (z1, z2), [B, E] each, and compute no loss.
             unused: what else a collator's batch holds (sample_ids, unit_ids).
+
+        Returns:
+            `CMLMOutput`.
         """
         can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
@@ -129,11 +142,15 @@ class CMLMModel(nn.Module):
             batch, first = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
         z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
-        views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens)
-        sums = self.loss(views, self.mlm_sum, group)
+        if stand_in:
+            z1, z2, batch = z1[:0], z2[:0], 0
+        if vectors_only:
+            return z1, z2
+        views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens, sizes)
+        sums = self.loss(views, self.mlm_sum, group, cached)
         counts = self.loss.counts(role, batch)
         total = self.loss.total(sums, counts if divisor is None else divisor)
-        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured else {})
+        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured and not stand_in else {})
 
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -150,7 +167,10 @@ class CMLMModel(nn.Module):
 
     def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...],
                        token_type_ids: Tensor | None, jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T."""
+        """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T.
+
+        One more sequence rounds the row up: a library that prepares a kernel for each new shape (oneDNN) then meets few.
+        """
         device = view1.device
         length = cu_seqlens.diff().long()
         sequence = torch.repeat_interleave(length, output_size=view1.numel())
@@ -158,20 +178,24 @@ class CMLMModel(nn.Module):
         position = torch.arange(view1.numel(), device=device) - before
         at1 = before + before + position
         at2 = at1 + length[sequence]
+        rest = -2 * view1.numel() % _ROUND
+        first = self._first_position(max(lengths, default=0))
 
-        def interleave(one: Tensor, two: Tensor) -> Tensor:
-            return one.new_empty(2 * one.numel()).scatter_(0, at1, one).scatter_(0, at2, two)[None]
+        def interleave(one: Tensor, two: Tensor, fill: int = 0) -> Tensor:
+            both = one.new_empty(2 * one.numel() + rest)
+            both[2 * one.numel() :] = fill
+            return both.scatter_(0, at1, one).scatter_(0, at2, two)[None]
 
-        position = position + self._first_position(max(lengths, default=0))
-        inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence])}
+        position = position + first
+        inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence], first)}
         if token_type_ids is not None:
             inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
-        twice = tuple(n for n in lengths for _ in range(2))
+        twice = (*(n for n in lengths for _ in range(2)), *([rest] if rest else []))
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
-        cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2])
+        cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
         hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
         states = hidden.last_hidden_state[0]
-        return states[at1], states[at2]
+        return take_rows(states, at1), take_rows(states, at2)
 
     def _first_position(self, length: int) -> int:
         """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
@@ -211,7 +235,9 @@ class CMLMModel(nn.Module):
     def mlm_sum(self, hidden: Tensor, target: Tensor) -> Tensor:
         """Summed cross entropy of the LM head at rows [n, D] with tokens [n]."""
         decoder = self.lm.get_output_embeddings()
-        return mlm_cross_entropy(lm_transform(self.lm, hidden), decoder.weight, decoder.bias, target, reduction="sum")
+        rest = -len(hidden) % _ROUND
+        hidden, target = nn.functional.pad(hidden, (0, 0, 0, rest)), nn.functional.pad(target, (0, rest), value=-100)
+        return head_losses(lm_transform(self.lm, hidden), decoder.weight, decoder.bias, target).sum()
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """As for any Hugging Face model; called by the Trainer."""

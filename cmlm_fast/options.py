@@ -25,6 +25,8 @@ class PostTrainOptions:
         max_length: tokens a sequence; None: 128, or what the model takes where that is less.
         whole_word: mask whole words.
         epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
+        max_tokens: tokens a batch, in place of batch_size; None: batch_size.
+        contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts them.
         max_steps: optimizer steps; -1: as many as `epochs` needs.
         warmup: share of the steps, below 1, or their number.
         bf16: None: where this machine multiplies bfloat16 in hardware.
@@ -49,6 +51,8 @@ class PostTrainOptions:
     epochs: float = 3.0
     max_steps: int = -1
     batch_size: int = 32
+    max_tokens: int | None = None
+    contrastive_batch_size: int | None = None
     gradient_accumulation: int = 1
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
@@ -79,6 +83,12 @@ def check_numbers(options: PostTrainOptions) -> None:
     expect(0.0 <= options.eval_share < 1.0, "eval_share", "in [0, 1)", options.eval_share)
     for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_total_limit"):
         expect(getattr(options, name) >= 1, name, ">= 1", getattr(options, name))
+    for name in ("max_tokens", "contrastive_batch_size"):
+        expect(getattr(options, name) is None or getattr(options, name) >= 1, name, ">= 1", getattr(options, name))
+    if options.contrastive_batch_size is not None:
+        rule = f"a multiple of batch_size = {options.batch_size}, without max_tokens"
+        whole = options.contrastive_batch_size % options.batch_size == 0 and options.max_tokens is None
+        expect(whole, "contrastive_batch_size", rule, options.contrastive_batch_size)
     for name in ("epochs", "learning_rate"):
         value = getattr(options, name)
         expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)

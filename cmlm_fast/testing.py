@@ -93,10 +93,16 @@ def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor
     return torch.cat(parts)
 
 
+def eager_softmax_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """softmax_loss as a user writes it."""
+    return F.cross_entropy(logits, target, reduction="none")
+
+
 EAGER: dict[str, Callable[..., Tensor]] = {
     "token_contrastive": eager_token_contrastive,
     "token_similarity": eager_scores,
     "info_nce": eager_info_nce,
+    "softmax_loss": eager_softmax_loss,
     "varlen_attention": eager_varlen_attention,
 }
 

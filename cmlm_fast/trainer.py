@@ -6,23 +6,28 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import send_to_device
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from .config import CMLMConfig
-from .data import CMLMDataCollator, mask_settings
+from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
+from .gradient_cache import GradientCache
 from .losses import PARTS
 from .modeling import CMLMModel, CMLMOutput
 from .ops import ComplementaryMask, complementary_mask
+from .ops.complementary_mask import exact_counts
+from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,13 +45,29 @@ class CMLMTrainingArguments(TrainingArguments):
     Attributes:
         mask_seed: 64-bit seed of the masks; None takes `seed`.
         packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
+        max_tokens: training batches are filled up to so many tokens of the texts instead of `per_device_train_batch_size`
+            sequences; see `data.TokenBudgetSampler`.
+        contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
+            `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
+            caching, which costs one more forward pass; the token part keeps to its batch.
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
     packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
 
+    max_tokens: int | None = field(default=None, metadata={"help": "tokens a batch, instead of sequences a batch"})
+    contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.contrastive_batch_size is not None:
+            batches = self.contrastive_batch_size // self.per_device_train_batch_size
+            whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
+            if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
+                rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
+                        f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
+                given = self.contrastive_batch_size
+                raise ValueError(f"CMLMTrainingArguments: expected contrastive_batch_size to be {rule}, got {given}")
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
@@ -62,12 +83,13 @@ class _Sums:
         for name, pair in found.items():
             self.values[name] = self.values[name] + pair if name in self.values else pair
 
-    def read(self, reduce: Any) -> dict[str, float]:
+    def read(self, reduce: Any, device: torch.device) -> dict[str, float]:
         """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
-        if not self.values:
+        names = sorted(set(gather_object(list(self.values))))  # a rank may have had nothing to measure
+        if not names:
             return {}
-        names = sorted(self.values)
-        totals = reduce(torch.stack([self.values[name].double() for name in names])).tolist()
+        nothing = torch.zeros(2, dtype=torch.float64)
+        totals = reduce(torch.stack([self.values.get(name, nothing).to(device).double() for name in names])).tolist()
         self.values = {}
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
         if kernel := means.pop("uniformity_kernel", None):
@@ -75,7 +97,7 @@ class _Sums:
         return means
 
 
-class CMLMTrainer(Trainer):
+class CMLMTrainer(ResumableTrainer):
     """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
@@ -117,11 +139,19 @@ class CMLMTrainer(Trainer):
         self.special_ids = torch.tensor(settings.pop("special_ids"))
         self.mask_settings = settings
         self._sums = _Sums()
+        self._cache: GradientCache | None = None
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
                 logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
+        if args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
+            idle_head = model.cmlm.sequence_weight == 0 and model.cmlm.projection > 0
+            args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         # compute_loss already divides by what the whole optimizer step saw.
         self.loss_is_scaled_for_ga = True
 
@@ -130,6 +160,33 @@ class CMLMTrainer(Trainer):
         """The objective."""
         config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
         return config
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
+        args, dataset = self.args, self.train_dataset
+        if args.max_tokens is None:
+            return self._shared(super().get_train_dataloader())
+        sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=args.seed,
+                                     rank=args.process_index, ranks=args.world_size)  # fmt: skip
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
+                            num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+                            persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
+        # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
+        return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
+        return self._shared(super().get_eval_dataloader(eval_dataset))
+
+    def _shared(self, loader: DataLoader) -> DataLoader:
+        shard = loader.batch_sampler
+        if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1:  # one process, or no length is known
+            return loader
+        batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=shard.drop_last)
+        names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers")
+        options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+        return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), self.args.device,
+                                   num_processes=1, process_index=0, put_on_device=True)  # fmt: skip
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """The batch on the device, with both views and the role of each token."""
@@ -151,24 +208,43 @@ class CMLMTrainer(Trainer):
             view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=seed ^ INDEPENDENT)
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
-        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter}
+        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
+        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
         """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
+            return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
         if batches:
             loss = self.accelerator.unwrap_model(self.model).loss
-            divisor = self._reduce(sum(loss.counts(batch["role"], len(batch["sample_ids"])) for batch in batches))
+            divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
             batches = [{**batch, "divisor": divisor} for batch in batches]
+        if self.args.contrastive_batch_size is not None and self.cmlm.sequence_weight > 0:
+            size = self.args.contrastive_batch_size // self.args.per_device_train_batch_size
+            self._cache = GradientCache(batches, size, loss, self._group(), self.accelerator.autocast())
+            batches = [{**batch, "at": at} for at, batch in enumerate(batches)]
         return batches, None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As the Trainer's; with a contrast over several batches, after their vectors were made."""
+        if self._cache is not None:
+            model.train()
+            inputs["cached"] = self._cache.replay(model, inputs.pop("at"))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        return loss
+
+    def _group(self) -> Any:
+        return dist.group.WORLD if self.accelerator.num_processes > 1 else None
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
+        self.accelerator.unwrap_model(self.model).loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
-        group = dist.group.WORLD if ranks > 1 else None
-        output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=group)
+        output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
         self._sums.add(_parts(output))
         self._sums.add(output.measures)
         loss = output.loss * ranks
@@ -183,7 +259,7 @@ class CMLMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts and measures of the steps since the last log to the training loss's entry."""
         if "loss" in logs:
-            logs |= self._sums.read(self._reduce)
+            logs |= self._sums.read(self._reduce, self.args.device)
             logs |= self._temperatures()
         super().log(logs, start_time)
 
@@ -195,15 +271,17 @@ class CMLMTrainer(Trainer):
         if not self.cmlm.learn_temperature:
             return {}
         loss = self.accelerator.unwrap_model(self.model).loss
-        parts = {"token": loss.token.temperature, "sequence": loss.sequence.temperature}
-        return {f"{name}_temperature": part().item() for name, part in parts.items() if part.logit_scale is not None}
+        scales = {"token": loss.token.temperature.logit_scale, "sequence": loss.sequence.temperature.logit_scale}
+        # Under FSDP a parameter is a shard outside the forward pass.
+        full = {name: getattr(scale, "full_tensor", lambda s=scale: s)() for name, scale in scales.items() if scale is not None}
+        return {f"{name}_temperature": math.exp(-scale.item()) for name, scale in full.items()}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
         training, self._sums = self._sums, _Sums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-            means = self._sums.read(self._reduce)
+            means = self._sums.read(self._reduce, self.args.device)
         finally:
             self._sums = training
         weights = (self.cmlm.mlm_weight, self.cmlm.token_weight, self.cmlm.sequence_weight)
@@ -214,25 +292,21 @@ class CMLMTrainer(Trainer):
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
-                        ignore_keys: list[str] | None = None) -> tuple[Tensor, None, None]:  # fmt: skip
+                        ignore_keys: list[str] | None = None) -> tuple[None, None, None]:  # fmt: skip
         """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
         with torch.no_grad(), self.compute_loss_context_manager():
             output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
         self._sums.add(_parts(output))
         self._sums.add(output.measures)
-        return output.loss.detach(), None, None
+        return None, None, None  # what the Trainer would average over batches, some of them short
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without the learned temperatures, which would decay to 1."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As the Trainer's; a checkpoint also restores projection and learned temperatures."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self.accelerator.unwrap_model(self.model).load_contrast(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, **options)
+    def resume_from(self, checkpoint: str) -> None:
+        """A checkpoint also restores projection and learned temperatures."""
+        self.accelerator.unwrap_model(self.model).load_contrast(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""
@@ -244,6 +318,10 @@ class CMLMTrainer(Trainer):
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _sequences(batch: dict[str, Any]) -> int:
+    return 0 if batch.get("stand_in") else len(batch["sample_ids"])
 
 
 def _parts(output: CMLMOutput) -> dict[str, Tensor]:

@@ -39,6 +39,12 @@ def test_every_body_is_right_at_its_smallest_size(op):
         assert 0 < row.p20 <= row.p50 <= row.p80 and row.rate > 0
 
 
+def test_labels_name_one_shape_each():
+    for op in OPS:
+        labels = [shape.label for shape in op.shapes if shape.suite != "smoke"]
+        assert len(labels) == len(set(labels))
+
+
 def test_ceilings_are_measured():
     assert all(value > 0 for value in ceilings(CPU, 0.0).values())
 
@@ -112,14 +118,14 @@ def test_compare_of_files_fails_where_a_row_is_slower(tmp_path):
 
 
 def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
-    """Two workers, one of a package whose info_nce takes half as long again."""
+    """Two workers, one of a package whose info_nce takes three times as long: other tests run beside this one."""
     source = compare.ROOT / "cmlm_fast"
     shutil.copytree(source, tmp_path / "slow" / "cmlm_fast", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "slow" / "cmlm_fast" / "__init__.py").open("a") as file:
         file.write(
             "\nimport time as _time\n_fast = info_nce\n\ndef info_nce(*args, **options):\n"
             "    start = _time.perf_counter()\n    out = _fast(*args, **options)\n    end = _time.perf_counter()\n"
-            "    while _time.perf_counter() - end < 0.5 * (end - start):\n        pass\n    return out\n"
+            "    while _time.perf_counter() - end < 2 * (end - start):\n        pass\n    return out\n"
         )
 
     def side(ref, folder, device, say):
@@ -133,7 +139,7 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "LAUNCHES", (1, 2))
     plan = [("info_nce", "B=256 D=384 float32 cross")]
     (change,) = compare.compare_refs("fast", "slow", plan, 1.0, 0.1, say=lambda line: None)
-    assert change.verdict == "slower" and change.ratio > 1.2
+    assert change.verdict == "slower" and change.ratio > 1.5
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,26 @@ def test_no_register_is_spilled(table):
     assert [name for name, row in table[COUNTED_ARCH].items() if row["local_loads"] or row["local_stores"]] == []
 
 
+def test_a_spill_would_be_seen(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc to compile a kernel that spills")
+    source, binary = tmp_path / "spills.cu", tmp_path / "spills.fatbin"
+    source.write_text(
+        """
+        __global__ void __launch_bounds__(1024, 2) spills(float* x) {  // 32 registers for 64 numbers
+          float at[64];
+          for (int i = 0; i < 64; ++i) at[i] = x[i * 1024 + threadIdx.x];
+          __syncthreads();
+          for (int i = 0; i < 64; ++i) x[i * 1024 + threadIdx.x] = at[63 - i];
+        }
+        """
+    )
+    subprocess.run([nvcc, f"-arch={COUNTED_ARCH}", "-fatbin", "-o", str(binary), str(source)], check=True)
+    row = measure(binary)[COUNTED_ARCH]["spills"]
+    assert row["stack"] > 0 and row["local_loads"] > 0 and row["local_stores"] > 0
+
+
 def test_16_bit_tiles_use_tensor_cores_and_asynchronous_copies(table):
     for name, row in table[COUNTED_ARCH].items():
         tiled = name.startswith(("contrast_forward", "contrast_gradient"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -100,6 +103,29 @@ def test_work_goes_to_the_tensors_device():
     assert torch.cuda.current_device() == 0
     assert all(value.device.index == 1 for value in got)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got[:-3], expected[:-3], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [("token_contrastive(x, x, i + 1, backend='cuda')", "expected target to be in [0, M) or -100"),
+     ("token_similarity(x, x, i - 1, backend='cuda')", "expected target to be in [0, M) or -100"),
+     ("info_nce(x, x, temperature=x.new_zeros(()), backend='cuda')", "expected temperature to be finite and > 0"),
+     ("complementary_mask(i[None], mask_token_id=1, vocab_size=9, special_ids=(), backend='cuda')",
+      "expected input_ids to be in [0, vocab_size)")],
+)  # fmt: skip
+def test_wrong_values_stop_the_device(wrong, message):
+    code = f"""
+import torch, cmlm_fast as c
+x, i = torch.randn(16, 8, device="cuda"), torch.arange(16, device="cuda")
+try:
+    c.{wrong}
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print("raised", error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "raised" in ran.stdout and "device-side assert" in ran.stdout
+    assert f"cmlm_fast::{wrong.split('(')[0]}: {message}" in ran.stderr
 
 
 def test_memory_beside_inputs_and_gradients():

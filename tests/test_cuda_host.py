@@ -12,7 +12,7 @@ from cuda_host.build import COMPILER, ROOT, build, environment
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no g++ to compile the kernels with")
 CHECK = [sys.executable, str(ROOT / "tests" / "cuda_host" / "check.py")]
-KERNEL = "cuda/complementary_mask.cuh"
+REFUSE = [sys.executable, str(ROOT / "tests" / "cuda_host" / "refuse.py")]
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def run(command: list[str], library: Path, **variables: str) -> subprocess.Compl
     return subprocess.run(command, env=environment(library, **variables), cwd=ROOT, capture_output=True, text=True)
 
 
-def checked(library: Path, *arguments: str) -> tuple[int, int]:
+def checked(command: list[str], library: Path, *arguments: str) -> tuple[int, int]:
     """How many of how many checks failed."""
-    result = run([*CHECK, *arguments], library)
+    result = run([*command, *arguments], library)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     print(result.stdout)
     wrong, of, checks = result.stdout.splitlines()[-1].split()
@@ -41,25 +41,32 @@ def checked(library: Path, *arguments: str) -> tuple[int, int]:
      ("token_similarity", "", 200), ("info_nce", "tiles", 200), ("info_nce", "rows", 200)],
 )  # fmt: skip
 def test_every_sample_and_order(library, name, path, least):
-    wrong, checks = checked(library, name, *([path] if path else []))
+    wrong, checks = checked(CHECK, library, name, *([path] if path else []))
     assert wrong == 0
     assert checks > least
 
 
-def planted(folder: Path, before: str, after: str) -> Path:
+def test_wrong_values_are_refused_by_the_kernels(library):
+    accepted, cases = checked(REFUSE, library)
+    assert accepted == 0
+    assert cases >= 50
+
+
+def planted(folder: Path, before: str, after: str, kernel: str = "complementary_mask_exact.cuh") -> Path:
     """The mask kernels with one change to their source."""
     sources = folder / "csrc"
     shutil.copytree(ROOT / "csrc" / "cuda", sources / "cuda")
-    text = (sources / KERNEL).read_text()
+    source = sources / "cuda" / kernel
+    text = source.read_text()
     assert text.count(before) == 1, "what the fault is planted into has changed"
-    (sources / KERNEL).write_text(text.replace(before, after))
+    source.write_text(text.replace(before, after))
     return build(folder / "_C.so", sources, ("complementary_mask",))
 
 
 def test_harness_finds_a_missing_barrier(tmp_path):
     zeroed = "bins[bin] = 0;\n    __syncthreads();\n"
     faulty = planted(tmp_path, zeroed, zeroed.replace("__syncthreads();", ""))
-    wrong, checks = checked(faulty, "complementary_mask")
+    wrong, checks = checked(CHECK, faulty, "complementary_mask")
     assert 0 < wrong < checks
 
 
@@ -73,7 +80,7 @@ def test_harness_finds_an_index_beyond_shared_memory(tmp_path):
 
 def test_harness_finds_an_index_beyond_an_output(tmp_path):
     guarded = "if (to + k >= begin && to + k < end) x[to + k] = from[k];"
-    faulty = planted(tmp_path, guarded, guarded.replace("to + k < end", "to + k <= end"))
+    faulty = planted(tmp_path, guarded, guarded.replace("to + k < end", "to + k <= end"), "complementary_mask.cuh")
     result = run([*CHECK, "complementary_mask"], faulty)
     # Inside the tensor it is a neighbour's token, past its end a write that is caught.
     assert "heap-buffer-overflow" in result.stderr or not result.stdout.splitlines()[-1].startswith("0 of")

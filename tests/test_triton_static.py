@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     runs = {}
-    for chips in (("sm_80", "sm_100"), ("sm_90", "sm_120", "gfx942")):
+    for chips in (("sm_80", "sm_100", "gfx942"), ("sm_90", "sm_120")):
         output = folder / f"{chips[0]}.json"
         options = [f"--chip={chip}" for chip in chips]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_static", *options, f"--output={output}"]
@@ -62,7 +62,7 @@ def test_matrix_units_do_the_products(compiled, chip):
         if "float32" in name:
             expected = []  # IEEE products: the matrix units round float32 to tf32
         elif "float64" in name:
-            expected = ["mma.sync"]
+            expected = ["mma.sync"] if chip != "sm_120" else []  # whose float64 units are few
         else:
             expected = [INSTRUCTION[chip]]
         assert row["matrix"] == expected, name

@@ -159,21 +159,22 @@ _GRID = tuple(
     for n in (256, 1024, 4096, 8192) for m in (4096, 16384, 65536) for d in (128, 384, 768)
     for dtype in ("float32", "bfloat16")
 )  # fmt: skip
+_SHAPES = (
+    _rows("", 24, 96, 16, "float32", "smoke"), _rows("", 24, 96, 16, "bfloat16", "smoke", exclude=True),
+    _rows("sequence scope", 24, 96, 16, "float32", "smoke", length=32),
+    *(_rows("", 256, m, 384, "float32", sweep="M") for m in (1024, 4096, 16384)),
+    _rows("bert-base", 614, 4096, 768, "float32"), _rows("bert-base", 614, 4096, 768, "bfloat16"),
+    _rows("", 1024, 8192, 128, "float32", exclude=True),
+    _rows("sequence scope", 1024, 4096, 384, "bfloat16", length=128),
+    _rows("sequence scope", 1024, 4096, 384, "float32", "full", length=128),
+    *(_rows("", 1024, 8192, d, dtype, "full", exclude=e) for d in (128, 384, 768) for dtype in ("float32", "bfloat16")
+      for e in (False, True) if (d, dtype, e) != (128, "float32", True)),
+    *(_rows("sequence scope", 2048, 8192, d, "bfloat16", "full", length=128) for d in (384, 768)),
+)  # fmt: skip
+_LABELS = {shape.label for shape in _SHAPES}
 CONTRAST = Op(
     "token_contrastive", "token-level contrast, forward and backward",
-    (
-        _rows("", 24, 96, 16, "float32", "smoke"), _rows("", 24, 96, 16, "bfloat16", "smoke", exclude=True),
-        _rows("sequence scope", 24, 96, 16, "float32", "smoke", length=32),
-        *(_rows("", 256, m, 384, "float32", sweep="M") for m in (1024, 4096, 16384)),
-        _rows("bert-base", 614, 4096, 768, "float32"), _rows("bert-base", 614, 4096, 768, "bfloat16"),
-        _rows("", 1024, 8192, 128, "float32", exclude=True),
-        _rows("sequence scope", 1024, 4096, 384, "bfloat16", length=128),
-        _rows("sequence scope", 1024, 4096, 384, "float32", "full", length=128),
-        *(_rows("", 1024, 8192, d, dtype, "full", exclude=e) for d in (128, 384, 768) for dtype in ("float32", "bfloat16")
-          for e in (False, True) if (d, dtype, e) != (128, "float32", True)),
-        *(_rows("sequence scope", 2048, 8192, d, "bfloat16", "full", length=128) for d in (384, 768)),
-        *_GRID,
-    ),
+    (*_SHAPES, *(shape for shape in _GRID if shape.label not in _LABELS)),
     build,
     (
         *ours("token_contrastive", _ours),

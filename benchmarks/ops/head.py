@@ -63,6 +63,6 @@ OPS = (
             Provider("liger-kernel", _make(lambda h, w, b, t: liger(h, w, t, b)), "liger_kernel", gpu_only=True),
         ),
         _make(cmlm_fast.mlm_cross_entropy),
-        "PyTorch's own functions: the softmax over the vocabulary between the products (cut-cross-entropy takes no bias)",
+        "the softmax over the vocabulary, by PyTorch's own functions (cut-cross-entropy takes no bias)",
     ),
 )  # fmt: skip

@@ -6,6 +6,8 @@
     split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
     tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
     CMLMDataCollator                          ->  padded tensors for the masked-view step
+    TokenBudgetSampler                        ->  batches by tokens instead of by sequences
+    RankShare       what each of several ranks sees of an epoch
     mask_settings   what `complementary_mask` must know of a tokenizer
 
 Example:
@@ -17,19 +19,24 @@ Example:
     ...                    sample_ids=batch["sample_ids"], **mask_settings(tokenizer))
 """
 
+from .budget import TokenBudgetSampler, sequence_lengths
 from .clean import TextCounts, clean_texts, split_evaluation
 from .collate import CMLMDataCollator, mask_settings
 from .labelled import load_labelled
 from .load import load_texts
+from .share import RankShare
 from .tokens import tokenize_texts
 
 __all__ = [
     "CMLMDataCollator",
+    "RankShare",
     "TextCounts",
+    "TokenBudgetSampler",
     "clean_texts",
     "load_labelled",
     "load_texts",
     "mask_settings",
+    "sequence_lengths",
     "split_evaluation",
     "tokenize_texts",
 ]

@@ -8,7 +8,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ._errors import check_tokenizer
 
@@ -48,6 +47,12 @@ class CMLMDataCollator:
     Packed: the same of shape [T] without attention_mask, the longest sequence first; cu_seqlens int32 [B + 1], sequence b
     is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, a tuple of B ints.
 
+    Both hold eligible_counts, a tuple of B ints, where each token is masked for itself (no unit_ids, no eligible): from them
+    the host knows how many tokens exact sampling masks.
+
+    No rows (a rank's share of a round that has too few, see `RankShare`) become one sequence of a special token, and the entry
+    stand_in = True: the encoder runs as on every rank, and nothing of it counts.
+
     Args:
         tokenizer: the tokenizer of `tokenize_texts`.
         pad_to_multiple_of: round L up to a multiple of this.
@@ -63,10 +68,14 @@ class CMLMDataCollator:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer, "CMLMDataCollator")
-        self._more_special = torch.tensor(_special_ids(self.tokenizer)[_MAX_SPECIAL_IDS:], dtype=torch.int64)
+        special = torch.tensor(_special_ids(self.tokenizer), dtype=torch.int64)
+        self._special, self._more_special = special[:_MAX_SPECIAL_IDS], special[_MAX_SPECIAL_IDS:]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self._pack(rows) if self.packed else self._pad(rows)
+        if rows:
+            return self._pack(rows) if self.packed else self._pad(rows)
+        nothing = {"input_ids": [self.tokenizer.mask_token_id], "attention_mask": [1], "sample_id": 0}
+        return {**(self._pack([nothing]) if self.packed else self._pad([nothing])), "stand_in": True}
 
     def _pack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable: equal lengths keep their order
@@ -81,13 +90,16 @@ class CMLMDataCollator:
         batch["sample_ids"] = torch.tensor([int(row["sample_id"]) for row in rows], dtype=torch.int64)
         if self._more_special.numel():
             batch["eligible"] = ~torch.isin(batch["input_ids"], self._more_special)
+        elif "unit_ids" not in batch:
+            can = ~torch.isin(batch["input_ids"], self._special)
+            batch["eligible_counts"] = tuple(int(part.sum()) for part in can.split(list(lengths)))
         return batch
 
-    def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
         padded = self.tokenizer.pad([{name: row[name] for name in inputs} for row in rows], return_tensors="pt",
                                     return_attention_mask=True, pad_to_multiple_of=self.pad_to_multiple_of)  # fmt: skip
-        batch: dict[str, Tensor] = dict(padded)
+        batch: dict[str, Any] = dict(padded)
         batch["sample_ids"] = torch.tensor([int(row["sample_id"]) for row in rows], dtype=torch.int64)
         real = batch["attention_mask"].bool()
         if "unit_ids" in rows[0]:
@@ -95,4 +107,6 @@ class CMLMDataCollator:
             batch["unit_ids"] = torch.zeros(real.shape, dtype=torch.int32).masked_scatter_(real, units)
         if self._more_special.numel():
             batch["eligible"] = real & ~torch.isin(batch["input_ids"], self._more_special)
+        elif "unit_ids" not in batch:
+            batch["eligible_counts"] = tuple((real & ~torch.isin(batch["input_ids"], self._special)).sum(1).tolist())
         return batch

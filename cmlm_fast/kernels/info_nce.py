@@ -23,7 +23,7 @@ from ._pairs import FUSED, Pairs, Side, peak_of
 from ._small import info_nce_small
 
 #: Rows whose scores fit into the registers of one block, and (BK, BD) of its tiles; float64 has none.
-SMALL = {torch.float32: (32, 32, 32), torch.bfloat16: (64, 64, 64), torch.float16: (64, 64, 64)}
+SMALL = {torch.float32: (32, 32, 32), torch.bfloat16: (64, 64, 32), torch.float16: (64, 64, 32)}
 
 
 @on_device

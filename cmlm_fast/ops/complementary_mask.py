@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,6 +105,17 @@ def _reference(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None
     m, r = int(mask_share * 2.0**32), int(random_share * 2.0**32)
     corrupted = torch.where(w1 < m, mask_id, torch.where(w1 < m + r, (w2 * vocab) >> 32, ids.long())).to(ids.dtype)
     return torch.where(role == 1, corrupted, ids), torch.where(role == 2, corrupted, ids), role.to(torch.uint8)
+
+
+def exact_counts(eligible: Sequence[int], rate: float, complement_rate: float) -> tuple[int, int]:
+    """How many tokens of all sequences get role 1 and role 2 by exact sampling without units; `eligible` tokens of each."""
+
+    def count(share: float, of: np.ndarray) -> np.ndarray:
+        return np.minimum(np.maximum(np.floor(share * of + 0.5).astype(np.int64), 1 if share > 0 else 0), of)
+
+    n = np.asarray(eligible, dtype=np.int64)
+    first = count(rate, n)
+    return int(first.sum()), int(count(complement_rate, n - first).sum())
 
 
 def _exact_roles(assignment: Tensor, sequence: Tensor, unit: Tensor, can: Tensor, sequences: int, rate: float,

@@ -1,20 +1,24 @@
 """MLM loss at the masked positions: cross entropy of hidden · weightᵀ + bias against the vocabulary.
 
-A composite of PyTorch's own functions: on the CPU, `F.linear` + `F.cross_entropy` on gathered rows is within 1.4 × of its
-three matrix products, and chunked `F.linear_cross_entropy` is slower; there is no kernel of ours to choose.
+A composite: the products are PyTorch's own (in float32 on the CPU the faster library's), and between them stands on the CPU the
+op `softmax_loss`, which gives loss and gradient in one pass over the logits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import expect, expect_values
-from ._scores import IGNORE, loss_dtype
+from .._library import expect, expect_values, native_kernels, op
+from ._linear import product
+from ._scores import IGNORE, autocast_rows, loss_dtype
 from .token_contrastive import check_reduction
 
 _NAME = "mlm_cross_entropy"
+_VOCABULARY_PART = 4096
 
 
 def mlm_cross_entropy(
@@ -58,9 +62,46 @@ def mlm_cross_entropy(
             low, high = labels.aminmax()
             inside = int(low) >= 0 and int(high) < weight.shape[0]
             expect_values(_NAME, inside, "target", f"in [0, V = {weight.shape[0]}) or {IGNORE}", [int(low), int(high)])
-    logits = F.linear(rows, weight, bias)
-    losses = F.cross_entropy(logits.to(loss_dtype(logits.dtype)), labels, reduction="none", ignore_index=IGNORE)
+    losses = head_losses(rows, weight, bias, labels)
     if reduction == "none":
         return losses if losses.shape[0] == n else losses.new_zeros(n).masked_scatter(valid, losses)
     total = losses.sum()
     return total / valid.sum().clamp_min(1) if reduction == "mean" else total
+
+
+def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    """Cross entropy of each row, [N], 0 where its target is -100: no row is dropped, nothing waits for the device."""
+    if hidden.device.type == "cpu" and ("softmax_loss", "CPU") in native_kernels and not torch.compiler.is_compiling():
+        (hidden,) = autocast_rows(hidden)
+        losses: Tensor = _HeadLosses.apply(hidden, weight, bias, target)
+        return losses
+    logits = F.linear(hidden, weight, bias)
+    return F.cross_entropy(logits.to(loss_dtype(logits.dtype)), target, reduction="none", ignore_index=IGNORE)
+
+
+class _HeadLosses(torch.autograd.Function):
+    """weight and bias in a dtype of their own; products run in that of hidden."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+        ctx.parameters = weight.dtype
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        losses, slopes = op("softmax_loss")(product(hidden, weight, bias), target)
+        ctx.save_for_backward(hidden, weight, slopes)
+        out: Tensor = losses
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, slopes = ctx.saved_tensors
+        by_hidden, by_weight, by_bias, _ = ctx.needs_input_grad
+        grad = grad.to(slopes.dtype)[:, None]  # multiplies the narrow operand of each product, not the slopes [N, V]
+        of_weight = None
+        if by_weight:
+            of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).T
+            for begin in range(0, len(weight), _VOCABULARY_PART):  # a part is widened while it is in cache
+                part = slice(begin, begin + _VOCABULARY_PART)
+                of_weight[part] = product(slopes[:, part].T, scaled)
+        return (product(slopes, weight.T) * grad if by_hidden else None, of_weight,
+                (slopes.T @ grad)[:, 0].to(ctx.parameters) if by_bias else None, None)  # fmt: skip

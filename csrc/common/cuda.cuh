@@ -55,6 +55,17 @@ __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_u
 template <class X>
 __device__ __forceinline__ X load_fresh(const X* from) { return __ldcg(from); }
 
+}  // namespace cmlm
+// Declared by the toolkit only without NDEBUG.
+extern "C" [[noreturn]] __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
+namespace cmlm {
+// Stops the device, as PyTorch's own kernels do over a bad index: the message goes to stderr, and the next wait for the device
+// raises RuntimeError.
+[[noreturn]] __device__ __forceinline__ void stop(const char* message) {
+  __assert_fail(message, "cmlm_fast", 0, "kernel");
+  __builtin_unreachable();
+}
+
 __device__ __forceinline__ unsigned char* shared_memory(size_t, size_t offset, size_t) {
   extern __shared__ __align__(16) unsigned char cmlm_shared[];
   return cmlm_shared + offset;
@@ -84,6 +95,22 @@ template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load_pack(const T* from) { return *reinterpret_cast<const Pack<T, N>*>(from); }
+
+// f(d, count) over a row by a warp, count numbers from d on (an integral_constant): 16 bytes of T if rows allow it, else one.
+template <class T, class F>
+__device__ __forceinline__ void for_packs(int64_t width, bool vector, const F& f) {
+  constexpr int kPack = 16 / sizeof(T);
+  const int lane = threadIdx.x % 32;
+  if (vector) {
+#pragma unroll 2
+    for (int64_t d = lane * kPack; d < width; d += 32 * kPack) f(d, std::integral_constant<int, kPack>{});
+  } else {
+#pragma unroll 2
+    for (int64_t d = lane; d < width; d += 32) f(d, std::integral_constant<int, 1>{});
+  }
+}
 
 // Arrays of a block's shared memory, one after the other. Every thread takes the same ones in the same order; `room` says to the
 // launch what an array takes.

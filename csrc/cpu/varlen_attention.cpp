@@ -85,8 +85,11 @@ VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
 template <class T, class Kernel>
 void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
   torch::stable::parallel_for(0, call.sequences * args.heads, 1, [&](int64_t begin, int64_t end) {
-    std::vector<math_t<T>> scratch(varlen_scratch(call.longest, args.width));
-    for (int64_t k = begin; k < end; ++k) kernel(args, k / args.heads, k % args.heads, scratch.data());
+    using M = math_t<T>;
+    std::vector<M> memory(varlen_scratch(call.longest, args.width) + 64 / sizeof(M));
+    // At the start of a cache line, as then is every part of it: their sizes are multiples of 32 numbers.
+    M* scratch = reinterpret_cast<M*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    for (int64_t k = begin; k < end; ++k) kernel(args, k / args.heads, k % args.heads, scratch);
   });
 }
 

@@ -28,11 +28,12 @@ struct VarlenArgs {
   uint32_t drop_below;  // a weight is dropped where its random word is less; 0: no dropout
 };
 
+constexpr int64_t kVarlenBlock = 32;  // query rows whose scores are held at a time
 // Numbers of D, or tokens, rounded up to whole vectors.
 inline int64_t varlen_pad(int64_t n) { return (n + 31) / 32 * 32; }
 // Numbers of scratch for the longest sequence.
 inline int64_t varlen_scratch(int64_t length, int64_t width) {
-  return 2 * width * varlen_pad(length) + 5 * length * varlen_pad(width) + 3 * varlen_pad(length) + 2 * varlen_pad(width);
+  return (2 * width + 2 * kVarlenBlock + 1) * varlen_pad(length) + (3 * length + 3 * kVarlenBlock) * varlen_pad(width);
 }
 
 // One sequence and head.

@@ -1,75 +1,76 @@
 // Attention of packed sequences, CPU. Definition: cmlm_fast/ops/varlen_attention.py.
 //
-// Work:   one sequence and head a call; one query row at a time against all keys of the sequence. Keys and values are copied
-//         once, transposed where a row of scores is made, so that every loop runs over neighbouring numbers: over keys, 32 at
-//         a time, for s = q·Kᵀ and g·Vᵀ; over D for the sums over keys.
-// Memory: query, key, value (and grad_out) read once, outputs written once; the copies and one row of scores stay in cache.
+// Work:   one sequence and head a call, a block of 32 query rows at a time against all keys of the sequence (or of their window).
+//         Every product is `multiply`: 4 rows times two vectors in registers. Keys and values are copied once, transposed where
+//         scores are made, so that each inner loop runs over neighbouring numbers.
+// Memory: query, key, value (and grad_out) read once, outputs written once; the copies and a block of scores stay in cache.
 // Accumulation: float32 (float64 for float64), whatever the inputs. Deterministic: one thread a sequence and head, one order.
 #include "cpu/varlen_attention.h"
 
 #include <cmath>
 
-#include "common/philox.h"
+#include "cpu/keep.h"
 
 namespace cmlm::CMLM_ISA {
 namespace {
 
-// out[j] = Σ_d row[d] · columns[d, j] for all padded j; columns [width, padded].
-template <class M>
-CMLM_INLINE void products(const M* row, const M* columns, int64_t width, int64_t padded, M* out) {
-  for (int64_t j = 0; j < padded; j += kLanes) {
-    M sum[kLanes] = {};
-    for (int64_t d = 0; d < width; ++d) {
-      const M x = row[d];
-      const M* column = columns + d * padded + j;
-      for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += x * column[lane];
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) out[j + lane] = sum[lane];
-  }
-}
+#if defined(CMLM_ISA_avx512)
+constexpr int64_t kBytes = 64;
+#elif defined(CMLM_ISA_avx2)
+constexpr int64_t kBytes = 32;
+#else
+constexpr int64_t kBytes = 16;
+#endif
 
-// out[d] = Σ_j weight[j] · rows[j, d] for j in [begin, end); rows [length, padded].
 template <class M>
-CMLM_INLINE void weighted_sum(const M* weight, const M* rows, int64_t begin, int64_t end, int64_t padded, M* out) {
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    M sum[kLanes] = {};
-    for (int64_t j = begin; j < end; ++j) {
-      const M x = weight[j];
-      const M* row = rows + j * padded + d;
-      for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += x * row[lane];
-    }
-    for (int64_t lane = 0; lane < kLanes; ++lane) out[d + lane] = sum[lane];
-  }
-}
-
-// rows[j, :] += weight[j] · row for j in [begin, end).
-template <class M>
-CMLM_INLINE void add_outer(const M* weight, const M* row, int64_t begin, int64_t end, int64_t padded, M* rows) {
-  for (int64_t j = begin; j < end; ++j) {
-    const M x = weight[j];
-    M* to = rows + j * padded;
-    for (int64_t d = 0; d < padded; ++d) to[d] += x * row[d];
-  }
-}
-
-struct MultiplyLanes {
-  typedef uint64_t Words __attribute__((vector_size(64)));
-  CMLM_HOST_DEVICE Words operator()(Words word, uint32_t factor) const { return (word & 0xffffffff) * factor; }
+struct Vector {
+  typedef M type __attribute__((vector_size(kBytes)));
+  typedef M unaligned __attribute__((vector_size(kBytes), aligned(alignof(M)), may_alias));
 };
 
-// keep[j] = 0 where the weight of row i and key j is dropped, else args.keep_factor.
+// A strided matrix: element (i, k) stands at data[i * row + k * column].
 template <class M>
-void draw_dropout(uint64_t seed, uint64_t sample, int64_t i, uint32_t below, M factor, int64_t padded, M* keep) {
-  using Words = MultiplyLanes::Words;
-  const Philox<Words, MultiplyLanes> philox(static_cast<uint32_t>(i), sample, seed);
-  Words quad = {0, 1, 2, 3, 4, 5, 6, 7};
-  for (int64_t j = 0; j < padded; j += 32, quad += 8) {
-    const auto words = philox(quad);
-    for (int lane = 0; lane < 8; ++lane) {
-      const uint64_t drawn[4] = {words.w0[lane], words.w1[lane], words.w2[lane], words.w3[lane]};
-      for (int word = 0; word < 4; ++word) keep[j + 4 * lane + word] = static_cast<uint32_t>(drawn[word]) < below ? M(0) : factor;
+struct Strided {
+  const M* data;
+  int64_t row, column;
+};
+
+// kRows rows of out (+)= a · b; b [depth, n] and out have neighbouring columns.
+template <int kRows, bool kAdd, class M>
+CMLM_INLINE void multiply_rows(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t depth, int64_t n) {
+  using V = typename Vector<M>::type;
+  using U = typename Vector<M>::unaligned;
+  constexpr int64_t kWidth = kBytes / sizeof(M);
+  for (int64_t j = 0; j < n; j += 2 * kWidth) {
+    V low[kRows] = {}, high[kRows] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      const V first = *reinterpret_cast<const U*>(b + k * b_row + j);
+      const V second = *reinterpret_cast<const U*>(b + k * b_row + j + kWidth);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const M x = a.data[r * a.row + k * a.column];
+        low[r] += x * first;
+        high[r] += x * second;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      U* to = reinterpret_cast<U*>(out + r * out_row + j);
+      U* next = reinterpret_cast<U*>(out + r * out_row + j + kWidth);
+      *to = kAdd ? *to + low[r] : low[r];
+      *next = kAdd ? *next + high[r] : high[r];
     }
   }
+}
+
+// out [m, n] (+)= a [m, depth] · b [depth, n]; n a multiple of 32.
+template <bool kAdd, class M>
+CMLM_INLINE void multiply(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t m, int64_t depth, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4)
+    multiply_rows<4, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
+  for (; i < m; ++i)
+    multiply_rows<1, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
 }
 
 // One sequence and head, with what its scores are made of.
@@ -101,14 +102,18 @@ class Head {
     return to;
   }
 
-  // [length, columns]: x, 0 past column D.
+  // [count, columns]: rows first.. of x times factor, 0 past column D.
+  void copy(const Packed<const T>& x, int64_t begin, int64_t count, M factor, M* to) const {
+    for (int64_t j = 0; j < count; ++j, to += columns) {
+      const T* from = row(x, begin + j);
+      for (int64_t d = 0; d < a.width; ++d) to[d] = widen(from[d]) * factor;
+      for (int64_t d = a.width; d < columns; ++d) to[d] = 0;
+    }
+  }
+
   M* copied(const Packed<const T>& x) {
     M* to = take(length * columns);
-    for (int64_t j = 0; j < length; ++j) {
-      const T* from = row(x, j);
-      for (int64_t d = 0; d < a.width; ++d) to[j * columns + d] = widen(from[d]);
-      for (int64_t d = a.width; d < columns; ++d) to[j * columns + d] = 0;
-    }
+    copy(x, 0, length, 1, to);
     return to;
   }
 
@@ -127,7 +132,9 @@ class Head {
   int64_t end(int64_t i) const { return a.window > 0 && i + a.window < length ? i + a.window : length; }
   M& lse(int64_t i) const { return a.lse[head * a.tokens + first + i]; }
 
-  void draw(int64_t i, M* keep) const { draw_dropout(a.seed, sample, i, a.drop_below, a.keep_factor, rows, keep); }
+  void draw(int64_t i, int64_t begin, int64_t end, M* keep) const {
+    draw_keep(Draws(static_cast<uint32_t>(i), sample, a.seed), a.drop_below, a.keep_factor, begin, end, keep + begin);
+  }
 
   void write(const M* values, T* to, M factor = 1) const {
     for (int64_t d = 0; d < a.width; ++d) to[d] = narrow<T>(values[d] * factor);
@@ -143,37 +150,57 @@ class Head {
 
 }  // namespace
 
+// Query rows [begin, end), and the keys in whole vectors that any of them sees.
+template <class T>
+struct Block {
+  Block(const Head<T>& h, int64_t begin)
+      : begin(begin), count(min(kVarlenBlock, h.length - begin)), first(h.begin(begin) / 32 * 32),
+        last(min(h.rows, varlen_pad(h.end(begin + count - 1)))), keys(min(last, h.length) - first) {}
+  const int64_t begin, count, first, last, keys;
+
+ private:
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+};
+
 template <class T>
 void varlen_forward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, math_t<T>* scratch) {
   using M = math_t<T>;
   Head<T> h(args, sequence, head, scratch);
   const M* keys = h.transposed(args.key);
   const M* values = h.copied(args.value);
-  M *p = h.take(h.rows), *keep = h.take(h.rows), *query = h.take(h.columns), *out = h.take(h.columns);
-  for (int64_t i = 0; i < h.length; ++i) {
-    const T* from = h.row(args.query, i);
-    for (int64_t d = 0; d < args.width; ++d) query[d] = widen(from[d]) * args.scale;
-    products(query, keys, args.width, h.rows, p);
-    const int64_t begin = h.begin(i), end = h.end(i);
-    M highest = p[begin];
-    for (int64_t j = begin; j < end; ++j) highest = max(highest, p[j]);
-    M sums[kLanes] = {};
-    for (int64_t j = 0; j < h.rows; j += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const bool seen = j + lane >= begin && j + lane < end;
-        const M e = exp(seen ? p[j + lane] - highest : M(-1e4));
-        p[j + lane] = e;
-        sums[lane] += e;
+  M *scores = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
+  M *queries = h.take(kVarlenBlock * h.columns), *out = h.take(kVarlenBlock * h.columns);
+  M inverse[kVarlenBlock];
+  for (int64_t at = 0; at < h.length; at += kVarlenBlock) {
+    const Block<T> block(h, at);
+    h.copy(args.query, at, block.count, args.scale, queries);
+    multiply<false>({queries, h.columns, 1}, keys + block.first, h.rows, scores + block.first, h.rows, block.count, args.width,
+                    block.last - block.first);
+    for (int64_t r = 0; r < block.count; ++r) {
+      M* p = scores + r * h.rows;
+      const int64_t i = at + r, begin = h.begin(i), end = h.end(i);
+      M highest = p[begin];
+      for (int64_t j = begin; j < end; ++j) highest = max(highest, p[j]);
+      M sums[kLanes] = {};
+      for (int64_t j = block.first; j < block.last; j += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const bool seen = j + lane >= begin && j + lane < end;
+          const M e = exp(seen ? p[j + lane] - highest : M(-1e4));
+          p[j + lane] = e;
+          sums[lane] += e;
+        }
+      M sum = 0;
+      for (M lane : sums) sum += lane;
+      h.lse(i) = highest + std::log(sum);
+      inverse[r] = 1 / sum;
+      if (args.drop_below > 0) {
+        h.draw(i, block.first, block.last, keep);
+        for (int64_t j = block.first; j < block.last; ++j) p[j] *= keep[j];
       }
-    M sum = 0;
-    for (M lane : sums) sum += lane;
-    h.lse(i) = highest + std::log(sum);
-    if (args.drop_below > 0) {
-      h.draw(i, keep);
-      for (int64_t j = 0; j < h.rows; ++j) p[j] *= keep[j];
     }
-    weighted_sum(p, values, begin, end, h.columns, out);
-    h.write(out, h.row(args.out, i), 1 / sum);
+    multiply<false>({scores + block.first, h.rows, 1}, values + block.first * h.columns, h.columns, out, h.columns, block.count,
+                    block.keys, h.columns);
+    for (int64_t r = 0; r < block.count; ++r) h.write(out + r * h.columns, h.row(args.out, at + r), inverse[r]);
   }
 }
 
@@ -181,38 +208,48 @@ template <class T>
 void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, math_t<T>* scratch) {
   using M = math_t<T>;
   Head<T> h(args, sequence, head, scratch);
-  const M *key_columns = h.transposed(args.key), *value_columns = h.transposed(args.value);
-  const M *keys = h.copied(args.key), *queries = h.copied(args.query), *grads = h.copied(args.grad_out);
+  const M *key_columns = h.transposed(args.key), *value_columns = h.transposed(args.value), *keys = h.copied(args.key);
   M *grad_keys = h.zeros(), *grad_values = h.zeros();
-  M *p = h.take(h.rows), *dp = h.take(h.rows), *keep = h.take(h.rows), *grad_query = h.take(h.columns);
-  for (int64_t i = 0; i < h.length; ++i) {
-    const M *query = queries + i * h.columns, *grad = grads + i * h.columns;
-    products(query, key_columns, args.width, h.rows, p);
-    products(grad, value_columns, args.width, h.rows, dp);
-    const int64_t begin = h.begin(i), end = h.end(i);
-    const M lse = h.lse(i);
-    if (args.drop_below > 0)
-      h.draw(i, keep);
-    else
-      for (int64_t j = 0; j < h.rows; ++j) keep[j] = 1;
-    M sums[kLanes] = {};
-    for (int64_t j = 0; j < h.rows; j += kLanes)
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t k = j + lane;
-        const bool seen = k >= begin && k < end;
-        const M e = exp(seen ? p[k] * args.scale - lse : M(-1e4));
-        dp[k] *= keep[k];
-        sums[lane] += e * dp[k];
-        keep[k] *= e;  // the weight that met the value
-        p[k] = e;
+  M *slopes = h.take(kVarlenBlock * h.rows), *weights = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
+  M *queries = h.take(kVarlenBlock * h.columns), *grads = h.take(kVarlenBlock * h.columns);
+  M* grad_queries = h.take(kVarlenBlock * h.columns);
+  for (int64_t j = 0; j < h.rows; ++j) keep[j] = 1;
+  for (int64_t at = 0; at < h.length; at += kVarlenBlock) {
+    const Block<T> block(h, at);
+    const int64_t first = block.first, width = block.last - first;
+    h.copy(args.query, at, block.count, 1, queries);
+    h.copy(args.grad_out, at, block.count, 1, grads);
+    multiply<false>({queries, h.columns, 1}, key_columns + first, h.rows, weights + first, h.rows, block.count, args.width, width);
+    multiply<false>({grads, h.columns, 1}, value_columns + first, h.rows, slopes + first, h.rows, block.count, args.width, width);
+    for (int64_t r = 0; r < block.count; ++r) {
+      M *p = weights + r * h.rows, *dp = slopes + r * h.rows;
+      const int64_t i = at + r, begin = h.begin(i), end = h.end(i);
+      const M lse = h.lse(i);
+      if (args.drop_below > 0) h.draw(i, first, block.last, keep);
+      M sums[kLanes] = {};
+      for (int64_t j = first; j < block.last; j += kLanes)
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          const int64_t k = j + lane;
+          const bool seen = k >= begin && k < end;
+          const M e = exp(seen ? p[k] * args.scale - lse : M(-1e4));
+          p[k] = e;
+          dp[k] *= keep[k];
+          sums[lane] += e * dp[k];
+        }
+      M mean = 0;
+      for (M lane : sums) mean += lane;
+      for (int64_t j = first; j < block.last; ++j) {
+        dp[j] = p[j] * (dp[j] - mean) * args.scale;  // the gradient by q·k
+        p[j] *= keep[j];                             // the weight that met the value
       }
-    M mean = 0;
-    for (M lane : sums) mean += lane;
-    for (int64_t j = 0; j < h.rows; ++j) p[j] *= (dp[j] - mean) * args.scale;  // the gradient by q·k
-    weighted_sum(p, keys, begin, end, h.columns, grad_query);
-    h.write(grad_query, h.row(args.grad_query, i));
-    add_outer(p, query, begin, end, h.columns, grad_keys);
-    add_outer(keep, grad, begin, end, h.columns, grad_values);
+    }
+    multiply<false>({slopes + first, h.rows, 1}, keys + first * h.columns, h.columns, grad_queries, h.columns, block.count,
+                    block.keys, h.columns);
+    multiply<true>({slopes + first, 1, h.rows}, queries, h.columns, grad_keys + first * h.columns, h.columns, block.keys,
+                   block.count, h.columns);
+    multiply<true>({weights + first, 1, h.rows}, grads, h.columns, grad_values + first * h.columns, h.columns, block.keys,
+                   block.count, h.columns);
+    for (int64_t r = 0; r < block.count; ++r) h.write(grad_queries + r * h.columns, h.row(args.grad_query, at + r));
   }
   for (int64_t j = 0; j < h.length; ++j) {
     h.write(grad_keys + j * h.columns, h.row(args.grad_key, j));

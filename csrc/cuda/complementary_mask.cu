@@ -1,9 +1,10 @@
-// Complementary mask, CUDA: checks, outputs, launch. The kernels are in complementary_mask.cuh.
+// Complementary mask, CUDA: checks, outputs, launch. The kernels are in the two headers.
 #include "cuda/complementary_mask.cuh"
 
 #include <tuple>
 
 #include "common/mask_check.h"
+#include "cuda/complementary_mask_exact.cuh"
 #include "cuda/inputs.h"
 #include "cuda/launch.h"
 
@@ -15,7 +16,7 @@ constexpr const char* kOp = "complementary_mask";
 template <class Id>
 void launch(const Launcher& launcher, MaskParams& params, bool exact) {
   if (!exact) {
-    const auto blocks = static_cast<unsigned>(ceil_div(params.tokens, kBernoulliThreads * kGroup));
+    const auto blocks = static_cast<unsigned>(ceil_div(params.tokens, kBernoulliTokens));
     launcher(mask_bernoulli<Id>, blocks, kBernoulliThreads, kBernoulliShared, params);
     return;
   }

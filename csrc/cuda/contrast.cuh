@@ -47,10 +47,11 @@ struct Contrast {
   M *losses, *pulls;    // of each anchor, side 0 first; pull: −τ · the loss's derivative by τ
   M *loss, *grad_temperature;
   M* unit;              // largest weight of an anchor: gradients are made without it until they leave, lest float16 loses them
-  unsigned* tickets;    // [row tiles + 1], zero
+  unsigned* tickets;    // of the softmax and of the gradient, [row tiles + 1] and [row tiles], zero
+  unsigned* gradient_tickets;
   M* partial;           // [anchors, splits, 5]
   int splits;
-  M* sums[2];           // [rows, width] of each side: the gradient before it is taken through the normalisation
+  M* sums[2];           // [shares, rows, width] of each side: the gradient before it is taken through the normalisation
   T* gradient[2][2];    // of each side's first and second piece; null if not wanted
 
   __device__ __forceinline__ int other(int s) const { return self ? 0 : 1 - s; }
@@ -111,7 +112,7 @@ __device__ __forceinline__ void finish_anchor(const Contrast<T>& p, int s, int64
   M loss = 0, pull = 0, share = 0, push = 0, reference = -kLowest<M>;
   if (valid) {
     Softmax<M>& others = anchor.others;
-    const M positive = anchor.positive / anchor.count;  // NaN for a target that is no key
+    const M positive = anchor.positive / anchor.count;
     if (lone) {
       others.raise(most(others.largest, positive));
       const M own = std::exp(positive - others.largest), total = others.sum + own;
@@ -192,18 +193,37 @@ __device__ __forceinline__ Place place_of(const Contrast<T>& p, int64_t block) {
   return {side, tile, tile * kTile};
 }
 
+// The rule on the temperature, which only the device sees; `message` says it.
+template <class M>
+__device__ __forceinline__ void check_temperature(M temperature, const char* message) {
+  if (!(temperature > 0 && temperature < kInfinity<M>)) stop(message);
+}
+
 // out = factor · (gradient by the unit row, taken through the normalisation), by a warp; sums and out may be the same.
 template <class T, class A>
 __device__ __forceinline__ void project_row(const A* sums, const T* x, math_t<T> scale, math_t<T> factor, bool normalize,
-                                            int64_t width, T* out) {
+                                            int64_t width, bool vector, T* out) {
   using M = math_t<T>;
-  const int lane = threadIdx.x % 32;
   M along = 0;
   if (normalize) {
-    for (int64_t d = lane; d < width; d += 32) along += widen(sums[d]) * widen(x[d]);
+    for_packs<T>(width, vector, [&](int64_t d, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      const auto sum = load_pack<kCount>(sums + d);
+      const auto row = load_pack<kCount>(x + d);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) along += widen(sum.at[k]) * widen(row.at[k]);
+    });
     along = warp_sum(along) * scale * scale;
   }
-  for (int64_t d = lane; d < width; d += 32) out[d] = narrow<T>(factor * (widen(sums[d]) - along * widen(x[d])));
+  for_packs<T>(width, vector, [&](int64_t d, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const auto sum = load_pack<kCount>(sums + d);
+    const auto row = load_pack<kCount>(x + d);
+    Pack<T, kCount> gradient;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) gradient.at[k] = narrow<T>(factor * (widen(sum.at[k]) - along * widen(row.at[k])));
+    *reinterpret_cast<Pack<T, kCount>*>(out + d) = gradient;
+  });
 }
 
 }  // namespace cmlm

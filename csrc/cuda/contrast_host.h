@@ -13,8 +13,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/contrast_gradient.cuh"
 #include "cuda/contrast_rows.cuh"
-#include "cuda/contrast_tiles.cuh"
 #include "cuda/gemm.h"
 #include "cuda/inputs.h"
 
@@ -81,23 +81,31 @@ class ContrastRun {
     p_.unit = memory<M>(1);
   }
 
-  // `split`: let several blocks share the columns of a row.
+  // `split`: let several blocks share the columns of a row, so that a small batch too fills the device.
   void by_tiles(bool gradient, bool split) {
     const int64_t tiles[2] = {ceil_div(p_.side[0].rows, kTile), p_.self ? 0 : ceil_div(p_.side[1].rows, kTile)};
-    const int64_t forward = tiles[0] + (anchors() == 2 ? tiles[1] : 0), across = p_.self ? tiles[0] : std::min(tiles[0], tiles[1]);
-    p_.splits = split ? static_cast<int>(std::clamp<int64_t>(2 * launch_.multiprocessors() / forward, 1, across)) : 1;
+    const int64_t forward = tiles[0] + (anchors() == 2 ? tiles[1] : 0), backward = tiles[0] + (wanted(1) ? tiles[1] : 0);
+    const int64_t across = p_.self ? tiles[0] : std::min(tiles[0], tiles[1]);
+    const auto shares = [&](int64_t blocks) {
+      return split ? std::clamp<int64_t>(2 * launch_.multiprocessors() / blocks, 1, across) : 1;
+    };
+    p_.splits = static_cast<int>(shares(forward));
     p_.partial = memory<M>(p_.splits > 1 ? anchors() * p_.side[0].rows * p_.splits * 5 : 0);
-    p_.tickets = memory<unsigned>(forward + 1);
-    launch_.clear(p_.tickets, (forward + 1) * sizeof(unsigned));
+    p_.tickets = memory<unsigned>(forward + 1 + backward);
+    p_.gradient_tickets = p_.tickets + forward + 1;
+    launch_.clear(p_.tickets, (forward + 1 + backward) * sizeof(unsigned));
     launch_(contrast_forward<P>, dim3(static_cast<unsigned>(forward), p_.splits), kTileThreads, kForwardShared<T>, p_);
     if (!gradient || !(wanted(0) || wanted(1))) return;
+    const int64_t row_bytes = p_.side[0].width * sizeof(M), rows = p_.side[0].rows + (wanted(1) ? p_.side[1].rows : 0);
+    const int64_t sharing = std::min(shares(backward), std::max<int64_t>(kChunkBytes / (rows * row_bytes), 1));
     for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
+      if (!wanted(s)) continue;
       if constexpr (std::is_same_v<T, M>)
-        if (!p_.self && wanted(s)) p_.sums[s] = p_.gradient[s][0];
-      if (p_.sums[s] == nullptr && wanted(s)) p_.sums[s] = memory<M>(p_.side[s].rows * p_.side[s].width);
+        if (!p_.self && sharing == 1) p_.sums[s] = p_.gradient[s][0];
+      if (p_.sums[s] == nullptr) p_.sums[s] = memory<M>(sharing * p_.side[s].rows * p_.side[s].width);
     }
-    const int64_t backward = tiles[0] + (wanted(1) ? tiles[1] : 0);
-    launch_(contrast_gradient<P>, dim3(static_cast<unsigned>(backward)), kTileThreads, kGradientShared<T>, p_);
+    const dim3 grid(static_cast<unsigned>(backward), static_cast<unsigned>(sharing));
+    launch_(contrast_gradient<P>, grid, kTileThreads, kGradientShared<T>, p_);
   }
 
   void by_rows(bool gradient) {
@@ -144,14 +152,15 @@ class ContrastRun {
     const int o = p_.self ? 0 : 1 - s;
     constexpr bool in_place = sizeof(Score) == sizeof(T);
     const int64_t pitch = round_up(y.rows, 8), bytes = pitch * (sizeof(Score) + (in_place ? 0 : sizeof(T)));
-    const int64_t chunk = std::clamp<int64_t>(kChunkBytes / bytes / 8 * 8, 8, x.rows), chunks = ceil_div(x.rows, chunk);
+    const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
+    const int64_t least = across ? kChunkRows : 8;
+    const int64_t chunk = std::min(std::max(kChunkBytes / bytes / 8 * 8, least), x.rows), chunks = ceil_div(x.rows, chunk);
     if (task_.scores == nullptr || in_place_rows_ < chunk * pitch) {
       in_place_rows_ = chunk * pitch;
       task_.scores = memory<Score>(chunk * pitch);
       if constexpr (!in_place) task_.weights = memory<T>(chunk * pitch);
     }
     if constexpr (in_place) task_.weights = reinterpret_cast<T*>(task_.scores);
-    const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
     M* part = along ? memory<M>(chunk * x.width) : nullptr;
     // The other side's gradient grows chunk by chunk: in float, unless it is done with the first.
     M* sums = nullptr;

@@ -49,16 +49,28 @@ __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task)
   const int64_t partner = s < p.anchors() ? p.partner(s, r) : -1;
   const T *own = x.row(r), *other = partner >= 0 ? y.row(partner) : own;
   M squares = 0, others = 0, product = 0;
-  for (int64_t d = lane; d < x.width; d += 32) {
-    const M a = widen(own[d]), b = widen(other[d]);
-    squares += a * a, others += b * b, product += a * b;
-  }
+  for_packs<T>(x.width, x.vector, [&](int64_t d, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const auto a = load_pack<kCount>(own + d), b = load_pack<kCount>(other + d);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const M left = widen(a.at[k]), right = widen(b.at[k]);
+      squares += left * left, others += right * right, product += left * right;
+    }
+  });
   squares = warp_sum(squares), others = warp_sum(others), product = warp_sum(product);
   const M scale = p.normalize ? 1 / most(std::sqrt(squares), M(1e-12)) : M(1);
   const M power = task.rescale ? static_cast<M>(power_below(static_cast<float>(scale))) : M(1);
   if (task.copy[s] != nullptr)
-    for (int64_t d = lane; d < x.width; d += 32) task.copy[s][r * x.width + d] = narrow<T>(widen(own[d]) * power);
+    for_packs<T>(x.width, x.vector, [&](int64_t d, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      auto pack = load_pack<kCount>(own + d);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) pack.at[k] = narrow<T>(widen(pack.at[k]) * power);
+      *reinterpret_cast<Pack<T, kCount>*>(task.copy[s] + r * x.width + d) = pack;
+    });
   if (lane > 0) return;
+  p.check(s, r);
   p.stats[s].scale[r] = scale / power;
   task.full_scale[s][r] = scale;
   if (s >= p.anchors() || !p.lone()) return;
@@ -69,6 +81,7 @@ __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task)
 template <class P>
 __global__ void __launch_bounds__(kRowThreads) contrast_unit(RowTask<P> task) {
   Shared shared;
+  if (threadIdx.x == 0) task.p.check_temperature();
   finish_unit(task.p, shared.take<double>(32));
 }
 template <class P>
@@ -189,7 +202,7 @@ struct ProjectTask {
   int side;
 };
 template <class P, class A>
-__global__ void __launch_bounds__(kRowThreads) contrast_project(ProjectTask<P, A> task) {
+__global__ void __launch_bounds__(kRowThreads, 4) contrast_project(ProjectTask<P, A> task) {
   using M = typename P::M;
   const P& p = task.p;
   const int64_t at = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32, r = task.first + at;
@@ -198,8 +211,8 @@ __global__ void __launch_bounds__(kRowThreads) contrast_project(ProjectTask<P, A
   if (out == nullptr) return;
   const int64_t width = p.side[task.side].width;
   // The weights held this row's scale, and the other side's.
-  const M scale = p.stats[task.side].scale[r], factor = *p.unit / *p.temperature * (task.full_scale[r] / scale);
-  project_row(task.sums + at * width, p.side[task.side].row(r), scale, factor, p.normalize, width, out);
+  const M scale = p.stats[task.side].scale[r], factor = *p.unit * task.full_scale[r] / (*p.temperature * scale);
+  project_row(task.sums + at * width, p.side[task.side].row(r), scale, factor, p.normalize, width, p.side[task.side].vector, out);
 }
 
 }  // namespace cmlm

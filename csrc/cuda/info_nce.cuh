@@ -20,6 +20,10 @@ struct InfoNce : Contrast<T> {
   __device__ __forceinline__ int64_t partner(int, int64_t r) const {  // the row of the other side that is r's positive, or -1
     return labels != nullptr ? -1 : !this->self ? r : r < batch ? r + batch : r - batch;
   }
+  __device__ __forceinline__ void check(int, int64_t) const {}
+  __device__ __forceinline__ void check_temperature() const {
+    cmlm::check_temperature(*this->temperature, "cmlm_fast::info_nce: expected temperature to be finite and > 0");
+  }
   __device__ __forceinline__ Facts<M> facts(int, int64_t r) const {
     Facts<M> facts{};
     if (labels != nullptr) facts.token = labels[r < batch ? r : r - batch];

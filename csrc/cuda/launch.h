@@ -21,23 +21,22 @@ namespace cmlm {
 constexpr auto kDevice = torch::headeronly::DeviceType::CUDA;
 
 // Scores of a chunk (contrast_host.h). Larger than the L2 cache of any GPU of its day on purpose: the other side's gradient is read
-// and written once a chunk, in float, and that costs more than scores which come from memory.
-constexpr int64_t kChunkBytes = int64_t{64} << 20;
+// and written once a chunk, in float. With kChunkRows rows at least, the product that adds to it does 256 operations a byte, which
+// is where memory no longer bounds it.
+constexpr int64_t kChunkBytes = int64_t{64} << 20, kChunkRows = 1024;
 
 // Whether a contrast goes by tiles; `wish` is what its op would have.
 inline bool by_tiles(bool wish) { return wish; }
 
-// cublasGemmEx of the library that torch has loaded: so nothing is linked, and no second copy can come in.
+// cublasGemmEx of the library that torch itself is linked to: so nothing is linked here, and no second copy can come in.
 using CublasGemm = int (*)(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a,
                            int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
                            int compute_type, int algorithm);
 inline CublasGemm cublas_gemm() {
   static const CublasGemm found = [] {
-    const std::string name = "libcublas.so." + std::to_string(CUDART_VERSION / 1000);
-    void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (library == nullptr) library = dlopen(name.c_str(), RTLD_LAZY);
-    void* symbol = library == nullptr ? nullptr : dlsym(library, "cublasGemmEx");
-    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected PyTorch to bring cublasGemmEx in " + name + ", got none");
+    void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = torch == nullptr ? nullptr : dlsym(torch, "cublasGemmEx");  // looks into what it depends on, too
+    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected libtorch_cuda.so to bring cublasGemmEx, got none");
     return reinterpret_cast<CublasGemm>(symbol);
   }();
   return found;

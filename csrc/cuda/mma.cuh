@@ -17,6 +17,7 @@ template <class T>
 constexpr int kPitch = 144 / sizeof(T);
 template <class T>
 constexpr int kSlice = kTile * kPitch<T>;
+constexpr int kStages = 3;  // slices, or pairs of them, of which all but the one in work are on their way
 
 // Where a thread's numbers of a tile lie.
 __device__ __forceinline__ int tile_row(int half) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half; }
@@ -177,32 +178,57 @@ __device__ __forceinline__ void multiply_weights(const T* weights, int pitch, co
   }
 }
 
-// The product of 64 rows of x with 64 of y. squares: of half of row threadIdx.x/2 of x and of y, if kSquares.
+// Slice after slice: load(step, stage) starts one on its way, use(step, stage) has it in shared memory.
+template <class Load, class Use>
+__device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
+  const auto start = [&](int step) {
+    if (step < steps) load(step, step % kStages);
+    commit_copies();
+  };
+  __syncthreads();
+  for (int step = 0; step < kStages - 1; ++step) start(step);
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<kStages - 2>();
+    __syncthreads();  // all threads' copies are there, and nobody uses the stage that is filled next
+    start(step + kStages - 1);
+    use(step, step % kStages);
+  }
+}
+
+// The sum of squares of this thread's half of a slice's row threadIdx.x/2.
+template <class T>
+__device__ __forceinline__ math_t<T> half_squares(const T* slice) {
+  constexpr int kPack = 16 / sizeof(T);
+  const T* half = slice + threadIdx.x / 2 * kPitch<T> + threadIdx.x % 2 * (kDepth<T> / 2);
+  math_t<T> squares = 0;
+#pragma unroll
+  for (int d = 0; d < kDepth<T> / 2; d += kPack) {
+    const auto pack = load_pack<kPack>(half + d);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) squares += widen(pack.at[k]) * widen(pack.at[k]);
+  }
+  return squares;
+}
+
+// The product of 64 rows of x with 64 of y; squares: of half of row threadIdx.x/2 of x, and of y, if kSquares.
 template <bool kSquares, class T>
 __device__ __forceinline__ void multiply_rows(const Matrix<T>& x, int64_t x0, const Matrix<T>& y, int64_t y0, T* slices,
                                               Product<T, kTile>& product, math_t<T> (&squares)[2]) {
-  const auto steps = static_cast<int>(ceil_div(x.width, kDepth<T>));
-  const auto load = [&](int step) {
-    T* to = slices + step % 2 * 2 * kSlice<T>;
-    load_slice(x, x0, static_cast<int64_t>(step) * kDepth<T>, to);
-    load_slice(y, y0, static_cast<int64_t>(step) * kDepth<T>, to + kSlice<T>);
-    commit_copies();
-  };
   product.clear();
-  __syncthreads();
-  load(0);
-  for (int step = 0; step < steps; ++step) {
-    wait_copies<0>();
-    __syncthreads();
-    if (step + 1 < steps) load(step + 1);
-    const T* slice = slices + step % 2 * 2 * kSlice<T>;
-    multiply_slices(slice, slice + kSlice<T>, product);
-    if constexpr (kSquares) {
-      const T* half = slice + threadIdx.x / 2 * kPitch<T> + threadIdx.x % 2 * (kDepth<T> / 2);
-      for (int m = 0; m < 2; ++m)
-        for (int d = 0; d < kDepth<T> / 2; ++d) squares[m] += widen(half[m * kSlice<T> + d]) * widen(half[m * kSlice<T> + d]);
-    }
-  }
+  pipeline(
+      static_cast<int>(ceil_div(x.width, kDepth<T>)),
+      [&](int step, int stage) {
+        load_slice(x, x0, static_cast<int64_t>(step) * kDepth<T>, slices + stage * 2 * kSlice<T>);
+        load_slice(y, y0, static_cast<int64_t>(step) * kDepth<T>, slices + (stage * 2 + 1) * kSlice<T>);
+      },
+      [&](int, int stage) {
+        const T* slice = slices + stage * 2 * kSlice<T>;
+        multiply_slices(slice, slice + kSlice<T>, product);
+        if constexpr (kSquares) {
+          squares[0] += half_squares(slice);
+          squares[1] += half_squares(slice + kSlice<T>);
+        }
+      });
 }
 
 }  // namespace cmlm

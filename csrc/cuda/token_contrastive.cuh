@@ -29,6 +29,17 @@ struct TokenContrast : Contrast<T> {
     return s == 0 && target[r] >= 0 && target[r] < this->side[1].rows ? target[r] : -1;
   }
 
+  __device__ __forceinline__ void check(int s, int64_t r) const {
+    if (s == 1 || target == nullptr || target[r] == -100 || (target[r] >= 0 && target[r] < this->side[1].rows)) return;
+    stop(keep_ignored ? "cmlm_fast::token_similarity: expected target to be in [0, M) or -100"
+                      : "cmlm_fast::token_contrastive: expected target to be in [0, M) or -100");
+  }
+  __device__ __forceinline__ void check_temperature() const {
+    cmlm::check_temperature(*this->temperature, keep_ignored
+                                                    ? "cmlm_fast::token_similarity: expected temperature to be finite and > 0"
+                                                    : "cmlm_fast::token_contrastive: expected temperature to be finite and > 0");
+  }
+
   __device__ __forceinline__ Facts<M> facts(int s, int64_t r) const {
     Facts<M> facts{};
     if (s == 1) {

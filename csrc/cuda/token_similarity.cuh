@@ -30,9 +30,17 @@ __global__ void __launch_bounds__(kSimilarityThreads) similarity_norms(Similarit
   const Matrix<T>& x = task.p.side[s];
   if (r >= x.rows) return;
   M squares = 0;
-  for (int64_t d = threadIdx.x % 32; d < x.width; d += 32) squares += widen(x.row(r)[d]) * widen(x.row(r)[d]);
+  for_packs<T>(x.width, x.vector, [&](int64_t d, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const auto pack = load_pack<kCount>(x.row(r) + d);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) squares += widen(pack.at[k]) * widen(pack.at[k]);
+  });
   squares = warp_sum(squares);
-  if (threadIdx.x % 32 == 0) task.p.stats[s].scale[r] = task.p.normalize ? 1 / most(std::sqrt(squares), M(1e-12)) : M(1);
+  if (threadIdx.x % 32 > 0) return;
+  if (r == 0 && s == 0) task.p.check_temperature();
+  task.p.check(s, r);
+  task.p.stats[s].scale[r] = task.p.normalize ? 1 / most(std::sqrt(squares), M(1e-12)) : M(1);
 }
 
 template <class T>

@@ -7,6 +7,7 @@ Its ops register for CPU tensors, so every test of the `cpp` backend then runs t
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -19,17 +20,27 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
+SUFFIXES = (".h", ".cuh", ".cu", ".py")
 COMPILER = os.environ.get("CXX") or shutil.which("g++")
 
 
 def build(out: Path, sources: Path = ROOT / "csrc", ops: tuple[str, ...] = (), sanitize: bool = True) -> Path:
-    """The library `out` of the ops in `sources`/cuda (all of them by default), anew if a source is younger than it."""
+    """The library `out` of the ops in `sources`/cuda (all of them by default), anew if a source is younger than it.
+
+    Of processes that want the same one, one builds it, and the others wait.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(out, sources, ops, sanitize)
+
+
+def _build(out: Path, sources: Path, ops: tuple[str, ...], sanitize: bool) -> Path:
     kernels = sorted((sources / "cuda").glob("*.cu"))
     kernels = [kernel for kernel in kernels if not ops or kernel.stem in ops]
-    parts = [*sources.rglob("*"), *HERE.rglob("*"), *(ROOT / "csrc").rglob("*")]
-    if out.exists() and out.stat().st_mtime > max(part.stat().st_mtime for part in parts if part.is_file()):
+    parts = [part for folder in (sources, HERE, ROOT / "csrc") for part in folder.rglob("*")]
+    if out.exists() and out.stat().st_mtime > max(part.stat().st_mtime for part in parts if part.suffix in SUFFIXES):
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror",
              "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE}", f"-I{sources}",
              f"-I{ROOT / 'csrc'}", "-isystem", str(TORCH / "include")]  # fmt: skip

@@ -46,7 +46,7 @@ def mask_samples(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def row_samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Rows at odd addresses, and so long that they take several slices."""
+    """Rows at odd addresses, so long that they take several slices, and so many that several blocks share their columns."""
     samples = dict(contracts[name].samples(dtype, CPU))
     label = "cross-65" if name == "info_nce" else "63x1000"
     first, second, *rest = samples[label]
@@ -56,6 +56,11 @@ def row_samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any,
     generator = torch.Generator().manual_seed(4)
     wide = [torch.randn(rows.shape[0], 208, generator=generator, dtype=torch.float64).to(dtype) for rows in (first, second)]
     yield f"{label}-wide", (*wide, *rest)
+    if name != "info_nce":
+        many = [torch.randn(n, 24, generator=generator, dtype=torch.float64).to(dtype) for n in (130, 200)]
+        target = torch.arange(130)
+        target[:70] = -100  # a tile of queries that wants no key
+        yield "ignored-tile", (*many, target, rest[1], None, None, None, None, *rest[6:])
 
 
 def samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -198,10 +198,17 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
   block.grid = grid, block.size = size, block.shared_bytes = shared_bytes;
   block.threads = &threads, block.body = &body;
   block.error.clear();
+  for (auto& [memory, bytes] : block.shared) std::free(memory);  // of a launch that stopped
+  block.shared.clear();
   for (uint64_t b : blocks) {
     block.index = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x), 0);
     block.garbage = order() % 2 ? 0xff : 0x5a;
-    run_block(threads, order);
+    try {
+      run_block(threads, order);
+    } catch (...) {
+      threads.clear();  // their stacks are those of calls that never end
+      throw;
+    }
   }
 }
 

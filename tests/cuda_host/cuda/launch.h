@@ -15,7 +15,7 @@
 namespace cmlm {
 
 constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
-constexpr int64_t kChunkBytes = 32 << 10;  // so that small samples are cut as large ones are
+constexpr int64_t kChunkBytes = 32 << 10, kChunkRows = 8;  // so that small samples are cut as large ones are
 
 // CMLM_HOST_PATH=tiles|rows sends a contrast where its size would not.
 inline bool by_tiles(bool wish) {
@@ -50,7 +50,7 @@ class Launcher {
       }
   }
   void clear(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
-  int64_t multiprocessors() const { return 3; }  // few, so that small samples are split as large ones are
+  int64_t multiprocessors() const { return 8; }  // so that small samples are shared by blocks as large ones are
 };
 
 }  // namespace cmlm

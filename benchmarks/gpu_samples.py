@@ -1,6 +1,6 @@
 """Runs every CUDA op on every sample and dtype, forward and backward, and prints how many: what compute-sanitizer watches.
 
-    python -m benchmarks.gpu_cuda
+    python -m benchmarks.gpu_samples
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def main() -> None:
                 op(name)(*args) if contract.exact else value_and_gradients(op(name), name, args)
                 ran += 1
     torch.cuda.synchronize()
+    if ran == 0:
+        raise SystemExit("gpu_samples: expected CUDA kernels, found none")
     print(f"{ran} samples ran")
 
 

@@ -1,0 +1,70 @@
+"""Batches by tokens instead of by sequences: every batch of every rank holds nearly the same number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from ._errors import fail
+
+
+class TokenBudgetSampler(Sampler[list[int]]):
+    """Batch sampler: the rows in an order of the epoch's own, cut into batches of at most `max_tokens` tokens.
+
+    The cuts are equal shares of all tokens; a row goes where its middle falls, so a batch exceeds its share by at most one row.
+    The number of batches is the same in every epoch and on every rank, and an epoch holds each row once.
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: most tokens of a batch, counted once though the encoder sees both views; at least twice the longest row.
+        seed: of the order; epoch e of seed s is the same on every machine.
+        rank, ranks: batches rank, rank + ranks, ... are this process's.
+
+    Raises:
+        ValueError: `max_tokens` is too small, or there are too few rows for the ranks.
+
+    >>> sampler = TokenBudgetSampler([3, 5, 2, 4, 4, 2], max_tokens=15)
+    >>> len(sampler), sorted(row for batch in sampler for row in batch)
+    (2, [0, 1, 2, 3, 4, 5])
+    """
+
+    def __init__(self, lengths: Sequence[int] | np.ndarray, max_tokens: int, *, seed: int = 0, rank: int = 0,
+                 ranks: int = 1) -> None:  # fmt: skip
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.seed, self.rank, self.ranks, self.epoch = seed, rank, ranks, 0
+        total, longest = int(self.lengths.sum()), int(self.lengths.max(initial=0))
+        if max_tokens < 2 * longest:
+            raise fail("TokenBudgetSampler", "max_tokens", f">= {2 * longest}, twice the longest sequence", max_tokens)
+        least = -(-total // (max_tokens - longest)) if total else 0
+        self.count = -(-least // ranks) * ranks
+        if self.count > len(self.lengths):
+            rule = f"at least {self.count}, a batch for each of {ranks} ranks"
+            raise fail("TokenBudgetSampler", "the number of sequences", rule, len(self.lengths))
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of the next iteration; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(len(self.lengths))
+        lengths, cut = self.lengths[order], np.arange(self.count + 1)
+        middle = 2 * np.cumsum(lengths) - lengths  # twice the place of a row's middle
+        cuts = np.searchsorted(middle * self.count, cut * 2 * lengths.sum())
+        # One row at least for each batch: where many short ones meet few, long rows, a share may hold no middle.
+        cuts = np.minimum(np.maximum.accumulate(cuts - cut) + cut, len(order) - self.count + cut)
+        for mine in range(self.rank, self.count, self.ranks):
+            yield order[cuts[mine] : cuts[mine + 1]].tolist()
+
+
+def sequence_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each row of `tokenize_texts`, int64, read as Arrow."""
+    import pyarrow.compute as pc
+
+    parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)

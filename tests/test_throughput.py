@@ -1,0 +1,223 @@
+"""What makes a step fast changes nothing in it: token budgets, gradient caching, fast layers, no wait for the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_lm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_trainer import history, make_trainer, weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cmlm_fast import CMLMConfig, complementary_mask
+from cmlm_fast._library import native_kernels, op
+from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
+from cmlm_fast.gradient_cache import GradientCache
+from cmlm_fast.layers import TiedEmbedding
+from cmlm_fast.ops import _linear
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=200), st.integers(2, 9), st.integers(1, 4), st.integers(0, 3))
+def test_a_token_budget_deals_every_row_once(lengths, times, ranks, epoch):
+    budget = times * max(lengths)
+    try:
+        samplers = [TokenBudgetSampler(lengths, budget, seed=3, rank=rank, ranks=ranks) for rank in range(ranks)]
+    except ValueError:
+        assert ranks > 1  # too few rows for so many
+        return
+    batches = []
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+        mine = list(sampler)
+        assert len(mine) == len(sampler) == len(samplers[0])
+        assert mine == list(sampler) and all(mine)
+        batches += mine
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in batch) <= budget for batch in batches)
+
+
+def test_a_token_budget_shuffles_by_epoch_and_fills_its_batches(tiny_rows):
+    lengths = sequence_lengths(tiny_rows)
+    assert lengths.tolist() == [len(ids) for ids in tiny_rows["input_ids"]]
+    assert sequence_lengths(tiny_rows.select([7, 3])).tolist() == lengths[[7, 3]].tolist()
+    sampler = TokenBudgetSampler(lengths, 256)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    assert first != list(sampler) and len(sampler) == len(first)
+    assert np.mean([lengths[batch].sum() for batch in first]) > 256 - 2 * lengths.max()
+    with pytest.raises(ValueError, match=rf"expected max_tokens to be >= {2 * lengths.max()}, twice the longest"):
+        TokenBudgetSampler(lengths, int(lengths.max()))
+
+
+def test_a_run_by_tokens_resumes_in_the_same_bits(tmp_path, tiny_rows, tiny_tokenizer):
+    rows = tiny_rows.select(range(60))
+    options = {"max_tokens": 300, "max_steps": -1, "num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1,
+               "gradient_accumulation_steps": 2}  # fmt: skip
+    lm = {"hidden_dropout_prob": 0.1}
+    whole = make_trainer(tmp_path, rows, tiny_tokenizer, lm=make_lm(**lm), **options)
+    whole.train()
+    steps = whole.state.global_step
+    assert steps >= 4 and whole.state.epoch == pytest.approx(2)
+    for at in (1, steps // 2 + 1):  # in the first epoch and in the second
+        resumed = make_trainer(tmp_path, rows, tiny_tokenizer, lm=make_lm(**lm), **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True)), at
+
+
+CONTRAST = CMLMConfig(scope="sequence", sequence_weight=1.0, token_temperature=0.2, learn_temperature=True)
+
+
+def test_a_cached_contrast_equals_the_large_batch(tmp_path, tiny_rows, tiny_tokenizer):
+    runs = []
+    for batch, options in ((16, {}), (4, {"gradient_accumulation_steps": 4, "contrastive_batch_size": 16})):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CONTRAST, per_device_train_batch_size=batch,
+                               max_grad_norm=0.0, optim="sgd", max_steps=3, **options)  # fmt: skip
+        trainer.train()
+        runs.append((weights(trainer), history(trainer, "loss"), history(trainer, "sequence")))
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5) and runs[0][2] == pytest.approx(runs[1][2], rel=1e-5)
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
+    lm = make_lm(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig.from_preset("seq"), lm=lm)
+    model = trainer.model.train()
+    batches = [trainer.mask(trainer.data_collator([tiny_rows[i] for i in range(at, at + 5)]), 0) for at in (0, 40, 90)]
+    torch.manual_seed(5)
+    whole = [model(**batch, vectors_only=True) for batch in batches]  # all graphs at once, the memory that caching spares
+    total = model.loss.sequence_sum(*(torch.cat(z) for z in zip(*whole, strict=True)))
+    expected = torch.autograd.grad(total, list(model.lm.base_model.parameters()), allow_unused=True)
+    torch.manual_seed(5)
+    cache = GradientCache(batches, 3, model.loss, None, trainer.accelerator.autocast())
+    value = torch.zeros(())
+    for at, batch in enumerate(batches):
+        output = model(**batch, cached=cache.replay(model, at))
+        (output.loss * output.counts[2]).backward()
+        value += output.sums[2]
+    after = torch.get_rng_state()
+    torch.testing.assert_close(value, total.detach())
+    for parameter, gradient in zip(model.lm.base_model.parameters(), expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(5)
+    for batch in batches:
+        model(**batch, vectors_only=True)
+    assert torch.equal(after, torch.get_rng_state())  # a later step draws as if there had been one pass
+
+
+def test_a_contrast_that_does_not_fit_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    with pytest.raises(ValueError, match="expected contrastive_batch_size to be a multiple of per_device_train_batch_size = 8"):
+        make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=20, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="divides the 3 batches of gradient_accumulation_steps"):
+        make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=16, gradient_accumulation_steps=3)
+
+
+class NoWait(TorchDispatchMode):
+    """Fails on what makes the host wait for a GPU: a size or a value that only the device knows."""
+
+    waits = ("aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::masked_scatter", "aten::equal",
+             "aten::_unique2", "aten::is_nonzero")  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.name() not in self.waits, func.name()
+        by = args[1] if func.name() == "aten::index.Tensor" else ()
+        assert not any(i is not None and i.dtype == torch.bool for i in by), "an index by a mask"
+        assert func.name() != "aten::repeat_interleave.Tensor" or (kwargs or {}).get("output_size") is not None, func.name()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "pooling": "cls", "mlm_views": "first"}])
+def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_rows, tiny_tokenizer):
+    # As on a GPU: without dropout, whose seeds the CPU's layers read, and with PyTorch's embedding.
+    monkeypatch.setattr(TiedEmbedding, "forward", torch.nn.Embedding.forward)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig(**changes), logging_steps=100)
+    trainer.create_optimizer_and_scheduler(10)
+    batch = trainer.data_collator([tiny_rows[i] for i in range(6)])
+    with NoWait():
+        (inputs,), _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
+        assert inputs["sizes"] is not None
+        trainer.training_step(trainer.model, inputs)
+    role = inputs["role"]
+    can = ~torch.isin(batch["input_ids"], trainer.special_ids)
+    assert inputs["sizes"] == ((role == 1).sum(), (role == 2).sum(), can.sum())
+    with pytest.raises(AssertionError, match="nonzero"), NoWait():  # the watch is awake
+        trainer.training_step(trainer.model, {**inputs, "sizes": None})
+
+
+def test_linear_layers_of_the_faster_library_are_linear_layers(monkeypatch):
+    monkeypatch.setattr(_linear, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((7, 24), (2, 5, 24), (1, 24)):
+        x, weight, bias = (torch.randn(size, generator=generator, requires_grad=True) for size in (shape, (16, 24), (16,)))
+        for b in (bias, None):
+            leaves = [x, weight] if b is None else [x, weight, b]
+            ours, theirs = _linear.linear(x, weight, b), F.linear(x, weight, b)
+            torch.testing.assert_close(ours, theirs)
+            upstream = torch.randn(ours.shape, generator=generator)
+            for got, expected in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream),
+                                     strict=True):  # fmt: skip
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(("dropout", "CPU") not in native_kernels, reason="no compiled kernels")
+def test_dropout_drops_its_share_independently():
+    out = op("dropout")(torch.ones(2000, 384), 0.1, 17)
+    kept = out != 0
+    assert out[kept].unique().tolist() == pytest.approx([1 / 0.9])
+    assert abs(kept.double().mean() - 0.9) < 5 * (0.09 / kept.numel()) ** 0.5
+    for other in (op("dropout")(torch.ones(2000, 384), 0.1, 18) != 0, kept.roll(1, 0), kept.roll(1, 1), kept.roll(4, 1)):
+        assert abs((kept & other).double().mean() - 0.81) < 2e-3
+
+
+def eager_objective(lm, batch, view1, view2, role, config, special):
+    """The objective of a padded batch in plain PyTorch."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    can = mask.bool() & ~torch.isin(ids, special)
+    hidden = [lm.bert(view, attention_mask=mask).last_hidden_state for view in (view1, view2)]
+    number = can.flatten().cumsum(0).view_as(can) - 1
+    mlm, token = [], []
+    for at, where in enumerate((role == 1, role == 2)):
+        mlm.append(F.cross_entropy(lm.cls(hidden[at])[where], ids[where], reduction="sum"))
+        query, key = F.normalize(hidden[at][where], dim=-1), F.normalize(hidden[1 - at][can], dim=-1)
+        target = number[where]
+        same = (ids[where][:, None] == ids[can]) & (torch.arange(len(key)) != target[:, None])
+        scores = (query @ key.T / config.token_temperature).masked_fill(same, float("-inf"))
+        token.append(F.cross_entropy(scores, target, reduction="sum"))
+    z1, z2 = (F.normalize((h * can[..., None]).sum(1) / can.sum(1, keepdim=True), dim=-1) for h in hidden)
+    scores, own = z1 @ z2.T / config.sequence_temperature, torch.arange(len(ids))
+    sequence = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+    return (sum(mlm) + sum(token)) / (role > 0).sum() + config.sequence_weight * sequence
+
+
+def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny_rows, tiny_tokenizer):
+    # In float64, where rounding has no time to grow: the packed trainer against eager PyTorch on padded batches.
+    config, seen = CMLMConfig(token_temperature=0.2), []
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=config, lm=make_lm(layers=1).double(), max_steps=200,
+                           lr_scheduler_type="constant", weight_decay=0.0)  # fmt: skip
+    collate = trainer.data_collator
+    trainer.data_collator = lambda rows: seen.append([row["sample_id"] for row in rows]) or collate(rows)
+    assert collate.packed
+    trainer.train()
+    lm, pad, known = make_lm(layers=1).double(), CMLMDataCollator(tiny_tokenizer), mask_settings(tiny_tokenizer)
+    special = torch.tensor(known["special_ids"])
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for step, samples in enumerate(seen[:200]):
+        batch = pad([tiny_rows[i] for i in samples])
+        ids, attention = batch["input_ids"], batch["attention_mask"]
+        masked = complementary_mask(ids, attention_mask=attention, sample_ids=batch["sample_ids"], seed=42, step=step, **known)
+        loss = eager_objective(lm, batch, *masked, config, special)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert len(losses) == 200 and losses[-1] < 0.8 * losses[0]
+    assert history(trainer, "loss") == pytest.approx(losses, rel=1e-6)
+    for a, b in zip(trainer.model.lm.parameters(), lm.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
