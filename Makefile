@@ -1,4 +1,5 @@
-# make setup | demo | test | sanitize | bench | clean: each works alone from a fresh clone, with Python >= 3.10, gcc and make.
+# make setup | demo | test | chaos | sanitize | cuda-link | bench | compare | gpu | clean: each works alone from a fresh clone,
+# with Python >= 3.10, gcc and make.
 #
 #   make PYTHON=python3.12 setup        another interpreter (.venv is made anew)
 #   make setup PIP_ARGS='--extra-index-url URL'    for instance an index of CPU-only torch builds
@@ -13,7 +14,7 @@ MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitize
 
-.PHONY: setup demo test lint sanitize bench clean
+.PHONY: setup demo test chaos lint sanitize cuda-link bench compare gpu clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.package
@@ -35,10 +36,6 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES) CMakeLists.txt setup.py pyproject.to
 	$(INSTALL) --no-build-isolation -e '.[demo,test]'
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.package
-	$(INSTALL) --no-build-isolation -e '.[bench]'
-	@touch $@
-
 demo: setup
 	$(VENV)/bin/cmlm-fast demo
 
@@ -47,7 +44,12 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadgroup
+
+# A training killed by SIGKILL at random moments and resumed, until it ends with the bits of one that was not.
+KILLS ?= 12
+chaos: setup
+	OMP_NUM_THREADS=1 $(PY) tests/chaos.py --kills $(KILLS) --steps 60
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the parity tests. Python itself is not
 # instrumented, so the runtime is preloaded, and what Python never frees is no finding.
@@ -57,8 +59,33 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 CMLM_FAST_LIBRARY=$(SANITIZED)/_C.so \
 	  $(PY) -m pytest -q tests/test_parity.py
 
-bench: $(VENV)/.bench
-	$(PY) -m benchmarks.bench_ops
+# The CUDA library against a PyTorch with CUDA, in an environment of its own under build/ (several GB): it links, and every symbol is
+# found when it is loaded. No GPU is needed, and nothing is run.
+CUDA_LINK := build/cuda-link
+CUDA_TORCH ?= torch
+cuda-link: setup
+	$(PYTHON) -m venv --clear $(CUDA_LINK) || \
+	  { $(PYTHON) -m venv --clear --without-pip $(CUDA_LINK) && $(PYTHON) -m pip --python $(CUDA_LINK)/bin/python install -q pip; }
+	$(CUDA_LINK)/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) '$(CUDA_TORCH)' numpy
+	$(CUDA_LINK)/bin/python benchmarks/cuda_link.py cmlm_fast/_C_cuda.so
+	rm -rf $(CUDA_LINK)
+
+# Five minutes on two cores: every op beside its peers into benchmarks/results, the docs' tables, the report in out/bench.
+bench: setup
+	$(PY) -m benchmarks --output benchmarks/results/cpu.json
+	$(PY) -m benchmarks report benchmarks/results/cpu.json --docs
+
+# Is the working tree slower than the commit before (of a merge: the main it went into)? `make compare BASE=v0.1.0` names
+# another. CI gives COMPARE_ARGS a few shapes and a wide threshold.
+BASE ?= HEAD^
+COMPARE_ARGS ?=
+compare: setup
+	$(PY) -m benchmarks compare $(BASE) . $(COMPARE_ARGS)
+
+# All that needs a GPU, into $(OUT); DRY=1: the steps that need none. Installs nothing: without .venv, the machine's own Python.
+OUT ?= out
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) -m benchmarks.gpu --out "$(OUT)" $(if $(filter 1,$(DRY)),--dry)
 
 clean:
 	rm -rf build dist out *.egg-info $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,7 +1,8 @@
 """Builds the native libraries with CMake and puts them into the package; everything else is in pyproject.toml.
 
 Environment: CMLM_FAST_NATIVE=0 installs pure Python; CMLM_FAST_CUDA=auto|0|1 (auto: CUDA kernels where nvcc works; 1: fail
-without it); CMLM_FAST_SANITIZE=1 builds into build/sanitize with ASan and UBSan; MAX_JOBS limits parallel compiles; CXX,
+without it); CMLM_FAST_CUDA_ARCHS='90a-real;120' builds for these architectures alone; CMLM_FAST_SANITIZE=1 builds into
+build/sanitize with ASan and UBSan; MAX_JOBS limits parallel compiles; CXX,
 CUDACXX and CUDAHOSTCXX choose compilers; ccache is used when there.
 """
 
@@ -74,6 +75,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "VERSION": self.distribution.get_version(),
             "CMLM_CUDA": choice("CMLM_FAST_CUDA", "auto", ("auto", "0", "1")),
+            "CMLM_CUDA_ARCHS": os.environ.get("CMLM_FAST_CUDA_ARCHS", ""),
             "TORCH_INCLUDE": ";".join(include_paths()),
             "TORCH_LIB": str(Path(torch.__file__).parent / "lib"),
             "TORCH_VERSION": torch.__version__,

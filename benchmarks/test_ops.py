@@ -1,7 +1,9 @@
-"""The same cases under pytest-benchmark, for its comparisons between commits:
+"""The same shapes and providers under pytest-benchmark, for its statistics and its comparisons between commits:
 
-    python -m pytest benchmarks -k token_contrastive --benchmark-autosave
-    python -m pytest benchmarks -k token_contrastive --benchmark-compare --benchmark-compare-fail=median:10%
+    python -m pytest benchmarks -k "token_contrastive and bert-base" --benchmark-autosave
+    python -m pytest benchmarks -k "info_nce and ours" --benchmark-compare --benchmark-compare-fail=median:10%
+
+A group is one shape. `cmlm-fast bench` times in turns what stands one after the other here; for a verdict use that.
 """
 
 from __future__ import annotations
@@ -9,14 +11,25 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from .cases import CASES, Case
+from .ops import OPS
+from .registry import Op, Provider, Shape
 
 pytest.importorskip("pytest_benchmark")
+BODIES = [(op, shape, provider) for op in OPS for shape in op.chosen("quick") for provider in op.providers]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_ours(benchmark: Any, case: Case) -> None:
-    """Building the case checks that the op is right; then the clock runs."""
-    benchmark.group = case.op
-    benchmark(case.build().providers["ours"])
+@pytest.mark.parametrize(
+    ("op", "shape", "provider"), BODIES, ids=["-".join((o.name, s.label.replace(" ", "_"), p.name)) for o, s, p in BODIES]
+)
+def test_op(benchmark: Any, op: Op, shape: Shape, provider: Provider) -> None:
+    """The answer is checked, then the clock runs."""
+    torch.manual_seed(0)
+    problem = op.build(torch.device("cpu"), **shape.sizes)
+    if reason := provider.absence(problem):
+        pytest.skip(reason)
+    call = provider.make(problem)
+    problem.check(provider.name, call())
+    benchmark.group = f"{op.name} {shape.label}"
+    benchmark(call)

@@ -1,47 +1,94 @@
-"""Honest timing: providers interleaved in one run, medians, ceilings measured beside them, peak memory of a call."""
+"""Honest timing: every provider once a round, so that drift hits all alike; quantiles; a ceiling timed in the same rounds.
+
+On a CPU short calls are timed in batches of about five milliseconds: long enough for the clock, and for caches that the
+provider before has emptied. On CUDA each call is timed by its own events, and the L2 cache is overwritten before it.
+"""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
-
-def interleaved(providers: dict[str, Callable[[], Any]], seconds: float = 2.0, least: int = 7) -> dict[str, float]:
-    """Median seconds of one call of each provider. Round by round each runs once, so that drift hits all alike."""
-    for call in providers.values():
-        for _ in range(3):
-            call()
-    once = {name: _clock(call, 1) for name, call in providers.items()}
-    # Short calls are timed in batches of about five milliseconds: long enough for the clock, and for caches that the
-    # provider before has emptied.
-    batch = {name: max(1, round(5e-3 / max(t, 1e-9))) for name, t in once.items()}
-    samples: dict[str, list[float]] = {name: [] for name in providers}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
-        for name, call in providers.items():
-            samples[name].append(_clock(call, batch[name]))
-    return {name: statistics.median(values) for name, values in samples.items()}
+Call = Callable[[], Any]
+BATCH_SECONDS = 5e-3
 
 
-def _clock(call: Callable[[], Any], repeats: int) -> float:
+def interleaved(
+    calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0, least: int = 5
+) -> dict[str, list[float]]:
+    """Seconds of one call of each, a sample a round, for `seconds` but at least `least` rounds (3 where a round takes longer
+    than `seconds`). `repeats_of` warms each call."""
+    repeats = {name: repeats_of(call, device) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names, end = list(calls), time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[names[0]]) < least:
+        names = names[1:] + names[:1]  # nobody always follows the same neighbour
+        start = time.perf_counter()
+        for name in names:
+            samples[name].append(sample(calls[name], repeats[name], device))
+        if time.perf_counter() - start > seconds:
+            least = min(least, 3)
+    return samples
+
+
+def repeats_of(call: Call, device: torch.device) -> int:
+    """Calls that make up one sample. The first call warms; a short one is timed by a second, warm one."""
+    once = sample(call, 1, device)
+    if once < 0.1:
+        once = sample(call, 1, device)
+    return max(1, round(BATCH_SECONDS / max(once, 1e-7)))
+
+
+def sample(call: Call, repeats: int, device: torch.device) -> float:
+    """Mean seconds of `repeats` calls."""
+    if device.type == "cuda":
+        return _cuda_sample(call, repeats, device)
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
 
 
-def peak_memory(call: Callable[[], Any]) -> int:
-    """Most bytes that PyTorch's CPU allocator held during `call`, beyond those held before it."""
-    call()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+@cache
+def _flush(device: torch.device) -> torch.Tensor:
+    """A buffer larger than any L2 cache."""
+    return torch.empty(256 * 1024**2, dtype=torch.uint8, device=device)
+
+
+def _cuda_sample(call: Call, repeats: int, device: torch.device) -> float:
+    """Device time, without the launch queue's: events around each call alone, read when all are done."""
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    with torch.cuda.device(device):
+        for start, end in events:
+            _flush(device).zero_()
+            start.record()
+            call()
+            end.record()
+        torch.cuda.synchronize()
+    return sum(start.elapsed_time(end) for start, end in events) / repeats * 1e-3
+
+
+def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
+    """What this device does at best: TFLOP/s of a matrix product in each dtype, GB/s read and written by a copy."""
+    n = 1536 if device.type == "cpu" else 8192
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    rows = {name: torch.randn(n, n, device=device).to(dtype) for name, dtype in dtypes.items()}
+    source = torch.ones(128 * 1024**2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {name: lambda x=x: x @ x for name, x in rows.items()}
+    calls["copy"] = lambda: target.copy_(source)
+    for call in calls.values():
         call()
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
+    best = {name: min(times) for name, times in interleaved(calls, device, seconds).items()}
+    return {f"{name} TFLOP/s": 2 * n**3 / best[name] / 1e12 for name in dtypes} | {
+        "copy GB/s": 2 * source.numel() / best["copy"] / 1e9}  # fmt: skip
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """(p20, p50, p80)."""
+    values = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64))
+    return tuple(values.tolist())  # type: ignore[return-value]

@@ -20,6 +20,7 @@ from .ops import (
 
 if TYPE_CHECKING:
     from .config import CMLMConfig
+    from .fewshot import FewShotExperiment
     from .losses import CMLMLoss, InfoNCELoss, TokenContrastiveLoss
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
@@ -40,6 +41,7 @@ _LAZY = {
     "CMLMModel": "modeling",
     "CMLMTrainer": "trainer",
     "CMLMTrainingArguments": "trainer",
+    "FewShotExperiment": "fewshot",
 }
 
 
@@ -60,6 +62,7 @@ __all__ = [
     "CMLMTrainer",
     "CMLMTrainingArguments",
     "ComplementaryMask",
+    "FewShotExperiment",
     "InfoNCELoss",
     "TokenContrastiveLoss",
     "available",

@@ -6,7 +6,7 @@
     triton      Triton kernels, GPU tensors
 
 The choice, strongest first: the function's `backend=` argument, `use_backend(...)`, the environment variable
-`CMLM_FAST_BACKEND`, and the preference below. A named backend is used or raises; it never falls back.
+`CMLM_FAST_BACKEND`, and the table CHOICES below. A named backend is used or raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,8 +24,39 @@ from ._library import contracts, load_errors, native_kernels, op, registered
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
-#: What `auto` prefers, by device type; the first that is available for the op runs.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of CHOICES.
+
+    Attributes:
+        order: backends; the first that is available for the op runs.
+        op: the op it is about; None: any.
+        dtypes: of the rows; (): any.
+        least: calls of at least so many scores (N·M; B² of info_nce); needs `op` and `dtypes`.
+    """
+
+    order: tuple[str, ...]
+    op: str | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    least: int = 0
+
+
+#: What `auto` takes, by device type; the first rule that fits holds. On the CPU it follows benchmarks/results/cpu.json: the C++
+#: kernels win every row of ops that have them. On a GPU nothing has been measured; the rules rest on operations and bytes.
+#: CUDA's launches cost the host least, and its token_contrastive makes three products where Triton's makes four. Triton goes
+#: first where it does less: it writes token_similarity's matrix once, not in two passes; above 4096 sequences, where CUDA's
+#: info_nce goes by chunks, it takes 8·B²·D operations, not 10.
+CHOICES: dict[str, tuple[Rule, ...]] = {
+    "cpu": (Rule(("cpp", "reference")),),
+    "cuda": (
+        Rule(("triton", "cuda", "reference"), "token_similarity", _SIXTEEN_BITS),
+        Rule(("triton", "cuda", "reference"), "info_nce", _SIXTEEN_BITS, least=4096**2 + 1),
+        Rule(("cuda", "triton", "reference")),
+    ),
+}
 
 _SUFFIX = {"reference": "_reference", "cpp": "", "cuda": "", "triton": "_triton"}
 _DISPATCH_KEY = {"cpp": ("cpu", "CPU", "_C"), "cuda": ("cuda", "CUDA", "_C_cuda")}
@@ -35,8 +67,22 @@ def _from_environment() -> str | None:
     return None if name in ("", "auto") else name
 
 
-#: What `resolve` found before, so that a call costs one look-up.
-_resolved: dict[tuple[str, str, str | None], Any] = {}
+#: What `resolve` found before, so that a call costs two look-ups.
+_resolved: dict[tuple[str, str, str | None, torch.dtype | None, int], Any] = {}
+
+
+def _find_changes() -> dict[tuple[str, str, torch.dtype | None], tuple[int, ...]]:
+    found: dict[tuple[str, str, torch.dtype | None], tuple[int, ...]] = {}
+    for device_type, rules in CHOICES.items():
+        for rule in rules:
+            for dtype in rule.dtypes if rule.op and rule.least else ():
+                key = (device_type, rule.op or "", dtype)
+                found[key] = tuple(sorted((*found.get(key, ()), rule.least)))
+    return found
+
+
+#: Sizes at which CHOICES changes, where it does: (device type, op, dtype) → ascending sizes.
+_changes = _find_changes()
 
 _current: str | None = _from_environment()
 
@@ -65,33 +111,47 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
             return None
         return f"Triton kernels run on GPU tensors, not on {device_type} (or interpreted, with TRITON_INTERPRET=1)"
     device, key, library = _DISPATCH_KEY[backend]
-    if device_type != device:
-        return f"{backend} kernels run on {device} tensors, not on {device_type}"
     if library in load_errors:
         return load_errors[library]
+    if device_type != device:
+        return f"{backend} kernels run on {device} tensors, not on {device_type}"
     if (name, key) not in native_kernels:
         return f"this op has no {backend} kernel"
     return None
 
 
-def resolve(name: str, device: torch.device, backend: str | None = None) -> Any:
-    """The torch op that runs op `name` on `device`: of `backend`, or of the current choice."""
+def resolve(
+    name: str, device: torch.device, backend: str | None = None, dtype: torch.dtype | None = None, size: int = 0
+) -> Any:
+    """The torch op that runs op `name` on `device`: of `backend`, or of the current choice for `size` scores of `dtype`."""
     choice = _current if backend is None else backend
-    found = _resolved.get((name, device.type, choice))
-    return _resolve(name, device.type, choice) if found is None else found
+    band = 0
+    for least in _changes.get((device.type, name, dtype), ()):  # compiled, sizes are guarded on here alone
+        if size >= least:
+            band = least
+    found = _resolved.get((name, device.type, choice, dtype, band))
+    return _resolve(name, device.type, choice, dtype, band) if found is None else found
 
 
-def _resolve(name: str, device_type: str, asked: str | None) -> Any:
+def preference(name: str, device_type: str, dtype: torch.dtype | None = None, size: int = 0) -> tuple[str, ...]:
+    """The order in which CHOICES would try backends."""
+    for rule in CHOICES.get(device_type, ()):
+        if rule.op in (None, name) and (not rule.dtypes or dtype in rule.dtypes) and size >= rule.least:
+            return rule.order
+    return ("reference",)
+
+
+def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype | None, band: int) -> Any:
     choice = asked
     if choice is None or choice == "auto":
-        preference = PREFERENCE.get(device_type, ("reference",))
-        choice = next(backend for backend in preference if _absence(name, device_type, backend) is None)
+        order = preference(name, device_type, dtype, band)
+        choice = next(backend for backend in order if _absence(name, device_type, backend) is None)
     elif choice not in BACKENDS:
         raise ValueError(f"cmlm_fast::{name}: expected backend to be auto or one of {', '.join(BACKENDS)}, got {choice!r}")
     reason = _absence(name, device_type, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
-    _resolved[name, device_type, asked] = found = op(name, _SUFFIX[choice])
+    _resolved[name, device_type, asked, dtype, band] = found = op(name, _SUFFIX[choice])
     return found
 
 

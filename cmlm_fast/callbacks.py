@@ -1,12 +1,20 @@
-"""What a run shows and writes as it goes: one progress line, one JSON line for each log entry."""
+"""What a run shows and writes as it goes: one progress line, one JSON line for each log entry; and how it is stopped."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
+
+from .output import Stopped
 
 
 class QuietProgress(ProgressCallback):
@@ -17,6 +25,11 @@ class QuietProgress(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             shown = {name: f"{logs[name]:.3f}" for name in ("loss", "mlm", "token", "sequence") if name in logs}
             self.training_bar.set_postfix(shown)
+
+    def close(self) -> None:
+        """End the bar of a training that was cut, so that a message gets a line of its own."""
+        if self.training_bar is not None:
+            self.training_bar.close()
 
 
 class MetricsFile(TrainerCallback):
@@ -31,8 +44,14 @@ class MetricsFile(TrainerCallback):
         self.path = path
         if checkpoint is not None and path.exists():
             last = int(checkpoint.name.rpartition("-")[2])
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= last]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [json.dumps(entry) for entry in self._entries() if entry["step"] <= last]
+            new = path.with_name(".saving-metrics")
+            new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(new, path)
+
+    def _entries(self) -> list[dict[str, Any]]:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line at the end
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append one line."""
@@ -42,7 +61,69 @@ class MetricsFile(TrainerCallback):
 
     def first_evaluation(self) -> dict[str, float]:
         """The scores before training, of the run that this one resumes; empty where there are none."""
-        if not self.path.exists():
-            return {}
-        lines = (json.loads(line) for line in self.path.read_text().splitlines())
-        return next((line for line in lines if line["step"] == 0 and "eval_loss" in line), {})
+        entries = self._entries() if self.path.exists() else []
+        return next((entry for entry in entries if entry["step"] == 0 and "eval_loss" in entry), {})
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT or SIGTERM lets a training finish its step, save a checkpoint and end; `stopped` then names the signal.
+
+    A context manager: inside it, but outside of a training, a signal raises `Stopped` at once; so does a second Ctrl-C in a
+    run of one process (a launcher of several passes on what the terminal has sent already). All ranks stop after the same
+    step: they agree on it while the step runs, over gloo, so that no device is waited for.
+
+    Example:
+        >>> with StopOnSignal() as stop:
+        ...     CMLMTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[stop]).train()
+        ...     print(stop.stopped)
+    """
+
+    def __init__(self) -> None:
+        self.stopped: signal.Signals | None = None
+        self._received = 0
+        self._training = False
+        self._before: dict[int, Any] = {}
+        self._group: Any = None
+        self._agreement: tuple[torch.Tensor, Any] | None = None
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self._received == number == signal.SIGINT and not dist.is_initialized()
+        if again or not self._training:
+            raise Stopped(signal.Signals(number))
+        self._received = self._received or number
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """From now on a signal waits for the end of the step."""
+        self._training = True
+        if args.world_size > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask the other ranks, without waiting for their answer."""
+        if self._group is not None:
+            flag = torch.tensor(self._received)
+            self._agreement = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop where any rank was told to."""
+        number = self._received
+        if self._agreement is not None:
+            flag, work = self._agreement
+            work.wait()
+            number = int(flag)
+        if number:
+            self.stopped = signal.Signals(number)
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A signal is obeyed at once again."""
+        self._training = False

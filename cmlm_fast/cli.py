@@ -1,4 +1,4 @@
-"""The command `cmlm-fast`: post-train, demo, doctor.
+"""The command `cmlm-fast`: post-train, demo, bench, doctor; the few-shot evaluation's commands are in cli_fewshot.
 
 Every bad input is one line on stderr, `error: …`, and exit code 2, before anything is computed or written. transformers
 and datasets, seconds to import, wait until a command needs them.
@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import redirect_stdout
 from dataclasses import fields
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import ranks
+from .cli_errors import one_line_errors, quiet
+from .cli_fewshot import register
 from .options import PostTrainOptions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
@@ -32,19 +35,6 @@ class Preset(str, Enum):
     tapt = "tapt"
     seq = "seq"
     simcse = "simcse"
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; continue with --resume where a checkpoint was written", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 def _default(name: str) -> Any:
@@ -115,11 +105,15 @@ def post_train_command(
     plain = {name: value for name, value in given.items() if name in names}
     options = PostTrainOptions(**{**plain, "preset": preset.value, "objective": objective})
     with one_line_errors():
-        _quiet()
+        quiet()
         from .post_train import prepare, run
         from .report import print_summary
 
-        print_summary(run(prepare(options)))
+        ranks.join()
+        summary = run(ranks.in_turn(lambda: prepare(options)))
+        if ranks.is_main():
+            print_summary(summary)
+        ranks.leave()
 
 
 @app.command()
@@ -131,10 +125,27 @@ def demo(
 ) -> None:
     """Post-train all-MiniLM-L6-v2 on film reviews, fine-tune it on a few labels, show what changed."""
     with one_line_errors():
-        _quiet()
+        quiet()
         from .demo import run_demo
 
         run_demo(output_dir, steps=steps, draws=draws, shots=shots)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def bench(context: typer.Context) -> None:
+    """Time the ops beside what others offer; compare two commits; report. Needs the repository: bench --help."""
+    with one_line_errors():
+        benchmark_suite()(context.args, prog_name="cmlm-fast bench")
+
+
+def benchmark_suite() -> Any:
+    """The command line of `benchmarks/`, of the repository that is the working directory or holds this package."""
+    for folder in (Path.cwd(), Path(__file__).resolve().parents[1]):
+        if (folder / "benchmarks" / "registry.py").exists() and (folder / "cmlm_fast").is_dir():
+            sys.path.insert(0, str(folder))
+            return import_module("benchmarks.cli").app
+    raise ModuleNotFoundError("cmlm-fast bench: expected the working directory to be a clone of the repository, which holds "
+                              f"the suite (it times the package that is installed), got {Path.cwd()}")  # fmt: skip
 
 
 @app.command()
@@ -147,15 +158,18 @@ def doctor() -> None:
     print_report(Console())
 
 
-def _quiet() -> None:
-    """Progress bars and warnings of ours only, and no threads that a fork would lose."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+register(app)
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. Of several processes that get the same wrong arguments, one says so."""
+    if ranks.is_main():
+        app()
+    else:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            try:
+                sys.exit(app(standalone_mode=False))
+            except Exception as error:
+                if code := getattr(error, "exit_code", None):  # wrong usage, which the main process explains
+                    sys.exit(code)
+                raise

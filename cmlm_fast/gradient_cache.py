@@ -78,7 +78,7 @@ class GradientCache:
         by_z1, by_z2, *by_scale = torch.autograd.grad(total, [z1, z2, *([] if scale is None else [scale])])
         parts = zip(members, rows, by_z1.float().split(rows), by_z2.float().split(rows), strict=True)
         for at, count, first, second in parts:
-            portion = count / sum(rows)
+            portion = count / max(sum(rows), 1)  # none: this rank stands in for batches that there are not
             learned = by_scale[0] * portion if by_scale else None
             self.found[at] = CachedContrast(total.detach() * portion, first, second, learned)
 

@@ -39,14 +39,19 @@ class _Temperature(nn.Module):
     def __init__(self, temperature: float, learn: bool) -> None:
         super().__init__()
         self.start = temperature
-        self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if learn else None
+        # Of one element, for FSDP shards no scalar.
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
+
+    def clamp(self) -> None:
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
 
     def forward(self) -> float | Tensor:
         if self.logit_scale is None:
             return self.start
-        with torch.no_grad():
-            self.logit_scale.clamp_(max=_MOST_LOGIT_SCALE)
-        return torch.exp(-self.logit_scale)
+        self.clamp()
+        return torch.exp(-self.logit_scale).squeeze(0)
 
 
 class TokenContrastiveLoss(nn.Module):
@@ -101,8 +106,9 @@ class Views(NamedTuple):
     """Two views of B sequences of T tokens in all, packed end to end or flattened from a padded batch.
 
     hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
-    as `complementary_mask` gives it; eligible bool [T], the tokens that may be masked; cu_seqlens int32 [B + 1]; sizes: how
-    many tokens have role 1, role 2, and are eligible, where the host knows: to find them then needs no wait for the device.
+    as `complementary_mask` gives it, and 3 = 1 | 2 for a token that independent masks hide in both views; eligible bool [T],
+    the tokens that may be masked; cu_seqlens int32 [B + 1]; sizes: how many tokens have role 1, role 2, and are eligible,
+    where the host knows: to find them then needs no wait for the device.
     """
 
     hidden1: Tensor
@@ -170,6 +176,11 @@ class CMLMLoss(nn.Module):
             sequence = self.sequence_sum(views.z1, views.z2, group)
         return torch.stack([mlm, token, sequence])
 
+    def clamp_temperatures(self) -> None:
+        """Keep learned temperatures in their range. FSDP's shards must be told outside the forward pass, which has copies."""
+        self.token.temperature.clamp()
+        self.sequence.temperature.clamp()
+
     def sequence_sum(self, z1: Tensor, z2: Tensor, group: Any = None) -> Tensor:
         """The sequence part of vectors [B, E]; with `group` as in `forward`."""
         sequence: Tensor = self.sequence(z1, z2, group=group)
@@ -179,10 +190,11 @@ class CMLMLoss(nn.Module):
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
         """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
-        first, second = (role == 1).sum(), (role == 2).sum()
+        first, second = (role & 1).sum(), (role >> 1).sum()
         masked = first + second if self.config.mlm_views == "both" else first
+        anchors = ((role == 1) | (role == 2)).sum()
         rows = sequences * (2 if self.config.scheme == "nt_xent" else 1)
-        return torch.stack([masked, first + second, torch.full_like(first, rows)])
+        return torch.stack([masked, anchors, torch.full_like(first, rows)])
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
         """The objective, a scalar, of summed parts and their counts."""
@@ -194,9 +206,9 @@ class CMLMLoss(nn.Module):
     def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:
         """Hidden states [n, D] and tokens [n] of the positions that MLM predicts: view 1's, then view 2's."""
         sizes = views.sizes or (None, None, None)
-        masked = [(views.hidden1, _places(views.role == 1, sizes[0]))]
+        masked = [(views.hidden1, _places((views.role & 1).bool(), sizes[0]))]
         if self.config.mlm_views == "both":
-            masked.append((views.hidden2, _places(views.role == 2, sizes[1])))
+            masked.append((views.hidden2, _places((views.role & 2).bool(), sizes[1])))
         hidden = torch.cat([take_rows(states, where) for states, where in masked])
         return hidden, torch.cat([views.input_ids[where] for _, where in masked])
 

@@ -103,7 +103,7 @@ class CMLMModel(nn.Module):
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
                 divisor: Tensor | None = None, sizes: tuple[int, int, int] | None = None, measured: bool = False,
-                group: Any = None, cached: CachedContrast | None = None, vectors_only: bool = False,
+                group: Any = None, stand_in: bool = False, cached: CachedContrast | None = None, vectors_only: bool = False,
                 **unused: Any) -> Any:  # fmt: skip
         """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
 
@@ -119,6 +119,7 @@ class CMLMModel(nn.Module):
             sizes: how many tokens have role 1, role 2, and are eligible, where the host knows; see `Views`.
             measured: also fill `measures`.
             group: process group whose ranks share their negatives in the sequence part.
+            stand_in: this batch stands for none: its sequences count for nothing.
             cached: this batch's part of a larger batch's sequence contrast; see `gradient_cache`.
             vectors_only: return the sequence vectors (z1, z2), [B, E] each, and compute no loss.
             unused: what else a collator's batch holds (sample_ids, unit_ids).
@@ -141,13 +142,15 @@ class CMLMModel(nn.Module):
             batch, first = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
         z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
+        if stand_in:
+            z1, z2, batch = z1[:0], z2[:0], 0
         if vectors_only:
             return z1, z2
         views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens, sizes)
         sums = self.loss(views, self.mlm_sum, group, cached)
         counts = self.loss.counts(role, batch)
         total = self.loss.total(sums, counts if divisor is None else divisor)
-        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured else {})
+        return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured and not stand_in else {})
 
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -218,6 +221,11 @@ class CMLMModel(nn.Module):
         offsets = cu_seqlens.long()
         total, count = (torch.segment_reduce(x, "sum", offsets=offsets, initial=0) for x in (hidden.float() * weight, weight))
         return (total / count.clamp_min(1)).to(hidden.dtype)
+
+    def freeze_encoder(self) -> None:
+        """Leave the LM head alone to be trained; its decoder too stays, where it is tied to the embeddings."""
+        for parameter in self.lm.base_model.parameters():
+            parameter.requires_grad_(False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head at rows [n, D]: logits [n, V]."""

@@ -21,6 +21,7 @@ class PostTrainOptions:
         text_column, text_pair_column: columns of the file that hold the texts.
         eval_share: share of the texts held out for the scores; 0 scores nothing.
         preset, objective: a preset of CMLMConfig, and the fields of it that differ.
+        freeze_encoder: train the LM head alone, with a preset that has MLM only.
         max_length: tokens a sequence; None: 128, or what the model takes where that is less.
         whole_word: mask whole words.
         epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
@@ -44,6 +45,7 @@ class PostTrainOptions:
     eval_share: float = 0.05
     preset: str = "balanced"
     objective: Mapping[str, Any] = field(default_factory=dict)
+    freeze_encoder: bool = False
     max_length: int | None = None
     whole_word: bool = False
     epochs: float = 3.0

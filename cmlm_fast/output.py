@@ -9,16 +9,30 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .checkpoints import STAGING, checkpoints, newest_whole
+
 _CHUNK = bytes(1 << 20)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # safetensors and torch.save report a failed write as an exception of their own, with these words.
 _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
-_STAGING = ".saving-"
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was told to end by `signal`. `str()` is one line that says what is kept."""
+
+    def __init__(self, number: signal.Signals, kept: str | None = None) -> None:
+        super().__init__(f"stopped by {number.name}" + (f"; {kept}" if kept else ""))
+        self.signal = number
+
+
+class DivergedError(ArithmeticError):
+    """The loss or a weight is not finite. `str()` is one line: at which step, and what can be gone on from."""
 
 
 class DiskError(OSError):
@@ -37,21 +51,13 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
     if any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents)):
         raise ValueError(f"expected output_dir to be a folder, or a path where one can be made, got {folder}")
     if resume:
-        checkpoints = complete_checkpoints(folder)
-        if not checkpoints:
-            raise ValueError(f"expected output_dir to hold a checkpoint-N to resume from, got {folder}")
-        return checkpoints[-1]
+        checkpoint = newest_whole(folder)
+        if checkpoint is None:
+            raise ValueError(f"expected output_dir to hold a whole checkpoint-N to resume from, got {folder}")
+        return checkpoint
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The Trainer's `checkpoint-N` folders that were written to the end, in order of N."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdigit()]
-    # trainer_state.json is what a resume needs and the Trainer writes last.
-    found = [path for path in found if (path / "trainer_state.json").exists()]
-    return sorted(found, key=lambda path: int(path.name[len("checkpoint-"):]))
 
 
 def open_output(folder: Path, size: int, *, fresh: bool) -> None:
@@ -73,8 +79,8 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
                 path.rmdir()
         rule = f"writable, with room for {size / 1e6:.0f} MB"
         raise DiskError(f"expected output_dir to be {rule}, got {error.strerror or error}: {folder}") from error
-    for path in folder.glob(f"{_STAGING}*"):
-        shutil.rmtree(path)
+    for path in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     if fresh:
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
@@ -84,7 +90,7 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A hidden folder to write to; its entries are renamed into `folder` when the block ends without an error."""
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging
         for path in staging.iterdir():
@@ -98,7 +104,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write inside the block into a DiskError that says what is kept; drop half-written checkpoints."""
+    """Turn a failed write inside the block into a DiskError that says what is kept."""
     try:
         yield
     except DiskError:
@@ -107,11 +113,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
         reason = _disk_reason(error)
         if reason is None:
             raise
-        kept = complete_checkpoints(folder)
-        for path in set(folder.glob("checkpoint-*")) - set(kept):
-            shutil.rmtree(path, ignore_errors=True)
-        rest = f"{kept[-1].name} is whole, continue with --resume" if kept else "nothing half-written is left"
-        raise DiskError(f"could not write to {folder}: {reason}; {rest}") from error
+        raise DiskError(f"could not write to {folder}: {reason}; {what_is_kept(folder)}") from error
+
+
+def what_is_kept(folder: Path) -> str:
+    """What a run that ends early leaves, for its message."""
+    found = checkpoints(folder)
+    return f"{found[-1].name} is whole, continue with --resume" if found else "there is no checkpoint"
 
 
 def _disk_reason(error: BaseException) -> str | None:

@@ -13,23 +13,26 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import ranks
 from .backends import use_backend
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, check_numbers, expect
-from .output import check_output, disk_errors, open_output, staged
+from .output import Stopped, check_output, disk_errors, open_output, staged, what_is_kept
 from .pooling import copy_pooling
 from .report import plot_curves
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from .callbacks import StopOnSignal
     from .data import TextCounts
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
@@ -58,7 +61,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     config = CMLMConfig.from_preset(options.preset, **options.objective)
     with use_backend(options.backend):
         pass  # an unknown backend is an error now
-    checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
+    checkpoint = None
+    if ranks.is_main():  # it tells the others, when they run
+        checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers.trainer_utils import SchedulerType
@@ -67,16 +72,18 @@ def prepare(options: PostTrainOptions) -> Prepared:
     expect(options.scheduler in schedulers, "scheduler", f"one of {', '.join(schedulers)}", options.scheduler)
     from .data import clean_texts, load_texts, split_evaluation, tokenize_texts
 
-    tokenizer = _load_tokenizer(options)
+    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     length = options.max_length or min(128, int(tokenizer.model_max_length))
     texts, counts = clean_texts(
         load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     )
     train, held = split_evaluation(texts, options.eval_share, options.seed)
-    model = _load_model(options, config)
-    _check_fit(model, length)
+    model = load_model(options.model, config, options.trust_remote_code)
+    if options.freeze_encoder:
+        model.freeze_encoder()
+    check_length(model, length, config.position_jitter)
     arguments = _arguments(options)
-    tokens = {"max_length": length, "whole_word": options.whole_word}
+    tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
     train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
         held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
@@ -88,29 +95,50 @@ def run(prepared: Prepared) -> dict[str, Any]:
 
     Raises:
         DiskError: a write failed; says what the folder still holds.
+        DivergedError: the loss or a weight is not finite.
+        Stopped: SIGINT or SIGTERM; a training under way has finished its step and saved a checkpoint.
     """
+    from .callbacks import StopOnSignal
+
+    with StopOnSignal() as stop:
+        try:
+            return _run(prepared, stop)
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, what_is_kept(Path(prepared.options.output_dir))) from None
+
+
+def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     from transformers import PrinterCallback, ProgressCallback
 
     from .callbacks import MetricsFile, QuietProgress
     from .trainer import CMLMTrainer
 
     options, folder = prepared.options, Path(prepared.options.output_dir)
+    prepared.checkpoint = ranks.of_main(prepared.checkpoint)
     size = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps.
     copies = 1 + (3 * (options.save_total_limit + 1) if options.save_steps else 0)
-    open_output(folder, copies * size, fresh=prepared.checkpoint is None)
-    metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint)
-    with disk_errors(folder), use_backend(options.backend):
+    fresh = prepared.checkpoint is None
+    ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
+    metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
+    with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
         trainer = CMLMTrainer(
             prepared.model, prepared.arguments, train_dataset=prepared.train, eval_dataset=prepared.evaluation,
-            processing_class=prepared.tokenizer, callbacks=[metrics],
+            processing_class=prepared.tokenizer, callbacks=[metrics, stop],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback if prepared.arguments.disable_tqdm else ProgressCallback)
-        trainer.add_callback(QuietProgress())
-        before = trainer.evaluate() if prepared.evaluation is not None and prepared.checkpoint is None else {}
+        trainer.add_callback(progress)
+        before: dict[str, float] = {}
+        if prepared.evaluation is not None and fresh:
+            if trainer.is_fsdp_enabled:  # FSDP shards model and optimizer together, when the training begins
+                prepared.arguments.eval_on_start = True
+            else:
+                before = trainer.evaluate()
         begin = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = time.perf_counter() - begin
+        if stop.stopped:
+            raise Stopped(stop.stopped)
         after = trainer.evaluate() if prepared.evaluation is not None else {}
         summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
         _save(trainer, prepared, summary)
@@ -119,8 +147,11 @@ def run(prepared: Prepared) -> dict[str, Any]:
 
 def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any]) -> None:
     folder = Path(prepared.options.output_dir)
+    state = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: FSDP gathers its shards
+    if not ranks.is_main():
+        return
     with staged(folder) as staging:
-        trainer.model.save_pretrained(staging)
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
         copy_pooling(prepared.options.model, staging)
         plot_curves(trainer.state.log_history, staging / "curves.png")
@@ -141,30 +172,32 @@ def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str
     }
 
 
-def _load_tokenizer(options: PostTrainOptions) -> Any:
+def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint that can be post-trained; every fault is a ValueError of one line."""
     from transformers import AutoTokenizer
 
-    path = Path(options.model)
+    path = Path(model)
     if path.exists():
-        expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", options.model)
+        expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", model)
     rule = "a folder, or a hub id that can be reached, with a tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected model to be {rule}, got {options.model}: {_line(error)}") from error
+        raise ValueError(f"expected model to be {rule}, got {model}: {_line(error)}") from error
     # transformers makes up a tokenizer of special tokens alone where a folder has none.
-    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, options.model)
-    expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", options.model)
+    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, model)
+    expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", model)
     return tokenizer
 
 
-def _load_model(options: PostTrainOptions, config: CMLMConfig) -> CMLMModel:
+def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) -> CMLMModel:
+    """`CMLMModel.from_pretrained`; every fault is a ValueError of one line."""
     from .modeling import CMLMModel
 
     try:
-        return CMLMModel.from_pretrained(options.model, config, trust_remote_code=options.trust_remote_code)
+        return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected model to be a masked LM or an encoder, got {options.model}: {_line(error)}") from error
+        raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
 
 
 def _processes(texts: int) -> int | None:
@@ -173,19 +206,26 @@ def _processes(texts: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def _check_fit(model: CMLMModel, length: int) -> None:
+def check_length(model: CMLMModel, length: int, jitter: int) -> None:
+    """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None:
         pad = getattr(getattr(model.lm.base_model, "embeddings", None), "padding_idx", None)
-        most -= model.cmlm.position_jitter + (0 if pad is None else pad + 1)
+        most -= jitter + (0 if pad is None else pad + 1)
         expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
+
+
+def fast_in_bf16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware."""
+    if torch.accelerator.is_available():
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
+    return bfloat16_hardware()
 
 
 def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     from .trainer import CMLMTrainingArguments
 
     gpu = torch.accelerator.is_available()
-    fast = bfloat16_hardware() if not gpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
@@ -194,7 +234,7 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
         max_tokens=options.max_tokens, contrastive_batch_size=options.contrastive_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation * batches, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
-        bf16=fast and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
+        bf16=fast_in_bf16() and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
         seed=options.seed, logging_steps=options.logging_steps,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,

@@ -50,7 +50,7 @@ def show(value: object) -> str:
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the logged values over the optimizer steps: lines for training, dots for the held-out texts (eval_*)."""
-    figure, pyplot = _figure(1, len(_PANELS))
+    figure, pyplot = new_figure(1, len(_PANELS))
     for axes, (title, label, names) in zip(figure.axes, _PANELS, strict=True):
         for number, name in enumerate(names):
             colour = f"C{number}"
@@ -69,7 +69,8 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _figure(rows: int, columns: int, width: float = 4.6, height: float = 4.0) -> tuple[Any, Any]:
+def new_figure(rows: int, columns: int, width: float = 4.6, height: float = 4.0) -> tuple[Any, Any]:
+    """A figure of rows × columns axes, inches each, and pyplot, without a display."""
     import matplotlib
 
     matplotlib.use("Agg")  # no display is needed, and none may be there
@@ -97,7 +98,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path) -> None:
     """Draw what the demo's table says: three scores on held-out text, and the few-shot accuracies, before and after."""
-    figure, pyplot = _figure(1, 4, width=3.2)
+    figure, pyplot = new_figure(1, 4, width=3.2)
     scores = result["held_out_before_after"]
     panels = (("MLM perplexity", "perplexity"), ("Masked-token retrieval", "token_retrieval"),
               ("Sequence retrieval", "sequence_retrieval"))  # fmt: skip

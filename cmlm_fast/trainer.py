@@ -6,31 +6,36 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import send_to_device
+from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from .config import CMLMConfig
-from .data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
+from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
 from .gradient_cache import GradientCache
 from .losses import PARTS
 from .modeling import CMLMModel, CMLMOutput
-from .ops import complementary_mask
+from .ops import ComplementaryMask, complementary_mask
 from .ops.complementary_mask import exact_counts
+from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 #: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
 EVALUATION_STEP = 2**32 - 1
+
+#: What the seed of view 2's masks differs by where the views are masked independently.
+INDEPENDENT = 0x9E3779B97F4A7C15
 
 
 @dataclass
@@ -78,12 +83,13 @@ class _Sums:
         for name, pair in found.items():
             self.values[name] = self.values[name] + pair if name in self.values else pair
 
-    def read(self, reduce: Any) -> dict[str, float]:
+    def read(self, reduce: Any, device: torch.device) -> dict[str, float]:
         """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
-        if not self.values:
+        names = sorted(set(gather_object(list(self.values))))  # a rank may have had nothing to measure
+        if not names:
             return {}
-        names = sorted(self.values)
-        totals = reduce(torch.stack([self.values[name].double() for name in names])).tolist()
+        nothing = torch.zeros(2, dtype=torch.float64)
+        totals = reduce(torch.stack([self.values.get(name, nothing).to(device).double() for name in names])).tolist()
         self.values = {}
         means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
         if kernel := means.pop("uniformity_kernel", None):
@@ -91,7 +97,7 @@ class _Sums:
         return means
 
 
-class CMLMTrainer(Trainer):
+class CMLMTrainer(ResumableTrainer):
     """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
@@ -138,7 +144,14 @@ class CMLMTrainer(Trainer):
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
                 logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
+        if args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
+            idle_head = model.cmlm.sequence_weight == 0 and model.cmlm.projection > 0
+            args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        policy = getattr(plugin, "mixed_precision_policy", None)
+        if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
+            plugin.mixed_precision_policy = replace(policy, output_dtype=None)
         # compute_loss already divides by what the whole optimizer step saw.
         self.loss_is_scaled_for_ga = True
 
@@ -148,28 +161,11 @@ class CMLMTrainer(Trainer):
         config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
         return config
 
-    def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """The batch on the device, with both views and the role of each token."""
-        batch = send_to_device(batch, self.args.device)
-        self.special_ids = self.special_ids.to(batch["input_ids"].device)
-        seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
-        config = self.cmlm
-        masked = complementary_mask(
-            batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
-            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"], rate=config.rate,
-            complement_rate=config.complement_rate, sampling=config.sampling, mask_share=config.mask_share,
-            random_share=config.random_share, seed=seed, step=step, special_ids=self.special_ids, **self.mask_settings,
-        )  # fmt: skip
-        jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
-        known = batch.pop("eligible_counts", None) if config.sampling == "exact" else None
-        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
-        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
-
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the Trainer's, or with batches by tokens."""
+        """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
         args, dataset = self.args, self.train_dataset
         if args.max_tokens is None:
-            return super().get_train_dataloader()
+            return self._shared(super().get_train_dataloader())
         sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=args.seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
@@ -178,13 +174,53 @@ class CMLMTrainer(Trainer):
         # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
+        return self._shared(super().get_eval_dataloader(eval_dataset))
+
+    def _shared(self, loader: DataLoader) -> DataLoader:
+        shard = loader.batch_sampler
+        if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1:  # one process, or no length is known
+            return loader
+        batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=shard.drop_last)
+        names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers")
+        options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+        return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), self.args.device,
+                                   num_processes=1, process_index=0, put_on_device=True)  # fmt: skip
+
+    def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """The batch on the device, with both views and the role of each token."""
+        batch = send_to_device(batch, self.args.device)
+        self.special_ids = self.special_ids.to(batch["input_ids"].device)
+        seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
+        config = self.cmlm
+        draw = partial(
+            complementary_mask, batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"],
+            sampling=config.sampling, mask_share=config.mask_share, random_share=config.random_share, step=step,
+            special_ids=self.special_ids, **self.mask_settings,
+        )  # fmt: skip
+        if config.complementary:
+            masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
+        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
+            view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
+            second = (1.0 - config.rate) * config.complement_rate
+            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=seed ^ INDEPENDENT)
+            masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
+        jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
+        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
+        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
+
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
         """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
+            return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
         if batches:
             loss = self.accelerator.unwrap_model(self.model).loss
-            divisor = self._reduce(sum(loss.counts(batch["role"], len(batch["sample_ids"])) for batch in batches))
+            divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
             batches = [{**batch, "divisor": divisor} for batch in batches]
         if self.args.contrastive_batch_size is not None and self.cmlm.sequence_weight > 0:
             size = self.args.contrastive_batch_size // self.args.per_device_train_batch_size
@@ -206,6 +242,7 @@ class CMLMTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
+        self.accelerator.unwrap_model(self.model).loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
         output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
         self._sums.add(_parts(output))
@@ -222,7 +259,7 @@ class CMLMTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the parts and measures of the steps since the last log to the training loss's entry."""
         if "loss" in logs:
-            logs |= self._sums.read(self._reduce)
+            logs |= self._sums.read(self._reduce, self.args.device)
             logs |= self._temperatures()
         super().log(logs, start_time)
 
@@ -234,15 +271,17 @@ class CMLMTrainer(Trainer):
         if not self.cmlm.learn_temperature:
             return {}
         loss = self.accelerator.unwrap_model(self.model).loss
-        parts = {"token": loss.token.temperature, "sequence": loss.sequence.temperature}
-        return {f"{name}_temperature": part().item() for name, part in parts.items() if part.logit_scale is not None}
+        scales = {"token": loss.token.temperature.logit_scale, "sequence": loss.sequence.temperature.logit_scale}
+        # Under FSDP a parameter is a shard outside the forward pass.
+        full = {name: getattr(scale, "full_tensor", lambda s=scale: s)() for name, scale in scales.items() if scale is not None}
+        return {f"{name}_temperature": math.exp(-scale.item()) for name, scale in full.items()}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
         training, self._sums = self._sums, _Sums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-            means = self._sums.read(self._reduce)
+            means = self._sums.read(self._reduce, self.args.device)
         finally:
             self._sums = training
         weights = (self.cmlm.mlm_weight, self.cmlm.token_weight, self.cmlm.sequence_weight)
@@ -253,25 +292,21 @@ class CMLMTrainer(Trainer):
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
-                        ignore_keys: list[str] | None = None) -> tuple[Tensor, None, None]:  # fmt: skip
+                        ignore_keys: list[str] | None = None) -> tuple[None, None, None]:  # fmt: skip
         """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
         with torch.no_grad(), self.compute_loss_context_manager():
             output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
         self._sums.add(_parts(output))
         self._sums.add(output.measures)
-        return output.loss.detach(), None, None
+        return None, None, None  # what the Trainer would average over batches, some of them short
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without the learned temperatures, which would decay to 1."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As the Trainer's; a checkpoint also restores projection and learned temperatures."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            self.accelerator.unwrap_model(self.model).load_contrast(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, **options)
+    def resume_from(self, checkpoint: str) -> None:
+        """A checkpoint also restores projection and learned temperatures."""
+        self.accelerator.unwrap_model(self.model).load_contrast(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""
@@ -283,6 +318,10 @@ class CMLMTrainer(Trainer):
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+
+def _sequences(batch: dict[str, Any]) -> int:
+    return 0 if batch.get("stand_in") else len(batch["sample_ids"])
 
 
 def _parts(output: CMLMOutput) -> dict[str, Tensor]:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from itertools import product
+from pathlib import Path
 from typing import Any
+
+# With a worker on every core, threads that wait must sleep; read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from filelock import FileLock
 
 # Without a GPU, Triton kernels run in Triton's interpreter; read when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # the shipped entries are what is tested, not what was tuned here
 
 # Read when `datasets` and `huggingface_hub` are first imported, hence before any test module is.
 _cache = tempfile.TemporaryDirectory(prefix="cmlm_fast_tests_")
@@ -54,6 +63,28 @@ def make_tokenizer(sentences: list[str]) -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=128, model_input_names=["input_ids", "token_type_ids",
         "attention_mask"], **special)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def script_folder(tmp_path_factory: Any) -> Any:
+    """name -> the folder that `python tests/<name>.py FOLDER` filled, which all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def run(name: str) -> Path:
+        folder = base / name
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "returncode").exists():
+                folder.mkdir(exist_ok=True)
+                command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), str(folder)]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+                result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+                (folder / "output").write_text(result.stdout[-5000:] + result.stderr[-5000:])
+                (folder / "returncode").write_text(str(result.returncode))
+        assert (folder / "returncode").read_text() == "0", (folder / "output").read_text()
+        return folder
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import torch
 
 import cmlm_fast
 from cmlm_fast._library import contracts, op
-from cmlm_fast.backends import BACKENDS, PREFERENCE, resolve
+from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
 
 CPU = torch.device("cpu")
 
@@ -27,9 +27,38 @@ def python(code, **environment):
 @pytest.mark.parametrize("name", contracts)
 def test_auto_takes_the_first_available_backend(name):
     reasons = cmlm_fast.available(name, "cpu")
-    first = next(backend for backend in PREFERENCE["cpu"] if reasons[backend] is None)
+    first = next(backend for backend in preference(name, "cpu") if reasons[backend] is None)
     assert resolve(name, CPU) is resolve(name, CPU, first)
     assert resolve(name, CPU, "reference") is op(name, "_reference")
+
+
+def test_choices_are_well_formed_and_every_device_has_an_answer():
+    for rules in CHOICES.values():
+        assert rules[-1] == Rule(rules[-1].order)  # what fits whenever nothing before does
+        for rule in rules:
+            assert set(rule.order) <= set(BACKENDS) and rule.order[-1] == "reference"
+            assert rule.op is None or rule.op in contracts
+            assert not rule.least or (rule.op and rule.dtypes)
+    assert preference("info_nce", "meta") == ("reference",)
+
+
+@pytest.mark.parametrize("rule", [rule for rule in CHOICES["cuda"] if rule.least], ids=lambda rule: rule.op)
+def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
+    import cmlm_fast.backends as backends
+
+    monkeypatch.setattr(backends, "_absence", lambda *_: None)  # as where everything is there
+    monkeypatch.setattr(backends, "_resolved", {})
+    device = torch.device("cuda")
+
+    def chosen(dtype, size, backend=None):
+        return str(resolve(rule.op, device, backend, dtype, size)).split(".")[1]
+
+    for _ in range(2):  # found, and remembered
+        assert chosen(torch.bfloat16, rule.least) == f"{rule.op}_triton"
+        assert chosen(torch.bfloat16, rule.least - 1) == chosen(torch.float32, rule.least) == rule.op
+        assert chosen(torch.bfloat16, rule.least, "reference") == f"{rule.op}_reference"
+    with cmlm_fast.use_backend("cuda"):
+        assert chosen(torch.bfloat16, rule.least) == rule.op
 
 
 @pytest.mark.parametrize("name", contracts)

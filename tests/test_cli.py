@@ -131,7 +131,7 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "no tokenizer": (["--model", bare], "expected model to be a folder, or a hub id that can be reached, with a tokenizer"),
         "no mask": (["--model", unmasked], "expected model to be one whose tokenizer has a mask token"),
         "both": (["--resume", "--overwrite"], "expected at most one of overwrite and resume, got both"),
-        "resume": (["--resume"], "expected output_dir to hold a checkpoint-N to resume from"),
+        "resume": (["--resume"], "expected output_dir to hold a whole checkpoint-N to resume from"),
     }  # fmt: skip
 
 

@@ -51,6 +51,17 @@ def test_txt_has_one_text_a_line(tmp_path: Path, content: bytes) -> None:
     assert load_texts(write(tmp_path / "a.txt", content))["text"][:] == ["one", "two", "", "three"]
 
 
+def test_quotation_marks_of_a_tsv_are_text_unless_they_quote(tmp_path):
+    path = tmp_path / "table.tsv"
+    plain = ['" conan " is', 'he said " no "', '"', '"all of it"', "no mark"]
+    path.write_text("text\tlabel\n" + "".join(f"{text}\tx\n" for text in plain), encoding="utf-8")
+    assert load_texts(path, text_column="text")["text"] == plain
+    path.write_text('text\tlabel\n"a ""b"" c"\tx\nplain\ty\n"tab\tin it"\tz\n"two\nlines"\tz\n', encoding="utf-8")
+    assert load_texts(path, text_column="text")["text"] == ['a "b" c', "plain", "tab\tin it", "two\nlines"]
+    path.write_text('text\n"two\nlines"\nplain\n', encoding="utf-8")
+    assert load_texts(path)["text"] == ["two\nlines", "plain"]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".CSV"])
 def test_awkward_texts_survive_every_format(tmp_path: Path, suffix: str) -> None:
     frame = pd.DataFrame({"id": range(len(AWKWARD)), "sentence": AWKWARD, "note": "x"})

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("backends", "config", "losses", "report", "fewshot", "ops.complementary_mask", "ops.info_nce",
-           "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity", "ops.varlen_attention")  # fmt: skip
+MODULES = ("backends", "config", "losses", "report", "fewshot.draws", "fewshot.methods", "fewshot.tables",
+           "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
+           "ops.varlen_attention")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -55,3 +56,20 @@ def test_readme_names_commands_that_exist():
     assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_scale_table_is_what_its_formulas_give():
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    from benchmarks import scale
+
+    assert f"{scale.BEGIN}{scale.table()}{scale.END}" in scale.PAGE.read_text(encoding="utf-8")
+    with torch.device("meta"):
+        lm = AutoModelForMaskedLM.from_config(BertConfig())
+    layer = sum(p.numel() for p in lm.bert.encoder.layer[0].parameters())
+    sizes = scale.Model()
+    assert (sizes.parameters, sizes.layer) == (sum(p.numel() for p in lm.parameters()), layer)
+    one, many = scale.step(1), scale.step(1024)
+    assert one["ddp_sent"] == one["fsdp_sent"] == one["contrast_sent"] == 0
+    assert many["ddp_sent"] == pytest.approx(8 * sizes.parameters, rel=1e-2)
+    assert many["contrast_memory"] == 2 * 1024 * 32 * 768 * 6

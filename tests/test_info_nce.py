@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmlm_fast import available, info_nce
+from cmlm_fast._library import contracts
 from cmlm_fast.backends import _SUFFIX, BACKENDS
 from cmlm_fast.ops._scores import loss_dtype
 from cmlm_fast.testing import assert_no_worse_than_eager
@@ -42,6 +43,17 @@ def test_sizes_that_cross_chunks(backend, kind, dtype):
     args = (rows(b, d, dtype), rows(b, d, dtype, 1), torch.tensor(0.05), labels,
             "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, "mean", True, True)  # fmt: skip
     assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
+
+
+@pytest.mark.skipif("triton" not in HERE, reason="triton is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label", [label for label, _ in contracts["info_nce"].samples(torch.float32, torch.device("cpu"))])
+def test_triton_in_tiles_where_one_launch_would_do(dtype, label, monkeypatch):
+    import cmlm_fast.kernels.info_nce as kernels
+
+    monkeypatch.setattr(kernels, "SMALL", {})
+    args = dict(contracts["info_nce"].samples(dtype, torch.device("cpu")))[label]
+    assert_no_worse_than_eager("info_nce", "_triton", args)
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -18,9 +18,12 @@ pytest.importorskip("triton")
 
 from benchmarks.triton_static import CHIPS, LIMITS, committed
 
+pytestmark = pytest.mark.xdist_group("triton_static")  # one worker makes what they share
+
 NVIDIA = [chip for chip in CHIPS if chip.startswith("sm_")]
-INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-MATRIX_KERNELS = ("statistics", "weights", "products", "scores")
+INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync",
+               "gfx942": "v_mfma"}
+MATRIX_KERNELS = ("statistics", "weights", "products", "scores", "info_nce_small")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def compiled(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     runs = {}
-    for chips in (("sm_80", "sm_100"), ("sm_90", "gfx942")):
+    for chips in (("sm_80", "sm_100"), ("sm_90", "sm_120", "gfx942")):
         output = folder / f"{chips[0]}.json"
         options = [f"--chip={chip}" for chip in chips]
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.triton_static", *options, f"--output={output}"]

@@ -1,11 +1,13 @@
 """From text to batches: read, clean, split, tokenise, collate. Built on `datasets`, so all of it is Arrow on disk.
 
     load_texts      file or saved folder      ->  columns text (and text_pair)
+    load_labelled   the same with their labels  ->  columns text, label (and text_pair, paraphrase)
     clean_texts     drops blank and repeated rows, counts them
     split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
     tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
     CMLMDataCollator                          ->  padded tensors for the masked-view step
     TokenBudgetSampler                        ->  batches by tokens instead of by sequences
+    RankShare       what each of several ranks sees of an epoch
     mask_settings   what `complementary_mask` must know of a tokenizer
 
 Example:
@@ -20,14 +22,18 @@ Example:
 from .budget import TokenBudgetSampler, sequence_lengths
 from .clean import TextCounts, clean_texts, split_evaluation
 from .collate import CMLMDataCollator, mask_settings
+from .labelled import load_labelled
 from .load import load_texts
+from .share import RankShare
 from .tokens import tokenize_texts
 
 __all__ = [
     "CMLMDataCollator",
+    "RankShare",
     "TextCounts",
     "TokenBudgetSampler",
     "clean_texts",
+    "load_labelled",
     "load_texts",
     "mask_settings",
     "sequence_lengths",

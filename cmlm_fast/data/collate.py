@@ -50,6 +50,9 @@ class CMLMDataCollator:
     Both hold eligible_counts, a tuple of B ints, where each token is masked for itself (no unit_ids, no eligible): from them
     the host knows how many tokens exact sampling masks.
 
+    No rows (a rank's share of a round that has too few, see `RankShare`) become one sequence of a special token, and the entry
+    stand_in = True: the encoder runs as on every rank, and nothing of it counts.
+
     Args:
         tokenizer: the tokenizer of `tokenize_texts`.
         pad_to_multiple_of: round L up to a multiple of this.
@@ -69,7 +72,10 @@ class CMLMDataCollator:
         self._special, self._more_special = special[:_MAX_SPECIAL_IDS], special[_MAX_SPECIAL_IDS:]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self._pack(rows) if self.packed else self._pad(rows)
+        if rows:
+            return self._pack(rows) if self.packed else self._pad(rows)
+        nothing = {"input_ids": [self.tokenizer.mask_token_id], "attention_mask": [1], "sample_id": 0}
+        return {**(self._pack([nothing]) if self.packed else self._pad([nothing])), "stand_in": True}
 
     def _pack(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable: equal lengths keep their order

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import csv
 import glob
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,17 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {"parse_agent_traces": False}),
     ".parquet": ("parquet", {}),
 }
-_TEXT_TYPES = ("string", "large_string", "string_view")
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
+TEXT_TYPES = ("string", "large_string", "string_view")
 
 
 def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
     """The texts of a file, or of a folder saved with `datasets`, in order, as strings (or None).
 
     Args:
-        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted), .jsonl or .json (objects, or
-            a list of strings), .parquet; text is UTF-8. Or a folder written by `save_to_disk`, with one split or a
-            split "train".
+        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted, and where a .tsv is not, its
+            quotation marks are text), .jsonl or .json (objects, or a list of strings), .parquet; text is UTF-8. Or a
+            folder written by `save_to_disk`, with one split or a split "train".
         text_column: column that holds the text; default: "text" or "sentence", else the only column of strings.
         text_pair_column: column that holds the second text of a pair, if any.
 
@@ -50,24 +53,38 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
         >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
         ['text', 'text_pair']
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
-    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
-    wanted = {"text": _choose_column(types, text_column, text_pair_column)}
-    if text_pair_column is not None:
-        wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
-        if wanted["text"] == text_pair_column:
-            raise fail("load_texts", "text_pair_column", "another column than text_column", repr(text_pair_column))
-    dataset = dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+    dataset = read_columns(path, text_column, text_pair_column, {})
     strings = Features({name: Value("string") for name in dataset.column_names})
     return dataset if dataset.features == strings else dataset.cast(strings)
 
 
-def _choose_column(types: Mapping[str, str], given: str | None, pair: str | None) -> str:
+def read_columns(path: str | Path, text_column: str | None, text_pair_column: str | None,
+                 others: Mapping[str, tuple[str, str]]) -> Dataset:  # fmt: skip
+    """Columns text (and text_pair), chosen as `load_texts` says, and `others`: new name -> (argument, column), of any type."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
+    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
+    for argument, column in others.values():
+        if column not in types:
+            raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
+    taken = {column for _, column in others.values()} | {text_pair_column}
+    wanted = {"text": _choose_column(types, text_column, taken)}
+    if text_pair_column is not None:
+        wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
+    columns = {**{f"{name}_column": column for name, column in wanted.items()}, **dict(others.values())}
+    owner: dict[str, str] = {}
+    for argument, column in columns.items():
+        if owner.setdefault(column, argument) != argument:
+            raise fail("load_texts", argument, f"another column than {owner[column]}", repr(column))
+    wanted |= {name: column for name, (_, column) in others.items()}
+    return dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+
+
+def _choose_column(types: Mapping[str, str], given: str | None, taken: Collection[str | None]) -> str:
     if given is not None:
         return _check_column(types, "text_column", given)
-    texts = [name for name, kind in types.items() if kind in _TEXT_TYPES and name != pair]
+    texts = [name for name, kind in types.items() if kind in TEXT_TYPES and name not in taken]
     usual = [name for name in ("text", "sentence") if name in texts]
     if usual or len(texts) == 1:
         return (usual or texts)[0]
@@ -78,7 +95,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, pair: str | None
 def _check_column(types: Mapping[str, str], argument: str, name: str) -> str:
     if name not in types:
         raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(name))
-    if types[name] not in _TEXT_TYPES:
+    if types[name] not in TEXT_TYPES:
         raise fail("load_texts", argument, "a column of text", f"{name!r} of type {types[name]}; columns {dict(types)}")
     return name
 
@@ -113,6 +130,8 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
     types: dict[str, str] | None = None
     try:
         if reader == "csv":
+            if suffix == ".tsv" and not _uses_quotes(path):
+                options = {**options, "quoting": csv.QUOTE_NONE}
             types = _csv_types(path, options)
             options = {**options, "features": Features({name: Value("string") for name in types})}
         # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern.
@@ -133,11 +152,26 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
 def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
     """Column types by the first 1000 rows; the file itself is read as strings, or a text such as "007" would suffer."""
     head = pd.read_csv(path, nrows=1000, sep=options["sep"], encoding=options["encoding"], keep_default_na=False,
-                       na_values=[""])  # fmt: skip
+                       na_values=[""], quoting=options.get("quoting", csv.QUOTE_MINIMAL))  # fmt: skip
     if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
         raise ValueError(f"the header has {head.shape[1]} fields, the first row more; is a comma in it not quoted?")
     is_text = pd.api.types.is_string_dtype
     return {str(name): "string" if is_text(kind) else str(kind) for name, kind in head.dtypes.items()}
+
+
+def _uses_quotes(path: Path) -> bool:
+    """False where quotation marks are text: each line has the header's number of fields, at least two, and a field that
+    begins with a mark is not all quoted. Read as quoted, such a field would swallow the lines behind it."""
+    plain = False
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        width = next(file, "").count("\t")
+        for line in file:
+            if width == 0 or (line.count("\t") != width and line.strip()):
+                return True
+            if '"' in line and not plain:
+                fields = line.rstrip("\r\n").split("\t")
+                plain = any(field.startswith('"') and not _QUOTED.fullmatch(field) for field in fields)
+    return not plain
 
 
 def _check_utf8(path: Path) -> None:

@@ -1,15 +1,19 @@
-"""Tile sizes, by chip, width of the numbers and shape class: data in configs.json.
+"""Tile sizes, by chip, width of the numbers and shape class: data in configs.json, and what was tuned on this machine.
 
-A chip is `sm_80`, `sm_90`, `sm_100` (NVIDIA; a newer chip takes the nearest older entry), `gfx942` (AMD) or
-`interpreter`.
+A chip is `sm_80`, `sm_90`, `sm_100`, `sm_120` (NVIDIA; another takes the nearest older entry), `gfx942` (AMD) or `interpreter`.
+Entries of the file that `cmlm_fast.kernels.tune` writes come before the package's. It is `CMLM_FAST_TRITON_CONFIGS`, by default
+~/.cache/cmlm_fast/triton.json (`XDG_CACHE_HOME` is respected); an empty variable means none.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+import re
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,35 +58,87 @@ class Config:
     precision: str
 
 
+#: chip → bits of a number → shape class → Config.
+Table = dict[str, dict[str, dict[str, Config]]]
+
+
 def shape_class(width: int) -> str:
     """"narrow" up to D = 128, "wide" above."""
     return "narrow" if width <= 128 else "wide"
 
 
+def user_file() -> Path | None:
+    """Where tuned entries are kept; None where none are wanted."""
+    named = os.environ.get("CMLM_FAST_TRITON_CONFIGS")
+    if named is not None:
+        return Path(named) if named else None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cmlm_fast" / "triton.json"
+
+
+def load(path: Path) -> Table:
+    """The entries of a file."""
+    try:
+        return {
+            chip: {bits: {shape: _config(entry) for shape, entry in shapes.items()} for bits, shapes in numbers.items()}
+            for chip, numbers in json.loads(path.read_text(encoding="utf-8")).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"cmlm_fast.kernels: expected {path} to hold entries as configs.json does, got {error!r}") from error
+
+
+def _config(entry: dict[str, Any]) -> Config:
+    found = Config(Tile(**entry["scores"]), Tile(**entry["products"]), tuple(entry["panel"]), tuple(entry["statistics_panel"]),
+                   entry["precision"])  # fmt: skip
+    tiles = [(t.rows, t.cols, t.depth, t.warps, t.group) for t in (found.scores, found.products)]
+    for size in (*tiles[0], *tiles[1], *found.panel, *found.statistics_panel):
+        if not isinstance(size, int) or size < 1 or size & (size - 1):
+            raise ValueError(f"a size that is no power of two: {size}")
+    if min(found.scores.rows, found.scores.cols) < found.products.depth:
+        raise ValueError(f"products of depth {found.products.depth} in smaller tiles of scores")
+    return found
+
+
 @cache
-def table() -> dict[str, dict[str, dict[str, Config]]]:
-    """chip → bits of a number → shape class → Config."""
-    return {
-        chip: {bits: {shape: _config(entry) for shape, entry in shapes.items()} for bits, shapes in numbers.items()}
-        for chip, numbers in json.loads(_PATH.read_text()).items()
-    }
+def table() -> Table:
+    """The package's entries."""
+    return load(_PATH)
 
 
-def _config(entry: dict) -> Config:
-    return Config(Tile(**entry["scores"]), Tile(**entry["products"]), tuple(entry["panel"]),
-                  tuple(entry["statistics_panel"]), entry["precision"])  # fmt: skip
+@cache
+def tuned() -> Table:
+    """The entries of this machine's own file."""
+    path = user_file()
+    return load(path) if path is not None and path.exists() else {}
 
 
 @cache
 def config(chip: str, dtype: torch.dtype, shape: str) -> Config:
-    """The entry of a chip, or of the nearest older one of its maker."""
+    """The tuned entry of a chip, else the package's, else that of the nearest older chip of its maker."""
+    bits = str(dtype.itemsize * 8)
+    own = tuned().get(chip, {}).get(bits, {}).get(shape)
+    if own is not None:
+        return own
     entries = table()
     if chip not in entries:
-        maker = chip.rstrip("0123456789abcdef") if chip.startswith("sm_") else "gfx"
+        maker = "sm_" if chip.startswith("sm_") else "gfx"
         known = [name for name in entries if name.startswith(maker)]
         older = [name for name in known if _number(name) <= _number(chip)]
         chip = max(older or known, key=_number)
-    return entries[chip][str(dtype.itemsize * 8)][shape]
+    return entries[chip][bits][shape]
+
+
+def use(chip: str, dtype: torch.dtype, shape: str, entry: Config) -> None:
+    """Take `entry` from now on, in this process."""
+    tuned().setdefault(chip, {}).setdefault(str(dtype.itemsize * 8), {})[shape] = entry
+    config.cache_clear()
+
+
+def dump(entries: Table) -> str:
+    """The text of such a file, with one line a tile."""
+    plain = {chip: {bits: {shape: asdict(entry) for shape, entry in shapes.items()} for bits, shapes in numbers.items()}
+             for chip, numbers in entries.items()}  # fmt: skip
+    text = json.dumps(plain, indent=1)
+    return re.sub(r"([\[{])\n\s+([^\[\]{}]+?)\n\s+([\]}])", lambda m: m[1] + re.sub(r"\s+", " ", m[2]) + m[3], text) + "\n"
 
 
 def _number(chip: str) -> int:

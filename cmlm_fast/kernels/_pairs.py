@@ -28,7 +28,7 @@ from ._scores import bounds, finish, merge, statistics, weights
 
 _MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
 _ROWS, _DEPTH = 16, 64  # of the kernels that go over rows once
-_FUSED = {"enable_fp_fusion": True}  # Triton's default changes with 3.10
+FUSED = {"enable_fp_fusion": True}  # Triton's default changes with 3.10
 
 
 def up(size: int, step: int) -> int:
@@ -98,7 +98,7 @@ class Pairs:
     def _bounds(self) -> tuple[Tensor, Tensor]:
         tiles, rows = triton.cdiv(self.n, self.config.scores.rows), self.config.scores.rows
         low, high = self._new(tiles, dtype=torch.int32), self._new(tiles, dtype=torch.int32)
-        bounds[(tiles,)](self.target, self.start, self.end, low, high, self.n, self.m, rows, **_FUSED)
+        bounds[(tiles,)](self.target, self.start, self.end, low, high, self.n, self.m, rows, **FUSED)
         return low, high
 
     def _inverse(self, x: Tensor) -> Tensor:
@@ -146,11 +146,11 @@ class Pairs:
                 )  # fmt: skip
                 merge[(row_tiles,)](row_part, rows_state, self.low, self.high, row0, panel_rows, col_tiles, col0,
                                     panel_rows, self.n, col0 == 0, ranges, planes == 4, tile.rows, tile.cols,
-                                    math, **_FUSED)  # fmt: skip
+                                    math, **FUSED)  # fmt: skip
                 if self.columns:
                     merge[(col_tiles,)](col_part, cols_state, None, None, col0, panel_keys, row_tiles, row0,
                                         panel_keys, self.m, row0 == 0, False, False, tile.cols, tile.rows,
-                                        math, **_FUSED)  # fmt: skip
+                                        math, **FUSED)  # fmt: skip
         return rows_state, cols_state, own_score
 
     def side(self, state: Tensor, own_score: Tensor | None, weight: Tensor | None, peak: Tensor | None,
@@ -161,7 +161,7 @@ class Pairs:
         made = [self._new(n) if weight is not None else None for _ in range(4)]
         finish[(triton.cdiv(n, 128),)](state, own_score, self.target, count, weight, peak, self.tau, loss, *made, n,
                                        self.m, self.scale, self.labels is not None, weight is not None,
-                                       128, **_FUSED)  # fmt: skip
+                                       128, **FUSED)  # fmt: skip
         return Side(loss, *made)
 
     def gradients(self, row: Side, column: Side | None, peak: Tensor, x_grad: bool,
@@ -201,7 +201,7 @@ class Pairs:
                     w, x_unit, y_unit, x_sum, y_sum, self.low, self.high, row0, col0, row_tiles, col_tiles, width,
                     x_grad, y_grad, self.start is not None, tile.rows, tile.cols, product.cols, product.depth,
                     triton.next_power_of_2(most_rows // tile.rows), self.config.precision, math,
-                    num_warps=product.warps, num_stages=product.stages, **_FUSED,
+                    num_warps=product.warps, num_stages=product.stages, **FUSED,
                 )  # fmt: skip
             if y_grad:
                 self._project(y_sum, self.y, self.y_inverse, y_out, peak, col0)
@@ -213,14 +213,14 @@ class Pairs:
         width, depth = out.shape[1], self.config.products.cols
         unit_rows[(triton.cdiv(panel, _ROWS), width // depth)](
             x, inverse, out, first, x.shape[0], self.width, width, self.normalize, _ROWS, depth,
-            _MATH[self.dtype], **_FUSED,
+            _MATH[self.dtype], **FUSED,
         )  # fmt: skip
 
     def _project(self, total: Any, x: Tensor, inverse: Tensor | None, out: Tensor, peak: Tensor, first: int) -> None:
         rows = min(total.shape[0], x.shape[0] - first)
         project[(triton.cdiv(rows, _ROWS),)](
             total, x, inverse, out, peak, self.tau, first, x.shape[0], self.width, total.shape[1], self.scale,
-            self.normalize, _ROWS, _DEPTH, _MATH[self.dtype], **_FUSED,
+            self.normalize, _ROWS, _DEPTH, _MATH[self.dtype], **FUSED,
         )  # fmt: skip
 
 

@@ -219,6 +219,20 @@ def log1p(x):
 
 
 @triton.jit
+def softmax_of(top, total, moment, score):
+    """From the statistics of the other candidates and the positive's score: loss, reference and factor of
+    e^(s − reference)·factor = p, 1 − p of the positive, and Σ p·s − score."""
+    higher = tl.maximum(top, score)
+    others, moment = rescaled(top, total, moment, higher)
+    x = score - higher
+    one = tl.exp(x)
+    small = others < one
+    near = log1p(tl.where(small, others, 0.0) / tl.where(small, one, 1.0))
+    value = tl.where(small, near, tl.log(others + one) - x)
+    return value, higher, 1.0 / (others + one), others / (others + one), (moment - others * x) / (others + one)
+
+
+@triton.jit
 def finish(state, own_score, target, count, weight, peak, tau, loss, reference, factor, own, tau_part, N, M,
            SCALE: tl.constexpr, LABELS: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """From a row's statistics: its loss, and for the kernel `weights` e^(s − reference)·factor and the gradient `own`
@@ -236,17 +250,9 @@ def finish(state, own_score, target, count, weight, peak, tau, loss, reference, 
     else:
         t = tl.load(target + rows, mask=good, other=-100)
         score = tl.load(own_score + rows, mask=good & (t >= 0) & (t < M), other=0.0)
-        higher = tl.maximum(top, score)
-        others, moment = rescaled(top, total, moment, higher)
-        x = score - higher
-        one = tl.exp(x)
-        small = others < one
-        near = log1p(tl.where(small, others, 0.0) / tl.where(small, one, 1.0))
-        value = tl.where(small, near, tl.log(others + one) - x)
-        ratio, share, pull = 1.0 / (others + one), others / (others + one), (moment - others * x) / (others + one)
+        value, top, ratio, share, pull = softmax_of(top, total, moment, score)
         # A target that is neither a key nor -100 has no loss: NaN, since a kernel cannot raise.
         value = tl.where((t >= 0) & (t < M), value, tl.where(t == -100, 0.0, float("nan")))
-        top = higher
     tl.store(loss + rows, value, mask=good)
     if GRADIENT:
         w = tl.load(weight + rows, mask=good, other=0.0)

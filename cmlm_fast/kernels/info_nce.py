@@ -4,6 +4,7 @@ cross     z1 against z2, softmax over rows and (symmetric) columns of one pass: 
 nt_xent   z = [z1; z2] against itself, self excluded by a token of its own. The scores and their gradient are symmetric,
           so one product makes both views' gradients: 6·(2B)²·D operations
 labels    as nt_xent, with the keys of a row's label as positives
+Up to 64 rows (B, or 2B of nt_xent and labels; of float32 up to 32), one launch does all of it: _small.py.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..ops._scores import check_temperature, loss_dtype
 from ..ops.info_nce import _check
 from . import interpreted, on_device
-from ._pairs import Pairs, Side, peak_of
+from ._pairs import FUSED, Pairs, Side, peak_of
+from ._small import info_nce_small
+
+#: Rows whose scores fit into the registers of one block, and (BK, BD) of its tiles; float64 has none.
+SMALL = {torch.float32: (32, 32, 32), torch.bfloat16: (64, 64, 64), torch.float16: (64, 64, 64)}
 
 
 @on_device
@@ -25,12 +32,35 @@ def info_nce(z1: Tensor, z2: Tensor, tau: Tensor, labels: Tensor | None, scheme:
     """The op: loss and, for "mean" and "sum", its gradients."""
     _check(z1, z2, tau, labels, scheme, symmetric, normalize, reduction, z1_grad, z2_grad)
     rows = z1.shape[0] * (1 if labels is None and scheme == "cross" else 2)
+    if 0 < rows <= SMALL.get(z1.dtype, (0,))[0]:
+        return _small(z1, z2, tau, labels, rows, symmetric, normalize, reduction, z1_grad, z2_grad)
     weight = None
     if reduction != "none":  # every row counts: the other view always has a row's label
         share = 1 / max(rows, 1) if reduction == "mean" else 1.0
         weight = torch.full((rows,), share, dtype=loss_dtype(z1.dtype), device=z1.device)
     loss, *gradients = _run(weight, z1, z2, tau, labels, scheme, symmetric, normalize, z1_grad, z2_grad)
     return (loss if weight is None else (weight * loss).sum()), *gradients
+
+
+def _small(z1: Tensor, z2: Tensor, tau: Tensor, labels: Tensor | None, rows: int, symmetric: bool, normalize: bool,
+           reduction: str, z1_grad: bool, z2_grad: bool) -> tuple[Tensor, ...]:  # fmt: skip
+    """All of it in one launch."""
+    if interpreted(z1):
+        check_temperature("info_nce", tau)
+    (batch, width), wanted, together = z1.shape, reduction != "none", rows > z1.shape[0]
+    z1_grad, z2_grad = z1_grad and wanted, z2_grad and wanted
+    z1, z2 = z1.contiguous(), z2.contiguous()
+    d1, d2 = torch.empty_like(z1) if z1_grad else z1.new_empty(0), torch.empty_like(z2) if z2_grad else z2.new_empty(0)
+    loss, dtau = (torch.empty_like(tau), torch.empty_like(tau)) if wanted else (tau.new_empty(rows), torch.zeros_like(tau))
+    block, (_, depth, strip) = max(triton.next_power_of_2(rows), 16), SMALL[z1.dtype]
+    info_nce_small[(triton.cdiv(width, strip) if z1_grad or z2_grad else 1,)](
+        z1, z2, tau, None if labels is None else labels.contiguous(), loss, d1, d2, dtau,
+        1 / rows if reduction == "mean" else 1.0, batch, width, together, labels is not None, symmetric and not together,
+        normalize, wanted, z1_grad, z2_grad, 2.0**14 if z1.dtype == torch.float16 else 1.0, block, depth, strip, "ieee",
+        tl.float64 if z1.dtype == torch.float32 else tl.float32, tl.float32, num_warps=8 if block == 64 else 4,
+        num_stages=2, **FUSED,
+    )  # fmt: skip
+    return loss, d1, d2, dtau
 
 
 @on_device

@@ -84,9 +84,9 @@ def info_nce_across_ranks(
         # without a sum over ranks, so each rank's copy is weighed by 1/world before the gather adds the copies up.
         every = _GatherRows.apply(labels, sizes, group)
         args = (all1, all2, temperature, every, scheme, symmetric, normalize, reduction)
-        loss = resolve("info_nce", z1.device, backend)(*args, all1.requires_grad, all2.requires_grad)[0]
+        loss = resolve("info_nce", z1.device, backend, z1.dtype, total**2)(*args, all1.requires_grad, all2.requires_grad)[0]
         return _SumOverRanks.apply(loss / world, group)
-    contrast = resolve("token_contrastive", z1.device, backend)
+    contrast = resolve("token_contrastive", z1.device, backend, z1.dtype, z1.shape[0] * total)
 
     def rows(query: Tensor, key: Tensor, target: Tensor, token: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
         grads = (query.requires_grad, key.requires_grad)

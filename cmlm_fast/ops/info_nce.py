@@ -262,5 +262,5 @@ def info_nce(
     _check(*args)
     if group is not None:
         return info_nce_across_ranks(*args[:8], group=group, backend=backend)
-    loss: Tensor = resolve(_NAME, z1.device, backend)(*args)[0]
+    loss: Tensor = resolve(_NAME, z1.device, backend, z1.dtype, z1.shape[0] ** 2)(*args)[0]
     return loss

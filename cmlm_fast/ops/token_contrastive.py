@@ -257,5 +257,6 @@ def token_contrastive(
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,
             recording and query.requires_grad, recording and key.requires_grad)  # fmt: skip
     _check(*args)
-    loss: Tensor = resolve(_NAME, query.device, backend)(*args)[0]
+    size = query.shape[0] * key.shape[0]
+    loss: Tensor = resolve(_NAME, query.device, backend, query.dtype, size)(*args)[0]
     return loss

@@ -100,7 +100,7 @@ def token_similarity(
     query, key = autocast_rows(query, key)
     tau = as_temperature(_NAME, temperature, query)
     check_pairs(_NAME, query, key, target, tau, key_start, key_end, query_token, key_token)
-    scores: Tensor = resolve(_NAME, query.device, backend)(
+    scores: Tensor = resolve(_NAME, query.device, backend, query.dtype)(
         query, key, target, tau, key_start, key_end, query_token, key_token, normalize
     )
     return scores

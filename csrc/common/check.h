@@ -38,13 +38,15 @@ inline std::string describe(const Tensor& tensor) {
 
 // A tensor of this dtype and shape whose memory the kernels can walk; size -1 stands for any.
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
-                         std::initializer_list<int64_t> shape) {
+                         std::initializer_list<int64_t> shape,
+                         torch::headeronly::DeviceType device = torch::headeronly::DeviceType::CPU) {
+  const bool cpu = device == torch::headeronly::DeviceType::CPU;
   bool fits = tensor.scalar_type() == dtype && tensor.dim() == static_cast<int64_t>(shape.size());
   int64_t d = 0;
   for (int64_t size : shape) fits = fits && (size < 0 || tensor.size(d) == size), ++d;
-  if (fits && tensor.is_contiguous() && tensor.is_cpu()) return;
+  if (fits && tensor.is_contiguous() && (cpu ? tensor.is_cpu() : tensor.is_cuda())) return;
   std::ostringstream rule;
-  rule << "a contiguous CPU tensor, " << torch::headeronly::toString(dtype) << " [";
+  rule << "a contiguous " << (cpu ? "CPU" : "CUDA") << " tensor, " << torch::headeronly::toString(dtype) << " [";
   const char* comma = "";
   for (int64_t size : shape) rule << comma << (size < 0 ? std::string("any") : std::to_string(size)), comma = ", ";
   rule << "]";

@@ -6,13 +6,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <memory>
 #include <tuple>
 #include <vector>
 
 #include "common/check.h"
 #include "common/dispatch.h"
+#include "common/mask_check.h"
 
 namespace cmlm {
 namespace {
@@ -100,25 +100,15 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor ids, Tensor cu, Ten
   if (eligible) check_tensor(kOp, "eligible", *eligible, ScalarType::Bool, {tokens});
   if (units) check_tensor(kOp, "unit_ids", *units, ScalarType::Int, {tokens});
   if (samples) check_tensor(kOp, "sample_ids", *samples, ScalarType::Long, {sequences});
-  CMLM_CHECK(kOp, 1 <= vocab && vocab < int64_t{1} << 31, "vocab_size", "in [1, 2^31)", vocab);
-  CMLM_CHECK(kOp, 0 <= mask_id && mask_id < vocab, "mask_token_id", "in [0, vocab_size = " + std::to_string(vocab) + ")", mask_id);
-  const auto share = [](const char* name, double value) { CMLM_CHECK(kOp, 0.0 <= value && value <= 1.0, name, "in [0, 1]", value); };
-  share("rate", rate);
-  share("complement_rate", complement_rate);
-  share("mask_share", mask_share);
-  share("random_share", random_share);
-  // The slack lets shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding, through.
-  CMLM_CHECK(kOp, mask_share + random_share <= 1.0 + 1e-9, "mask_share + random_share", "<= 1", mask_share + random_share);
-  CMLM_CHECK(kOp, 0 <= step && step < int64_t{1} << 32, "step", "in [0, 2^32)", step);
+  const MaskOptions options = mask_options(mask_id, vocab, rate, complement_rate, mask_share, random_share, seed, step);
   const int64_t longest = check_sequences(cu.const_data_ptr<int32_t>(), sequences, tokens);
 
   Tensor view1 = torch::stable::empty_like(ids), view2 = torch::stable::empty_like(ids);
   Tensor role = torch::stable::new_empty(ids, {tokens}, ScalarType::Byte);
   if (tokens == 0) return {view1, view2, role};
 
-  const double two32 = 4294967296.0;
-  const auto floor32 = [](double x) { return static_cast<int64_t>(std::floor(x)); };
   MaskArgs args{};
+  static_cast<MaskOptions&>(args) = options;
   args.ids = ids.const_data_ptr();
   args.cu_seqlens = cu.const_data_ptr<int32_t>();
   find_runs(args, special.const_data_ptr<int64_t>(), special.numel());
@@ -128,16 +118,6 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor ids, Tensor cu, Ten
   args.view1 = view1.mutable_data_ptr();
   args.view2 = view2.mutable_data_ptr();
   args.role = role.mutable_data_ptr<uint8_t>();
-  args.mask_id = mask_id;
-  args.vocab = vocab;
-  args.below_role1 = floor32(rate * two32);
-  args.below_role2 = args.below_role1 + floor32((two32 - static_cast<double>(args.below_role1)) * complement_rate);
-  args.below_mask = floor32(mask_share * two32);
-  args.below_random = args.below_mask + floor32(random_share * two32);
-  args.rate = rate;
-  args.complement_rate = complement_rate;
-  args.seed = static_cast<uint64_t>(seed);
-  args.step = static_cast<uint32_t>(step);
   args.wide = wide;
   args.exact = exact;
   args.stream = tokens >= kStreamTokens;

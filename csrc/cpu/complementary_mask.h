@@ -4,10 +4,11 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/mask_options.h"
 
 namespace cmlm {
 
-struct MaskArgs {
+struct MaskArgs : MaskOptions {
   const void* ids;  // int64, or int32 if not wide
   const int32_t* cu_seqlens;
   const uint8_t* eligible;  // may be null, as unit_ids and sample_ids
@@ -19,12 +20,6 @@ struct MaskArgs {
   int64_t special_first[16];  // special ids as runs of consecutive ones: first and number
   uint64_t special_size[16];
   int special_runs;
-  int64_t mask_id, vocab;
-  int64_t below_role1, below_role2;   // bernoulli: w0 below the first -> role 1, else below the second -> role 2
-  int64_t below_mask, below_random;   // w1 below the first -> mask id, else below the second -> random id
-  double rate, complement_rate;
-  uint64_t seed;
-  uint32_t step;
   bool wide, exact;
   bool stream;  // outputs larger than the caches: write around them
 };

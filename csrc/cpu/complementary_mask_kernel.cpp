@@ -8,105 +8,16 @@
 // Same bits everywhere: a token's outputs depend on its position and sequence alone, never on how the work was split.
 #include "cpu/complementary_mask.h"
 
-#include <cstring>
-
 #include "common/philox.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "cpu/lanes.h"
 
 namespace cmlm::CMLM_ISA {
 namespace {
 
-#if defined(CMLM_ISA_avx512)
-constexpr int kLanes = 8;
-#elif defined(CMLM_ISA_avx2)
-constexpr int kLanes = 4;
-#else
-constexpr int kLanes = 2;
-#endif
-static_assert(kLanes <= kMaskPad);
-
-typedef int64_t Lanes __attribute__((vector_size(8 * kLanes)));  // a comparison gives -1 or 0 in each lane
-typedef uint64_t Words __attribute__((vector_size(8 * kLanes)));
-template <class T>
-struct Narrow {
-  typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
-};
-
+static_assert(kWidth <= kMaskPad);
 constexpr int64_t kNoKey = INT64_MAX;
 
-struct MultiplyLanes {
-  CMLM_HOST_DEVICE Words operator()(Words word, uint32_t factor) const {
-    const Words factors = Words() + factor;
-#if defined(CMLM_ISA_avx512)
-    return (Words)_mm512_mul_epu32((__m512i)word, (__m512i)factors);
-#elif defined(CMLM_ISA_avx2)
-    return (Words)_mm256_mul_epu32((__m256i)word, (__m256i)factors);
-#elif defined(__x86_64__)
-    return (Words)_mm_mul_epu32((__m128i)word, (__m128i)factors);
-#else
-    return (word & 0xffffffff) * factors;
-#endif
-  }
-};
-
-template <class T>
-inline Lanes load(const T* from) {
-  typename Narrow<T>::type narrow;
-  std::memcpy(&narrow, from, sizeof narrow);
-  return __builtin_convertvector(narrow, Lanes);
-}
-
-// GCC converts between bytes and 64-bit lanes one lane at a time.
-#if defined(CMLM_ISA_avx512)
-inline Lanes load(const uint8_t* from) {
-  return (Lanes)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from));
-}
-
-inline void store(uint8_t* to, __m128i bytes) {
-  _mm_storel_epi64((__m128i*)to, bytes);
-}
-#elif defined(CMLM_ISA_avx2)
-inline Lanes load(const uint8_t* from) {
-  return (Lanes)_mm256_cvtepu8_epi64(_mm_loadu_si32(from));
-}
-#endif
-
-template <class T>
-inline void store(T* to, Lanes values) {
-  const auto narrow = __builtin_convertvector(values, typename Narrow<T>::type);
-  std::memcpy(to, &narrow, sizeof narrow);
-}
-
-// Past the caches, where the address allows it.
-inline void store_around(int64_t* to, Lanes values) {
-#if defined(__x86_64__)
-  if (reinterpret_cast<uintptr_t>(to) % sizeof values == 0) {
-#if defined(CMLM_ISA_avx512)
-    return _mm512_stream_si512((__m512i*)to, (__m512i)values);
-#elif defined(CMLM_ISA_avx2)
-    return _mm256_stream_si256((__m256i*)to, (__m256i)values);
-#else
-    return _mm_stream_si128((__m128i*)to, (__m128i)values);
-#endif
-  }
-#endif
-  store(to, values);
-}
-
-inline void store_around(int32_t* to, Lanes values) {
-  store(to, values);
-}
-
-inline bool any(Lanes lanes) {
-  int64_t all = 0;
-  for (int lane = 0; lane < kLanes; ++lane) all |= lanes[lane];
-  return all != 0;
-}
-
-// Tokens of one sequence from position t on, kLanes of them readable and writable.
+// Tokens of one sequence from position t on, kWidth of them readable and writable.
 template <class Id>
 struct Row {
   const Id* ids;
@@ -125,20 +36,20 @@ struct Row {
 template <class Id, class F>
 inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) f(row.at(i), i);
+  for (; i + kWidth <= n; i += kWidth) f(row.at(i), i);
   const int rest = static_cast<int>(n - i);
   if (rest == 0) return;
-  Id ids[kLanes] = {}, view1[kLanes], view2[kLanes];
-  uint8_t eligible[kLanes] = {}, role[kLanes];
-  int32_t units[kLanes] = {};
+  Id ids[kWidth] = {}, view1[kWidth], view2[kWidth];
+  uint8_t eligible[kWidth] = {}, role[kWidth];
+  int32_t units[kWidth] = {};
   const Row<Id> last = row.at(i);
-  for (int j = 0; j < kLanes && j < rest; ++j) {
+  for (int j = 0; j < kWidth && j < rest; ++j) {
     ids[j] = last.ids[j];
     eligible[j] = last.eligible ? last.eligible[j] : 1;
     units[j] = last.units ? last.units[j] : 0;
   }
   f(Row<Id>{ids, eligible, last.units ? units : nullptr, view1, view2, role, last.t}, i);
-  for (int j = 0; j < kLanes && j < rest; ++j) {
+  for (int j = 0; j < kWidth && j < rest; ++j) {
     last.view1[j] = view1[j];
     last.view2[j] = view2[j];
     last.role[j] = role[j];
@@ -157,7 +68,7 @@ class Sequence {
  public:
   Sequence(const MaskArgs& args, int64_t sequence)
       : args_(args), philox_(args.step, static_cast<uint64_t>(args.sample_ids ? args.sample_ids[sequence] : sequence), args.seed) {
-    for (int lane = 0; lane < kLanes; ++lane) iota_[lane] = lane;
+    for (int lane = 0; lane < kWidth; ++lane) iota_[lane] = lane;
   }
 
   // Both return whether all went well, as mask_tokens does.
@@ -170,7 +81,7 @@ class Sequence {
   }
 
   bool exact(const Row<Id>& row, int64_t n, int64_t* scratch) {
-    const int64_t padded = (n + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (n + kWidth - 1) / kWidth * kWidth;
     int64_t *keys = scratch, *corrupted = keys + padded, *distinct_keys = corrupted + padded;
     Lanes eligible = {};
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
@@ -187,9 +98,9 @@ class Sequence {
     if (args_.unit_ids) {
       units = distinct_keys;
       count = distinct(keys, n, distinct_keys);
-      slots = (count + kLanes - 1) / kLanes * kLanes;
+      slots = (count + kWidth - 1) / kWidth * kWidth;
     } else {
-      for (int lane = 0; lane < kLanes; ++lane) count += eligible[lane];
+      for (int lane = 0; lane < kWidth; ++lane) count += eligible[lane];
     }
     const int64_t k1 = quota(args_.rate, count), k2 = quota(args_.complement_rate, count - k1);
     const int64_t below1 = parting(units, slots, count, k1), below2 = parting(units, slots, count, k1 + k2);
@@ -273,7 +184,7 @@ class Sequence {
       table[slot] = key;
       out[count++] = key;
     }
-    for (int pad = 0; pad < kLanes; ++pad) out[count + pad] = kNoKey;
+    for (int pad = 0; pad < kWidth; ++pad) out[count + pad] = kNoKey;
     return count;
   }
 
@@ -290,9 +201,9 @@ class Sequence {
       offset = offset < 1 ? 1 : offset > width - 1 ? width - 1 : offset;
       const int64_t middle = static_cast<int64_t>(static_cast<uint64_t>(low) + offset);
       Lanes below = {};
-      for (int64_t i = 0; i < slots; i += kLanes) below -= load(keys + i) < middle;
+      for (int64_t i = 0; i < slots; i += kWidth) below -= load(keys + i) < middle;
       int64_t at_middle = 0;
-      for (int lane = 0; lane < kLanes; ++lane) at_middle += below[lane];
+      for (int lane = 0; lane < kWidth; ++lane) at_middle += below[lane];
       if (at_middle == k) return middle;
       (at_middle < k ? low : high) = middle;
       (at_middle < k ? at_low : at_high) = at_middle;

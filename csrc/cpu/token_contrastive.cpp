@@ -24,7 +24,7 @@ Result compute(const TokenPairs& pairs, bool normalize, const std::optional<Tens
   using O = math_t<T>;
   Tensor loss = empty<O>({pairs.n}), grad_temperature = empty<O>({});
   std::fill_n(data<O>(loss), pairs.n, O(0));
-  Engine<T> engine(pairs, normalize, weight ? data<O>(*weight) : nullptr, query_grad, key_grad, data<O>(loss));
+  TokenEngine<T> engine(pairs, normalize, weight ? data<O>(*weight) : nullptr, query_grad, key_grad, data<O>(loss));
   auto gradients = engine.run();
   *data<O>(grad_temperature) = static_cast<O>(gradients.temperature);
   return {loss, gradients.query, gradients.key, grad_temperature};

@@ -32,14 +32,14 @@ using torch::stable::parallel_for;
 
 // Memory of one chunk at a time; `threads` of them work on it.
 template <class T>
-struct Workspace {
+struct TokenWorkspace {
   using O = math_t<T>;
   int64_t threads, block_keys;
   Tensor scores, rows, sums, products;
   std::vector<O> scale, shift, inverse, target_score, factor, target_factor, partial;
   std::vector<int32_t> start, length, token;
 
-  Workspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
+  TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
       : threads(threads),
         block_keys(keys_per_block(plan.most_keys)),
         scores(empty<T>({plan.most_keys, plan.most_rows})),
@@ -66,12 +66,12 @@ struct Workspace {
 };
 
 template <class T>
-class Engine {
+class TokenEngine {
   using O = math_t<T>;
 
  public:
   // Losses go to loss [N] and, for a row weight [N] that is not null, the gradients of Σ weight_i·loss_i are made.
-  Engine(const TokenPairs& pairs, bool normalize, const O* weight, bool query_grad, bool key_grad, O* loss)
+  TokenEngine(const TokenPairs& pairs, bool normalize, const O* weight, bool query_grad, bool key_grad, O* loss)
       : pairs_(pairs), query_(data<T>(pairs.query)), key_(data<T>(pairs.key)), target_(pairs.targets()), d_(pairs.d),
         tau_(static_cast<O>(pairs.temperature)), normalize_(normalize), query_grad_(query_grad), key_grad_(key_grad),
         bounded_(normalize && pairs.temperature >= 1.0 / 32), weight_(weight), loss_(loss), key_inverse_(pairs.m),
@@ -84,12 +84,12 @@ class Engine {
   Gradients run();
 
  private:
-  void run_chunk(const Chunk& chunk, Workspace<T>& w, bool fresh);
-  void load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const;
-  void score_keys(const Chunk& chunk, Workspace<T>& w) const;
-  void finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i);
-  void query_gradient(const Chunk& chunk, Workspace<T>& w) const;
-  void key_gradient(const Chunk& chunk, Workspace<T>& w, bool fresh) const;
+  void run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh);
+  void load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const;
+  void score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const;
+  void finish_row(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i);
+  void query_gradient(const Chunk& chunk, TokenWorkspace<T>& w) const;
+  void key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) const;
   void finish_keys(T* out) const;
 
   const TokenPairs& pairs_;
@@ -108,7 +108,7 @@ class Engine {
 // Column i of the chunk: a copy of the query and what turns its products into scores. The copy is scaled by a power of two to a
 // length in [1, 2): no rounding, and no product leaves the range of T.
 template <class T>
-void Engine<T>::load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const {
+void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const {
   T* copy = data<T>(w.rows) + i * d_;
   w.scale[i] = w.shift[i] = w.target_score[i] = 0;
   w.start[i] = w.length[i] = w.token[i] = 0;
@@ -130,7 +130,7 @@ void Engine<T>::load_query(const Chunk& chunk, Workspace<T>& w, int64_t i) const
 
 // Scores of the chunk, as weights e_ij / ‖k_j‖, and their sums by block.
 template <class T>
-void Engine<T>::score_keys(const Chunk& chunk, Workspace<T>& w) const {
+void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const {
   const int64_t columns = round_up(chunk.rows, kPad);
   const auto block_of = [&](int64_t b, int64_t first, int64_t keys) {
     ScoreBlock<T> block{};
@@ -169,7 +169,7 @@ void Engine<T>::score_keys(const Chunk& chunk, Workspace<T>& w) const {
 
 // From the sums of column i: loss, temperature's gradient, and the factors of both gradients.
 template <class T>
-void Engine<T>::finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i) {
+void TokenEngine<T>::finish_row(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) {
   const int64_t columns = round_up(chunk.rows, kPad), row = plan_.order[chunk.row + i];
   O others = 0, moment = 0;
   for (int64_t b = 0; b < w.blocks(chunk.keys); ++b) {
@@ -186,7 +186,7 @@ void Engine<T>::finish_row(const Chunk& chunk, Workspace<T>& w, int64_t i) {
 }
 
 template <class T>
-void Engine<T>::query_gradient(const Chunk& chunk, Workspace<T>& w) const {
+void TokenEngine<T>::query_gradient(const Chunk& chunk, TokenWorkspace<T>& w) const {
   const int64_t columns = round_up(chunk.rows, kPad);
   multiply(matrix(data<T>(w.sums), columns, d_), transposed(data<T>(w.scores), chunk.keys, columns),
            matrix(key_ + chunk.key * d_, chunk.keys, d_));
@@ -202,7 +202,7 @@ void Engine<T>::query_gradient(const Chunk& chunk, Workspace<T>& w) const {
 }
 
 template <class T>
-void Engine<T>::key_gradient(const Chunk& chunk, Workspace<T>& w, bool fresh) const {
+void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) const {
   const int64_t columns = round_up(chunk.rows, kPad);
   parallel_for(0, chunk.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -224,7 +224,7 @@ void Engine<T>::key_gradient(const Chunk& chunk, Workspace<T>& w, bool fresh) co
 
 // Adds the targets' parts to key_sums, then takes it through the normalisation.
 template <class T>
-void Engine<T>::finish_keys(T* out) const {
+void TokenEngine<T>::finish_keys(T* out) const {
   parallel_for(0, pairs_.m, 64, [&](int64_t begin, int64_t end) {
     for (const int64_t row : plan_.order) {
       const int64_t t = target_[row];
@@ -237,7 +237,7 @@ void Engine<T>::finish_keys(T* out) const {
 }
 
 template <class T>
-typename Engine<T>::Gradients Engine<T>::run() {
+typename TokenEngine<T>::Gradients TokenEngine<T>::run() {
   parallel_for(0, pairs_.m, 64, [&](int64_t begin, int64_t end) {
     CMLM_KERNEL(token_inverse_norms<T>)(key_ + begin * d_, end - begin, d_, normalize_, key_inverse_.data() + begin);
   });
@@ -258,11 +258,11 @@ typename Engine<T>::Gradients Engine<T>::run() {
   }
   if (groups >= 2 * threads) {
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      Workspace<T> w(1, plan_, d_, key_grad_);
+      TokenWorkspace<T> w(1, plan_, d_, key_grad_);
       for (int64_t c = plan_.groups[begin]; c < plan_.groups[end]; ++c) run_chunk(plan_.chunks[c], w, false);
     });
   } else if (groups > 0) {
-    Workspace<T> w(threads, plan_, d_, key_grad_);
+    TokenWorkspace<T> w(threads, plan_, d_, key_grad_);
     for (size_t c = 0; c < plan_.chunks.size(); ++c) run_chunk(plan_.chunks[c], w, c == 0 && fresh);
   }
   if (key_grad_) {
@@ -274,7 +274,7 @@ typename Engine<T>::Gradients Engine<T>::run() {
 }
 
 template <class T>
-void Engine<T>::run_chunk(const Chunk& chunk, Workspace<T>& w, bool fresh) {
+void TokenEngine<T>::run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) {
   parallel_for(0, round_up(chunk.rows, kPad), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) load_query(chunk, w, i);
   });

@@ -11,6 +11,7 @@ Example:
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Hashable, Sequence
@@ -18,6 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .draws import classes_of
+from .methods import Contrast
+
+#: A text, or the two texts of a pair.
+Text = str | tuple[str, str]
 
 
 class FewShotScore(NamedTuple):
@@ -28,42 +35,24 @@ class FewShotScore(NamedTuple):
     seconds: float
 
 
-def draw(labels: Sequence[Hashable], shots: int, seed: int) -> list[int]:
-    """Indices of `shots` texts of every class, in a random order; the same for the same labels and seed.
-
-    Raises ValueError when shots < 1 or a class has fewer texts.
-
-    Example:
-        >>> sorted(["a", "b", "a", "b"][i] for i in draw(["a", "b", "a", "b"], shots=1, seed=0))
-        ['a', 'b']
-    """
-    if shots < 1:
-        raise ValueError(f"draw: expected shots to be >= 1, got {shots}")
-    random = np.random.default_rng(seed)
-    chosen: list[int] = []
-    for label in _classes(labels):
-        members = [i for i, other in enumerate(labels) if other == label]
-        if len(members) < shots:
-            raise ValueError(f"draw: expected shots to be <= {len(members)}, the texts labelled {label!r}, got {shots}")
-        chosen += random.permutation(members)[:shots].tolist()
-    return random.permutation(chosen).tolist()
-
-
-def fine_tune(model_path: str | Path, train_texts: Sequence[str], train_labels: Sequence[Hashable],
-              test_texts: Sequence[str], test_labels: Sequence[Hashable], *, epochs: float = 10,
+def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels: Sequence[Hashable],
+              test_texts: Sequence[Text], test_labels: Sequence[Hashable], *, epochs: float = 10,
               learning_rate: float = 2e-5, batch_size: int = 16, max_length: int = 128, seed: int = 42,
-              bf16: bool = False) -> FewShotScore:  # fmt: skip
+              bf16: bool = False, contrast: Contrast | None = None) -> FewShotScore:  # fmt: skip
     """Fine-tune a fresh classification head and the whole encoder, then score the test texts.
 
     Deterministic for a seed on one machine: it sets the head, the dropout and the order of the texts. Linear decay
-    without warm-up; batches are padded to their longest text.
+    without warm-up; texts of like length share a batch, padded to its longest.
 
     Args:
         model_path: folder or hub id of a checkpoint that AutoModelForSequenceClassification loads, with its tokenizer.
-        train_texts, train_labels: the labelled texts, of at least two classes; labels are any hashable values.
+        train_texts, train_labels: the labelled texts (or pairs of texts), of at least two classes; labels are any hashable
+            values.
         test_texts, test_labels: the texts to score; their labels must occur among train_labels.
-        epochs, learning_rate, batch_size, max_length, seed: as in `transformers.TrainingArguments`.
+        epochs, learning_rate, batch_size, seed: as in `transformers.TrainingArguments`.
+        max_length: most tokens of a text; what is longer is cut.
         bf16: autocast to bfloat16, for training and scoring.
+        contrast: supervised contrast beside the cross entropy; None: cross entropy alone.
 
     Raises:
         ValueError: sizes that differ, no text, fewer than two classes, or a test label that was not trained.
@@ -75,56 +64,57 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[str], train_labels: 
         AutoTokenizer,
         DataCollatorWithPadding,
         PrinterCallback,
-        Trainer,
         TrainingArguments,
         set_seed,
     )
+
+    from .contrast import ContrastTrainer
 
     classes = _check(train_texts, train_labels, test_texts, test_labels)
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=len(classes))
-    # Test texts of one length together, so that little is padded; the scores do not depend on the order.
-    order = sorted(range(len(test_texts)), key=lambda i: len(test_texts[i]))
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
-    test = _encode(tokenizer, [test_texts[i] for i in order], [test_labels[i] for i in order], classes, max_length)
+    # Test texts of one length together, so that little is padded; the scores do not depend on the order.
+    test = sorted(_encode(tokenizer, test_texts, test_labels, classes, max_length), key=lambda row: len(row["input_ids"]))
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=64, seed=seed, bf16=bf16, save_strategy="no", report_to="none",
-            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
+            logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length",
             use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU it was not told to use
         )  # fmt: skip
-        trainer = Trainer(model, arguments, data_collator=DataCollatorWithPadding(tokenizer), train_dataset=train)
+        trainer = ContrastTrainer(contrast, model, arguments, data_collator=DataCollatorWithPadding(tokenizer),
+                                  train_dataset=train)  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         predicted = trainer.predict(test)
     truth, guess = predicted.label_ids, np.argmax(predicted.predictions, axis=-1)
+    if not math.isfinite(float(np.sum(predicted.predictions))):
+        raise ValueError(f"fine_tune: expected learning_rate to be one that training survives, got {learning_rate}: NaN scores")
     return FewShotScore(float(accuracy_score(truth, guess)), float(f1_score(truth, guess, average="macro")),
                         time.perf_counter() - begin)  # fmt: skip
 
 
-def _classes(labels: Sequence[Hashable]) -> list[Any]:
-    return sorted(set(labels), key=lambda label: (str(type(label)), label))
-
-
-def _check(train_texts: Sequence[str], train_labels: Sequence[Hashable], test_texts: Sequence[str],
+def _check(train_texts: Sequence[Text], train_labels: Sequence[Hashable], test_texts: Sequence[Text],
            test_labels: Sequence[Hashable]) -> list[Any]:  # fmt: skip
     for name, texts, labels in (("train", train_texts, train_labels), ("test", test_texts, test_labels)):
         if len(texts) != len(labels) or not texts:
             rule, got = f"as many as {name}_texts and at least one", f"{len(labels)} for {len(texts)} texts"
             raise ValueError(f"fine_tune: expected {name}_labels to be {rule}, got {got}")
-    classes = _classes(train_labels)
+    classes = classes_of(train_labels)
     if len(classes) < 2:
         raise ValueError(f"fine_tune: expected train_labels to be of at least two classes, got {classes}")
-    if unseen := [label for label in _classes(test_labels) if label not in classes]:
+    if unseen := [label for label in classes_of(test_labels) if label not in classes]:
         raise ValueError(f"fine_tune: expected test_labels to be among {classes}, got {unseen}")
     return classes
 
 
-def _encode(tokenizer: Any, texts: Sequence[str], labels: Sequence[Hashable], classes: list[Any],
+def _encode(tokenizer: Any, texts: Sequence[Text], labels: Sequence[Hashable], classes: list[Any],
             max_length: int) -> list[dict[str, Any]]:  # fmt: skip
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    columns = [list(texts)] if isinstance(texts[0], str) else [list(column) for column in zip(*texts, strict=True)]
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
+    number = {label: i for i, label in enumerate(classes)}
     inputs = [{name: values[i] for name, values in encoded.items()} for i in range(len(texts))]
-    return [{**row, "labels": classes.index(label)} for row, label in zip(inputs, labels, strict=True)]
+    return [{**row, "labels": number[label]} for row, label in zip(inputs, labels, strict=True)]

@@ -1,0 +1,179 @@
+"""The roofline's shapes, measured on a GPU: every backend beside what PyTorch alone does, in one run.
+
+    python -m benchmarks.bench_gpu [--out DIR] [--case PART-OF-A-NAME ...] [--once]
+
+Forward and backward of bfloat16 rows (int64 ids). Providers take turns; each turn is triton's do_bench, which empties L2
+before every call; the median of the turns counts. A provider whose loss or masks differ from eager's (the reference's; where
+that does not fit, from the first provider's) has no time.
+Ceilings of the same run: a matrix product of 8192³ in bfloat16, and a copy. DIR/ops.json holds it all, DIR/ops.txt the tables.
+`--once` makes a single call of token_contrastive, for a profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from cmlm_fast import available
+from cmlm_fast._library import op
+from cmlm_fast.backends import _SUFFIX
+from cmlm_fast.testing import EAGER
+
+from .roofline import SHAPES, Shape, arguments, duration, table
+
+Call = Callable[[], Any]
+BACKENDS = ("triton", "cuda")
+TURNS = 3
+
+
+def milliseconds(call: Call) -> float:
+    """Median of about 60 ms of calls."""
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=20, rep=60, return_mode="median"))
+
+
+def trained(function: Callable[..., Any], args: tuple[Any, ...]) -> Call:
+    """Forward and backward; the call returns the loss."""
+    leaves = [x.requires_grad_() for x in args[:2]]
+
+    def call() -> Any:
+        for leaf in leaves:
+            leaf.grad = None
+        out = function(*args)
+        loss = out[0] if isinstance(out, tuple) else out
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def torch_linear(shape: Shape, args: tuple[Any, ...]) -> Call:
+    """token_contrastive, scope batch, through F.linear_cross_entropy."""
+
+    def loss(query: Any, key: Any, target: Any, tau: Any, *_: Any) -> Any:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        return F.linear_cross_entropy(query / tau.to(query.dtype), key, target)
+
+    return trained(loss, args)
+
+
+def providers(shape: Shape, device: str) -> dict[str, Call]:
+    """Name → one call, for all that runs on `device`. torch.compile and its peers only where there is a goal to reach."""
+    args = arguments(shape, device)
+    mask = shape.op == "complementary_mask"
+    found: dict[str, Call] = {}
+    for backend in BACKENDS:
+        if available(shape.op, device)[backend] is None:
+            run = op(shape.op, _SUFFIX[backend])
+            found[backend] = (lambda run=run: run(*args)) if mask else trained(run, args)
+    if mask:
+        return {**found, "reference": lambda: op(shape.op, "_reference")(*args)}
+    found["eager"] = trained(EAGER[shape.op], args)
+    if shape.goal and device == "cuda":
+        found["torch.compile"] = trained(torch.compile(EAGER[shape.op]), args)
+        if shape.op == "token_contrastive" and shape.keys == shape.m and hasattr(F, "linear_cross_entropy"):
+            found["F.linear_cross_entropy"] = torch_linear(shape, args)
+    return found
+
+
+def agrees(got: Any, expected: Any) -> bool:
+    """Masks to the bit, losses to 2 %."""
+    if isinstance(got, tuple):
+        return all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    return bool((got.double() - expected.double()).abs() <= 0.02 * expected.double().abs())
+
+
+def extra_memory(call: Call) -> int:
+    """Most bytes held during a call beyond those held before and after it (its outputs and gradients)."""
+    kept = call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    after = torch.cuda.memory_allocated()
+    kept = call()  # replaces gradients, so that as much is held after as before
+    torch.cuda.synchronize()
+    del kept
+    return torch.cuda.max_memory_allocated() - after
+
+
+def measure(shape: Shape, device: str, clock: Callable[[Call], float] = milliseconds) -> dict[str, Any]:
+    """One row: milliseconds of each provider, and why others have none; extra bytes of each."""
+    calls, turns, absent, extra = providers(shape, device), {}, {}, {}
+    last = list(calls)[-1] if shape.op == "complementary_mask" else "eager"
+    expected = None
+    for name in (last, *(name for name in calls if name != last)):
+        try:
+            got = calls[name]()
+            expected = got if expected is None else expected
+            if not agrees(got, expected):
+                absent[name] = "differs from the reference"
+                continue
+            extra[name] = extra_memory(calls[name]) if device == "cuda" else 0
+            turns[name] = []
+        except torch.OutOfMemoryError:
+            absent[name] = "out of memory"
+    for _ in range(TURNS):
+        for name, times in turns.items():
+            times.append(clock(calls[name]))
+    ms = {name: round(statistics.median(times), 5) for name, times in turns.items()}
+    return {"case": shape.name, "goal": shape.goal, "ms": ms, "absent": absent, "extra bytes": extra}
+
+
+def ceilings(clock: Callable[[Call], float] = milliseconds) -> dict[str, float]:
+    """Operations a second of a bfloat16 product, bytes a second of a copy (read and written)."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return {"rate": 2 * 8192**3 / clock(lambda: a @ b) * 1e3, "bandwidth": 2**32 / clock(lambda: target.copy_(source)) * 1e3}
+
+
+def report(results: dict[str, Any], shapes: tuple[Shape, ...]) -> str:
+    """Both tables for people."""
+    rate, bandwidth = results["ceilings"]["rate"], results["ceilings"]["bandwidth"]
+    lines = [f"{results['device']}: bfloat16 product {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s", ""]
+    by_name = {shape.name: shape for shape in shapes}
+    for row in results["rows"]:
+        shape = by_name[row["case"]]
+        lines.append(row["case"] + (f"   goal: {row['goal']}" if row["goal"] else ""))
+        for name, ms in row["ms"].items():
+            share = (f"{shape.counted / ms * 1e3 / rate:.0%} of the matrix rate" if shape.counted
+                     else f"{25 * shape.n / ms * 1e3 / bandwidth:.0%} of the copy")  # fmt: skip
+            lines.append(f"  {name:<24}{duration(ms / 1e3):>10}  {share:<28}{row['extra bytes'][name] / 2**20:>9.1f} MiB extra")
+        lines += [f"  {name:<24}{reason:>10}" for name, reason in row["absent"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--case", action="append", metavar="PART", help="only shapes whose name contains this")
+    parser.add_argument("--once", action="store_true", help="one call of token_contrastive in Triton, nothing timed")
+    options = parser.parse_args()
+    if options.once:
+        trained(op("token_contrastive", "_triton"), arguments(Shape("token_contrastive", 4096, 4096, 768, 4096), "cuda"))()
+        torch.cuda.synchronize()
+        return
+    shapes = tuple(s for s in SHAPES if not options.case or any(part in s.name for part in options.case))
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(),
+                               "rows": []}  # fmt: skip
+    for shape in shapes:
+        results["rows"].append(measure(shape, "cuda"))
+        torch.cuda.empty_cache()
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "ops.json").write_text(json.dumps(results, indent=1) + "\n")  # what there is, should time run out
+        (options.out / "ops.txt").write_text(report(results, shapes))
+    measured = {row["case"]: row["ms"]["triton"] for row in results["rows"] if "triton" in row["ms"]}
+    with (options.out / "ops.txt").open("a") as file:
+        file.write("\n" + "\n".join(table(measured)) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Everything that needs a GPU, in one run of less than nine minutes: `make gpu` (`make gpu DRY=1` without one).
+
+    python -m benchmarks.gpu [--dry] [--out DIR] [--step NAME ...]
+
+STEPS lists what runs, in order; a new step is one entry. Each has a budget of seconds and is stopped when that is over; a
+step that fails fails the run, and the later ones still run. Its output goes to DIR/<name>.log. What it writes into
+DIR/<name>.txt is shown in the summary, which comes last and is kept in DIR/gpu.json. Nothing is installed: the machine's
+own Python, compiler and tools are used, the extension is built in place, and no setting of the GPU is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = (sys.executable, "-W", "ignore")
+SWEEPS = ("tests/test_parity.py", "tests/test_registration.py", "tests/test_cuda_gpu.py")
+PARALLEL = ("-n", "8") if find_spec("xdist") else ()  # mostly the host compiles
+DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"
+LIMIT = 530  # seconds of all budgets together
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: of its files in the output folder.
+        command: run in the repository; {out} stands for the output folder.
+        seconds: its budget.
+        gpu: whether it needs a GPU.
+        asked: runs only where --step names it, and does not count in the run's time.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: int
+    gpu: bool = True
+    asked: bool = False
+
+
+def sanitizer(tool: str) -> Step:
+    """The CUDA kernels on every sample under one of compute-sanitizer's tools."""
+    command = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--kernel-name", "kns=cmlm",
+               "--error-exitcode", "1", *PYTHON, "-m", "benchmarks.gpu_samples")  # fmt: skip
+    return Step(tool, command, 300, asked=True)
+
+
+STEPS = (
+    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 80, gpu=False),
+    Step("doctor", (*PYTHON, "-c", DOCTOR), 10, gpu=False),
+    Step("tests", (*PYTHON, "-m", "pytest", "-q", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
+    Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 75),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
+    Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
+                     "--kernel-name", "regex:^(statistics|weights|products)$",
+                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 45),
+    sanitizer("memcheck"),
+    sanitizer("racecheck"),
+    sanitizer("synccheck"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: "ok", "failed (code)", "stopped after its budget" or "needs a GPU"."""
+
+    step: str
+    outcome: str
+    seconds: float = 0.0
+
+
+def run(step: Step, out: Path) -> Outcome:
+    """Run one step in a process group of its own, so that nothing of it outlives its budget."""
+    command = [part.replace("{out}", str(out)) for part in step.command]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CMLM_FAST_TRITON_CONFIGS": str(out / "triton.json")}
+    start = time.perf_counter()
+    with (out / f"{step.name}.log").open("w") as log:
+        try:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        except OSError as error:  # no such program
+            log.write(str(error))
+            return Outcome(step.name, f"failed ({error.strerror}: {command[0]})")
+        try:
+            code = process.wait(step.seconds)
+            outcome = "ok" if code == 0 else f"failed ({code})"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            outcome = f"stopped after its {step.seconds} s"
+    return Outcome(step.name, outcome, round(time.perf_counter() - start, 1))
+
+
+def summarise(outcomes: list[Outcome], out: Path) -> bool:
+    """Print what failed, what the steps found, and the table of steps; True where none failed."""
+    bad = [outcome for outcome in outcomes if outcome.outcome not in ("ok", "needs a GPU")]
+    for outcome in bad:
+        lines = (out / f"{outcome.step}.log").read_text(errors="replace").splitlines()
+        print(f"\n--- {outcome.step}: end of {outcome.step}.log", *lines[-25:], sep="\n")
+    for outcome in outcomes:
+        found = out / f"{outcome.step}.txt"
+        if found.exists():
+            print(f"\n--- {outcome.step}", found.read_text().rstrip(), sep="\n")
+    print()
+    for outcome in outcomes:
+        print(f"{outcome.step:<16}{outcome.seconds:>7.1f} s  {outcome.outcome}")
+    (out / "gpu.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+    return not bad
+
+
+def main() -> None:
+    """Run the steps, print the summary, exit with 1 where one failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true", help="run what needs no GPU, print what else would run")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: out)")
+    parser.add_argument("--step", action="append", choices=[step.name for step in STEPS], help="only this step")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if not options.dry:
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("make gpu: expected a GPU that PyTorch can use; make gpu DRY=1 runs what needs none")
+    outcomes = []
+    for step in STEPS:
+        if step.name not in options.step if options.step else step.asked:
+            continue
+        (out / f"{step.name}.txt").unlink(missing_ok=True)
+        print(f"{step.name} ({step.seconds} s): {shlex.join(step.command).replace('{out}', str(out))}", flush=True)
+        outcomes.append(Outcome(step.name, "needs a GPU") if step.gpu and options.dry else run(step, out))
+    sys.exit(0 if summarise(outcomes, out) else 1)
+
+
+if __name__ == "__main__":
+    main()

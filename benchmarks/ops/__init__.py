@@ -1,0 +1,6 @@
+"""Every op that is timed. A new one is a module here and a line below."""
+
+from ..registry import Op
+from . import attention, contrast, head, masks, sequence, step, text
+
+OPS: tuple[Op, ...] = (*masks.OPS, *contrast.OPS, *sequence.OPS, *head.OPS, *attention.OPS, *text.OPS, *step.OPS)

@@ -1,0 +1,124 @@
+"""Folders checkpoint-N that are whole or absent, and what is found of them after a crash.
+
+A checkpoint is written to a hidden folder beside its place, flushed to the disk, sealed by a manifest of sizes and CRC-32
+sums, and renamed. So a process that is killed at any moment, or a machine that loses power, leaves whole checkpoints and
+hidden rubbish; and what a disk damaged later is noticed before it is used.
+
+    seal(folder)                 manifest.json over all files, everything flushed
+    publish(folder, target)      the rename
+    damage(folder)               what is not as it was sealed, in words
+    newest_whole(folder)         the newest checkpoint-N without damage
+    rotate(folder, limit, step)  all but the newest `limit` go
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+#: Hidden folders beside the checkpoints begin so; any that is left of an earlier run is rubbish.
+STAGING = ".saving-"
+_MANIFEST = "manifest.json"
+_CHUNK = 1 << 20
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The `checkpoint-N` folders, in order of N, whole or not."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdigit() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of checkpoint-N."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def seal(folder: Path) -> None:
+    """Write manifest.json, name -> [bytes, CRC-32] of every file below, and flush files and folders to the disk."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
+        _flush(path)
+    with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1)
+    _flush(folder / _MANIFEST)
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _flush(path)
+
+
+def publish(folder: Path, target: Path) -> None:
+    """Rename a sealed folder to its place; one of that name, of an earlier run, makes room."""
+    discard(target)
+    os.replace(folder, target)
+    _flush(target.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder; killed half-way, what remains has a hidden name."""
+    if folder.exists():
+        hidden = folder.with_name(f"{STAGING}old-{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(folder, hidden)
+        shutil.rmtree(hidden)
+
+
+def damage(folder: Path) -> str | None:
+    """None for a folder as it was sealed, else what differs first."""
+    try:
+        files = {str(name): (int(size), int(crc)) for name, (size, crc) in
+                 json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"].items()}  # fmt: skip
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{_MANIFEST} is missing or cannot be read"
+    for name, (size, _) in files.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if (found := (folder / name).stat().st_size) != size:
+            return f"{name} has {found} bytes instead of {size}"
+    for name, (_, crc) in files.items():
+        try:
+            if _crc(folder / name) != crc:
+                return f"{name} has other bytes than were written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint-N without damage; one line is logged for each newer one that is passed over."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged (%s) and passed over", path, problem)
+    return None
+
+
+def rotate(folder: Path, limit: int | None, step: int, keep: str | None = None) -> None:
+    """Remove all but the newest `limit` checkpoints up to `step`, and `keep`; None or 0 removes none."""
+    found = [path for path in checkpoints(folder) if step_of(path) <= step]
+    for path in found[:-limit] if limit else ():
+        if keep is None or path != Path(keep):
+            discard(path)
+
+
+def _crc(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

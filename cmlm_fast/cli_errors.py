@@ -1,0 +1,49 @@
+"""What every command shares: bad input ends with one line, and the libraries' chatter is off; of several ranks one speaks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import ERROR, getLogger
+
+import typer
+
+from . import ranks
+from .output import DivergedError, Stopped
+
+
+@contextmanager
+def one_line_errors(stopped: str = "stopped by SIGINT") -> Iterator[None]:
+    """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
+    try:
+        yield
+    except (*ranks.EXPECTED, DivergedError) as error:
+        _say(f"error: {' '.join(str(error).split())}")
+        raise typer.Exit(2) from None
+    except Stopped as signalled:
+        _say(str(signalled))
+        raise typer.Exit(128 + signalled.signal) from None
+    except KeyboardInterrupt:
+        _say(stopped)
+        raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    if ranks.is_main():
+        print(line, file=sys.stderr)
+
+
+def quiet() -> None:
+    """Progress bars and warnings of ours only, and no threads that a fork would lose."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+    if not ranks.is_main():
+        import datasets
+
+        datasets.disable_progress_bars()
+        getLogger("cmlm_fast").setLevel(ERROR)

@@ -1,0 +1,113 @@
+"""The experiment as its user describes it; `grid` does the work.
+
+    for each draw, for each method:   post-train on all train texts, without their labels   (once for all shots)
+        for each number of shots k:   fine-tune on k labels a class, score the whole test set -> one line of cells.jsonl
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..backends import use_backend
+from ..options import expect
+from .cells import Cell
+from .grid import Grid
+from .methods import find_method
+
+
+@dataclass(frozen=True)
+class FewShotExperiment:
+    """Few-shot evaluation of post-training methods on one data set.
+
+    Attributes:
+        model: folder or hub id of the checkpoint every method starts from, with an LM head (see `cmlm-fast warm-head`).
+        train: labelled texts, as `data.load_labelled` reads them; all of them are post-trained on without their labels.
+        output_dir: cells.jsonl, results.md, results.csv and results.png; may hold other data sets' cells, which stay.
+        test: texts to score, with the columns of train.
+        validation: instead of test: so many texts of train, every class in its share, are scored, and are not trained on.
+        name: of the data set in the tables; default: the train file's name, or its folder's where that is "train".
+        label_column, text_column, text_pair_column, paraphrase_column: as for `data.load_labelled`.
+        methods: names of `METHODS`, or "name:field=value" with other values in the objective.
+        shots: labelled texts a class.
+        draws: how many times the labelled texts are drawn, and everything is done again with other random numbers.
+        epochs, max_steps, batch_size, learning_rate, warmup: of the post-training, as in `PostTrainOptions`.
+        fine_tune_epochs, fine_tune_batch_size, fine_tune_learning_rate: of the fine-tuning.
+        max_length: most tokens of a sequence.
+        bf16: None: where this machine multiplies bfloat16 in hardware.
+        seed: draw d takes its random numbers from seed + d.
+        baseline: the method that the others are compared with, draw by draw.
+        cache_dir: where checkpoints are kept from cell to cell; default: output_dir/models.
+        keep_models: keep the post-trained checkpoints there; else each goes when its cells are done.
+        backend: which kernels run; see `cmlm_fast.use_backend`.
+
+    Example:
+        >>> cells = FewShotExperiment("bert-base-uncased", "train.tsv", "out", test="test.tsv", methods=("ft", "cmlm")).run()
+        >>> cells[0]["accuracy"]
+    """
+
+    model: str
+    train: str
+    output_dir: str
+    test: str | None = None
+    validation: int = 0
+    name: str | None = None
+    label_column: str = "label"
+    text_column: str | None = None
+    text_pair_column: str | None = None
+    paraphrase_column: str | None = None
+    methods: Sequence[str] = ("ft", "tapt", "cmlm")
+    shots: Sequence[int] = (16,)
+    draws: int = 5
+    epochs: float = 2.0
+    max_steps: int = -1
+    batch_size: int = 32
+    learning_rate: float = 5e-5
+    warmup: float = 0.06
+    fine_tune_epochs: float = 10.0
+    fine_tune_batch_size: int = 16
+    fine_tune_learning_rate: float = 2e-4
+    max_length: int = 128
+    bf16: bool | None = None
+    seed: int = 0
+    baseline: str = "ft"
+    cache_dir: str | None = None
+    keep_models: bool = False
+    backend: str = "auto"
+
+    def run(self, report: Callable[[str], None] = lambda line: None) -> list[Cell]:
+        """Do the cells that are not in cells.jsonl yet, write the tables; returns the cells of this grid in its order.
+
+        `report` is called with a line about each cell. Every error of the input is a ValueError, OSError or
+        ModuleNotFoundError of one line, raised before anything is computed or written.
+        """
+        return self.check().run(report)
+
+    def check(self) -> Grid:
+        """Check everything, read the texts, load the start; writes nothing."""
+        for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1), ("max_length", 8)):
+            expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
+        for name in ("epochs", "learning_rate", "fine_tune_epochs", "fine_tune_learning_rate"):
+            value = getattr(self, name)
+            expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)
+        expect(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", self.max_steps)
+        expect(math.isfinite(self.warmup) and self.warmup >= 0, "warmup", "finite and >= 0", self.warmup)
+        expect(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        expect(bool(self.methods), "methods", "at least one", self.methods)
+        expect(bool(self.shots) and min(self.shots) >= 1, "shots", "at least one number, all >= 1", self.shots)
+        methods = {name: find_method(name) for name in dict.fromkeys(self.methods)}
+        find_method(self.baseline)
+        for name, method in methods.items():
+            needed = method.second == "paraphrase"
+            expect(not needed or self.paraphrase_column is not None, "paraphrase_column", f"given for method {name}", None)
+        expect((self.test is None) == (self.validation > 0), "test or validation", "given, one of them",
+               "both" if self.test else "neither")  # fmt: skip
+        folder = Path(self.output_dir)
+        rule = "a folder, or a path where one can be made"
+        blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents))
+        expect(not blocked, "output_dir", rule, folder)
+        with use_backend(self.backend):
+            pass  # an unknown backend is an error now
+        return Grid(self, methods)

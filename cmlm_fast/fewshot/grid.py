@@ -1,0 +1,227 @@
+"""A checked experiment at work: it resumes where it stopped and never repeats a finished cell.
+
+The order is breadth first, draw by draw: stop it at any time and what is there is a fair table. A cell's key is a
+fingerprint of all that its number depends on: start weights, texts and labels, method, schedule, fine-tuning, draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..backends import use_backend
+from ..config import CMLMConfig
+from ..options import expect
+from ..output import disk_errors
+from ..post_train import check_length, fast_in_bf16, load_model, load_tokenizer
+from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells
+from .draws import classes_of, draw
+from .finetune import Text, fine_tune
+from .methods import Method
+from .tables import write_tables
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .experiment import FewShotExperiment
+    from .post_training import UnlabelledTexts
+
+_MODELS = "models"
+_PROTOCOL = 1  # part of every key; raise it when the same settings give another number
+
+
+class Grid:
+    """A checked experiment: data, start and cells."""
+
+    def __init__(self, experiment: FewShotExperiment, methods: dict[str, Method]) -> None:
+        self.options = experiment
+        self.methods = methods
+        self.shots = sorted(set(experiment.shots))
+        self.folder = Path(experiment.output_dir)
+        path = Path(experiment.train)
+        self.name = experiment.name or (path.absolute().parent.name if path.stem == "train" else path.stem)
+        train = self._read(experiment.train, experiment.paraphrase_column)
+        if experiment.test is not None:
+            test = self._read(experiment.test, None)
+        else:
+            train, test = _hold_out(train, experiment.validation, experiment.seed)
+            self.name += " (validation)"
+        self.train, self.test = train, test
+        self.labels, self.test_labels = train["label"][:], test["label"][:]
+        self.texts, self.test_texts = _texts(train), _texts(test)
+        classes = classes_of(self.labels)
+        expect(len(classes) >= 2, "train", "texts of at least two classes", classes)
+        unseen = sorted(set(self.test_labels) - set(classes))
+        expect(not unseen, "test", f"texts with labels among {', '.join(classes[:20])}", ", ".join(unseen[:5]))
+        draw(self.labels, self.shots[-1], 0)  # a class with fewer texts is an error now
+        if any(method.second == "paraphrase" for method in methods.values()):
+            filled = any((text or "").strip() for text in train["paraphrase"])
+            expect(filled, "paraphrase_column", "a column with a text", f"{experiment.paraphrase_column!r}, all blank")
+        self.bf16 = fast_in_bf16() if experiment.bf16 is None else experiment.bf16
+        self.tokenizer, self.start, self.start_id = self._load_start()
+        self.cells = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}
+
+    def run(self, report: Callable[[str], None]) -> list[Cell]:
+        """As `FewShotExperiment.run`."""
+        grid = [(d, name) for d in range(self.options.draws) for name in self.methods]
+        wanted = [self.facts(name, shots, d) for d, name in grid for shots in self.shots]
+        keys = [fingerprint(facts) for facts in wanted]
+        report(f"{self.name}: {len(keys)} cells, {sum(key in self.cells for key in keys)} of them done before")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors(self.folder), use_backend(self.options.backend):
+            for d, name in grid:
+                self._cells_of(name, d, report)
+            # Read again: other runs may have added to the file in the meantime.
+            write_tables(self.folder, read_cells(self.folder / CELLS), self.options.baseline)
+        return [self.cells[key] for key in keys]
+
+    def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> None:
+        todo = [shots for shots in self.shots if fingerprint(self.facts(name, shots, d)) not in self.cells]
+        if not todo:
+            return
+        checkpoint, facts = self._checkpoint(name, d, report)
+        for shots in todo:
+            cell = self._cell(name, shots, d, checkpoint, facts)
+            append_cell(self.folder / CELLS, cell)
+            self.cells[cell["key"]] = cell
+            report(f"{self.name}, {shots} a class, draw {d}, {name}: accuracy {cell['accuracy']:.4f}, macro-F1 "
+                   f"{cell['macro_f1']:.4f}, {cell['fine_tune_seconds']:.0f} s")  # fmt: skip
+        if self.methods[name].objective is not None and not self.options.keep_models:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+    def facts(self, name: str, shots: int, d: int) -> dict[str, Any]:
+        """All that the number of one cell depends on."""
+        method = self.methods[name].facts
+        names = ("epochs", "batch_size", "learning_rate")
+        fine_tuning = {field: getattr(self.options, f"fine_tune_{field}") for field in names}
+        return {"post_training": self._post_training_facts(name, d), "contrast": method["contrast"], "shots": shots,
+                "draw": d, "fine_tuning": fine_tuning, "labelled": self._data_id}  # fmt: skip
+
+    def _post_training_facts(self, name: str, d: int) -> dict[str, Any]:
+        method = self.methods[name].facts
+        common = {"protocol": _PROTOCOL, "dataset": self.name, "start": self.start_id, "seed": self.options.seed + d,
+                  "bf16": self.bf16, "max_length": self.options.max_length}  # fmt: skip
+        if method["objective"] is None:
+            return common
+        kept = {field: method[field] for field in ("objective", "second", "whole_word")}
+        schedule = asdict(self._schedule)
+        paraphrases = self._paraphrases_id if method["second"] == "paraphrase" else None
+        return {**common, **kept, "schedule": schedule, "texts": self._texts_id, "paraphrases": paraphrases}
+
+    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint to fine-tune, made where it is not there yet, and what was done for it."""
+        from .post_training import FACTS, post_train, save
+
+        models = Path(self.options.cache_dir) if self.options.cache_dir else self.folder / _MODELS
+        start = models / f"start-{self.start_id}"
+        if not start.exists():
+            save(self.start, self.tokenizer, {"steps": 0, "encoder_tokens": 0, "seconds": 0.0}, start)
+        folder, method = start, self.methods[name]
+        if method.objective is not None:
+            folder = models / fingerprint(self._post_training_facts(name, d))
+            if not folder.exists():
+                report(f"{self.name}, draw {d}, {name}: post-training")
+                done = post_train(start, self._unlabelled, method, self._schedule, seed=self.options.seed + d, bf16=self.bf16,
+                                  folder=folder)  # fmt: skip
+                report(f"{self.name}, draw {d}, {name}: post-trained, {done['steps']} steps, {done['seconds']:.0f} s")
+        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+        return folder, facts
+
+    def _cell(self, name: str, shots: int, d: int, checkpoint: Path, done: dict[str, Any]) -> Cell:
+        options = self.options
+        chosen = draw(self.labels, shots, options.seed + d)
+        score = fine_tune(
+            checkpoint, [self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.test_texts, self.test_labels,
+            epochs=options.fine_tune_epochs, learning_rate=options.fine_tune_learning_rate,
+            batch_size=options.fine_tune_batch_size, max_length=options.max_length, seed=options.seed + d, bf16=self.bf16,
+            contrast=self.methods[name].contrast,
+        )  # fmt: skip
+        facts = self.facts(name, shots, d)
+        setup = {"model": Path(options.model).name, "start": self.start_id, "fine_tuning": facts["fine_tuning"],
+                 "max_length": options.max_length, "bf16": self.bf16, "seed": options.seed}  # fmt: skip
+        method = self.methods[name].facts
+        if method["objective"] is not None:
+            method["schedule"] = asdict(self._schedule)
+        return {
+            "dataset": self.name, "method": name, "shots": shots, "draw": d, "accuracy": score.accuracy,
+            "macro_f1": score.macro_f1, "fine_tune_seconds": round(score.seconds, 2), "post_train_seconds": done["seconds"],
+            "steps": done["steps"], "encoder_tokens": done["encoder_tokens"], "threads": torch.get_num_threads(),
+            "torch": torch.__version__, "setup": setup, "setup_id": fingerprint(setup), **method,
+            "method_id": fingerprint(method), "key": fingerprint(facts),
+        }  # fmt: skip
+
+    @cached_property
+    def _unlabelled(self) -> UnlabelledTexts:
+        from .post_training import UnlabelledTexts
+
+        return UnlabelledTexts(self.train.remove_columns("label"), self.tokenizer, self.options.max_length)
+
+    @cached_property
+    def _schedule(self) -> Any:
+        from .post_training import Schedule
+
+        o = self.options
+        return Schedule(o.epochs, o.max_steps, o.batch_size, o.learning_rate, o.warmup)
+
+    @cached_property
+    def _texts_id(self) -> str:
+        return fingerprint_rows(self.texts)
+
+    @cached_property
+    def _data_id(self) -> str:
+        return fingerprint([fingerprint_rows(x) for x in (self.texts, self.labels, self.test_texts, self.test_labels)])
+
+    @cached_property
+    def _paraphrases_id(self) -> str:
+        return fingerprint_rows(self.train["paraphrase"])
+
+    def _read(self, path: str, paraphrase_column: str | None) -> Dataset:
+        from ..data import load_labelled
+
+        o = self.options
+        return load_labelled(path, label_column=o.label_column, text_column=o.text_column,
+                             text_pair_column=o.text_pair_column, paraphrase_column=paraphrase_column)  # fmt: skip
+
+    def _load_start(self) -> tuple[Any, Any, str]:
+        """Tokenizer, model, and a fingerprint of both. A head that the checkpoint lacks is made from the seed."""
+        from transformers import set_seed
+
+        tokenizer = load_tokenizer(self.options.model)
+        set_seed(self.options.seed)
+        model = load_model(self.options.model, CMLMConfig())
+        objectives = [method.objective for method in self.methods.values() if method.objective]
+        check_length(model, self.options.max_length, max((each.position_jitter for each in objectives), default=0))
+        digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        for name, value in sorted(model.lm.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return tokenizer, model, digest.hexdigest()[:16]
+
+
+def _hold_out(train: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
+    """`rows` texts held out of train, every class in its share; both parts keep the order."""
+    from sklearn.model_selection import train_test_split
+
+    labels = train["label"][:]
+    classes = classes_of(labels)
+    rule = f">= {len(classes)} and <= {len(labels) - len(classes)}, so that each side has all classes"
+    expect(len(classes) <= rows <= len(labels) - len(classes), "validation", rule, rows)
+    single = [label for label in classes if labels.count(label) < 2]
+    expect(not single, "train", "at least two texts of each class, for a validation", f"one of {', '.join(single[:5])}")
+    kept, held = train_test_split(range(len(labels)), test_size=rows, stratify=labels, random_state=seed)
+    return train.select(sorted(kept)), train.select(sorted(held))
+
+
+def _texts(dataset: Dataset) -> list[Text]:
+    texts = [text or "" for text in dataset["text"]]
+    if "text_pair" not in dataset.column_names:
+        return list(texts)
+    return list(zip(texts, [text or "" for text in dataset["text_pair"]], strict=True))

@@ -1,0 +1,85 @@
+"""Sequence contrast of two different texts: batches of 2B sequences, the second B of which are the partners of the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import CMLMDataCollator
+from ..losses import CMLMLoss, Views
+from ..modeling import CMLMModel, CMLMOutput
+
+
+class PairCollator:
+    """Rows and their partners to one batch, padded or packed, with `one` and `two`, int64 [B]: where the pairs stand in it.
+
+    Args:
+        collator: what makes a batch of rows.
+        partner: row -> the row of its second view.
+    """
+
+    def __init__(self, collator: CMLMDataCollator, partner: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.collator = collator
+        self.tokenizer = collator.tokenizer
+        self.partner = partner
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        both = [*rows, *(self.partner(row) for row in rows)]
+        order = sorted(range(len(both)), key=lambda i: -len(both[i]["input_ids"]))
+        place = torch.empty(len(both), dtype=torch.int64)
+        place[order] = torch.arange(len(both))
+        # The packing collator sorts in just this way, the padding one keeps the order it is given.
+        batch = self.collator([both[i] for i in order])
+        return {**batch, "one": place[: len(rows)], "two": place[len(rows) :]}
+
+
+class PairedLoss(CMLMLoss):
+    """CMLMLoss whose sequence part is over pairs of sequences."""
+
+    def counts(self, role: Tensor, sequences: int) -> Tensor:
+        """As `CMLMLoss.counts`, of a batch of 2B sequences."""
+        return super().counts(role, sequences // 2)
+
+
+class PairedModel(CMLMModel):
+    """CMLMModel for the batches of `PairCollator`; its objective is the sequence contrast alone."""
+
+    def __init__(self, lm: Any, config: Any = None) -> None:
+        super().__init__(lm, config)
+        if self.cmlm.mlm_weight or self.cmlm.token_weight:
+            raise ValueError("PairedModel: expected mlm_weight and token_weight to be 0, since two texts share no positions, "
+                             f"got {self.cmlm.mlm_weight} and {self.cmlm.token_weight}")  # fmt: skip
+        self.loss = PairedLoss(self.cmlm)
+
+    def forward(self, input_ids: Tensor, one: Tensor, two: Tensor, role: Tensor, special_ids: Tensor,  # type: ignore[override]
+                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+                token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
+                group: Any = None, **unused: Any) -> CMLMOutput:  # fmt: skip
+        """The contrast of sequences `one` with sequences `two` of a batch of 2B; arguments as for `CMLMModel.forward`."""
+        can = ~torch.isin(input_ids, special_ids)
+        can = can if eligible is None else can & eligible
+        inputs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if cu_seqlens is not None and lengths is not None:
+            position = torch.arange(input_ids.numel(), device=input_ids.device)
+            position = position - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+            inputs = {name: value[None] for name, value in inputs.items()}
+            inputs["position_ids"] = (position + self._first_position(max(lengths)))[None]
+            encoded = self.lm.base_model(input_ids=input_ids[None], lengths=lengths, cu_seqlens=cu_seqlens, **inputs)
+            first = cu_seqlens[:-1].long()
+        elif attention_mask is not None:
+            can = can & attention_mask.bool()
+            encoded = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            batch, length = input_ids.shape
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
+            first = cu_seqlens[:-1] + attention_mask.long().argmax(1)
+        else:
+            raise ValueError("PairedModel: expected attention_mask to be given with a padded batch, got None")
+        hidden = encoded.last_hidden_state.flatten(0, 1)
+        z = self.projection(self._pool(hidden, can.flatten(), cu_seqlens, first))
+        views = Views(hidden, hidden, z[one], z[two], input_ids.flatten(), role.flatten(), can.flatten(), cu_seqlens)
+        sums = self.loss(views, self.mlm_sum, group)
+        counts = self.loss.counts(role, 2 * len(one))
+        return CMLMOutput(self.loss.total(sums, counts if divisor is None else divisor), sums.detach(), counts, {})

@@ -1,0 +1,168 @@
+"""One post-training of the experiment: the same texts, steps, order and encoder tokens for every method."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, set_seed
+
+from ..data import CMLMDataCollator, clean_texts, tokenize_texts
+from ..modeling import CMLMModel
+from ..trainer import CMLMTrainer, CMLMTrainingArguments
+from .augment import Eda, like_tokens
+from .methods import Method
+from .paired import PairCollator, PairedModel
+
+#: Written beside the weights: steps, encoder_tokens, seconds.
+FACTS = "post_training.json"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast; fields as in `PostTrainOptions`."""
+
+    epochs: float
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: float
+
+
+class UnlabelledTexts:
+    """The train texts without their labels, tokenised once in each way that a method needs.
+
+    Args:
+        dataset: columns text (and text_pair, paraphrase).
+        tokenizer, max_length: as for `tokenize_texts`.
+    """
+
+    def __init__(self, dataset: Dataset, tokenizer: Any, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.dataset, _ = clean_texts(dataset)
+
+    @cached_property
+    def plain(self) -> Dataset:
+        """Rows of `tokenize_texts`."""
+        return self._rows(self._texts("text", "text_pair"))
+
+    @cached_property
+    def words(self) -> Dataset:
+        """The same with unit_ids."""
+        return self._rows(self._texts("text", "text_pair"), whole_word=True)
+
+    @cached_property
+    def paraphrases(self) -> Dataset:
+        """A row for each text that has a paraphrase, cut where it is too long; columns partner_* hold the paraphrase."""
+        pairs = self.dataset.filter(lambda row: bool((row["paraphrase"] or "").strip()))
+        cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        texts = [[text or "" for text in pairs[name]] for name in ("text", "text_pair") if name in pairs.column_names]
+        rows = self.tokenizer(*texts, **cut)
+        partner = self.tokenizer(pairs["paraphrase"][:], **cut)
+        columns = {name: rows[name] for name in rows if name != "attention_mask"}
+        columns |= {f"partner_{name}": partner[name] for name in columns}
+        mask = [[1] * len(ids) for ids in columns["input_ids"]]
+        return Dataset.from_dict({**columns, "attention_mask": mask, "sample_id": range(len(mask))})
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(map(len, self.plain["input_ids"]))
+
+    def _texts(self, *names: str) -> Dataset:
+        return self.dataset.select_columns([name for name in names if name in self.dataset.column_names])
+
+    def _rows(self, texts: Dataset, **options: Any) -> Dataset:
+        return tokenize_texts(texts, self.tokenizer, max_length=self.max_length, **options)
+
+
+class CountingTrainer(CMLMTrainer):
+    """CMLMTrainer that counts the tokens its encoder has seen, pads left out."""
+
+    encoder_tokens = 0
+
+    def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
+        """As CMLMTrainer's: two views of each sequence pass the encoder, or (in pairs) every sequence once."""
+        attended = batch.get("attention_mask")
+        tokens = batch["input_ids"].numel() if attended is None else int(attended.sum())
+        self.encoder_tokens += tokens * (1 if "two" in batch else 2)
+        return super().mask(batch, step)
+
+
+def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Schedule, *, seed: int, bf16: bool,
+               folder: Path) -> dict[str, Any]:  # fmt: skip
+    """Post-train `start` by `method` and write `folder`, a plain checkpoint, all of it or nothing; returns its FACTS.
+
+    A method sees 2 · epochs · texts.tokens tokens of its encoder: each text in two views, or, where the second view is
+    another text, both of them. Paraphrases that are longer or shorter than their texts get fewer or more steps for it.
+    """
+    begin = time.perf_counter()
+    steps = schedule.max_steps
+    rows = texts.words if method.whole_word else texts.plain
+    if steps == -1:
+        steps = math.ceil(schedule.epochs * math.ceil(len(rows) / schedule.batch_size))
+    if method.second == "paraphrase":
+        budget = steps * 2 * texts.tokens / len(rows)
+        rows = texts.paraphrases
+        seen = sum(map(len, rows["input_ids"])) + sum(map(len, rows["partner_input_ids"]))
+        steps = max(1, round(budget * len(rows) / seen))
+    set_seed(seed)
+    paired = method.second != "masked"
+    model = (PairedModel if paired else CMLMModel).from_pretrained(start, method.objective)
+    collator: Any = CMLMDataCollator(texts.tokenizer, packed=model.takes_packed)
+    if paired:
+        collator = PairCollator(collator, _partner(method, texts, model, seed))
+    gpu = torch.accelerator.is_available()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    arguments = CMLMTrainingArguments(
+        str(folder.parent), max_steps=steps, per_device_train_batch_size=schedule.batch_size, bf16=bf16, seed=seed,
+        learning_rate=schedule.learning_rate, warmup_steps=schedule.warmup, weight_decay=0.01, save_strategy="no",
+        logging_strategy="no", report_to="none", disable_tqdm=True, use_cpu=not gpu, dataloader_pin_memory=gpu,
+    )  # fmt: skip
+    trainer = CountingTrainer(model, arguments, train_dataset=rows, processing_class=texts.tokenizer, data_collator=collator)
+    trainer.remove_callback(PrinterCallback)
+    result = trainer.train()
+    facts = {"steps": result.global_step, "encoder_tokens": trainer.encoder_tokens,
+             "seconds": round(time.perf_counter() - begin, 2)}  # fmt: skip
+    if not math.isfinite(result.training_loss):
+        got = f"{schedule.learning_rate}: a loss that is not finite"
+        raise ValueError(f"expected learning_rate to be one that training survives, got {got}")
+    save(model, texts.tokenizer, facts, folder)
+    return facts
+
+
+def save(model: CMLMModel, tokenizer: Any, facts: dict[str, Any], folder: Path) -> None:
+    """Write a plain checkpoint with its tokenizer and facts; the folder appears when all of it is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as staging:
+        whole = Path(staging) / folder.name
+        model.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        (whole / FACTS).write_text(json.dumps(facts) + "\n")
+        if not folder.exists():  # another process may have made the same
+            whole.rename(folder)
+
+
+def _partner(method: Method, texts: UnlabelledTexts, model: CMLMModel,
+             seed: int) -> Callable[[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    if method.second == "paraphrase":
+        return _paraphrase
+    embeddings = model.lm.get_input_embeddings().weight
+    special = set(texts.tokenizer.all_special_ids) - {texts.tokenizer.unk_token_id}
+    ids = torch.tensor(sorted({i for row in texts.plain["input_ids"] for i in row} - special))
+    return Eda(like_tokens(embeddings, ids), special, seed, texts.max_length)
+
+
+def _paraphrase(row: dict[str, Any]) -> dict[str, Any]:
+    partner = {name.removeprefix("partner_"): values for name, values in row.items() if name.startswith("partner_")}
+    return {"sample_id": row["sample_id"], "attention_mask": [1] * len(partner["input_ids"]), **partner}

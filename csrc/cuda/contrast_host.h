@@ -1,0 +1,238 @@
+// The order of launches for a contrast (contrast.cuh), which token_contrastive and info_nce share. Host code only.
+//
+// by tiles: one launch for the softmax, one for the gradient. by rows: chunks of kChunkBytes of scores,
+//
+//   S = X·Yᵀ   contrast_rows: softmax, and weights in place of S   dX = W·Y   dY += Wᵀ·X          6·N·M·D operations
+//
+// in one go where a row's gradient needs that row's softmax alone. Where it needs those of all rows (symmetric and self), the
+// softmax of all comes first and the scores are made again: 10·B²·D for the symmetric cross, 24·B²·D (6·N²·D, N = 2B) for self.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/contrast_gradient.cuh"
+#include "cuda/contrast_rows.cuh"
+#include "cuda/gemm.h"
+#include "cuda/inputs.h"
+
+namespace cmlm {
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  if constexpr (std::is_same_v<T, Bf16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<T, Fp16>) return ScalarType::Half;
+}
+
+// What temperature and losses have.
+inline ScalarType loss_type(const Tensor& rows) {
+  return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f(T{}) for the tensor's dtype.
+template <class F>
+auto dispatch_numbers(const char* op, const char* argument, const Tensor& tensor, F&& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(Bf16{});
+    case ScalarType::Half:
+      return f(Fp16{});
+    case ScalarType::Double:
+      return f(double{});
+    default:
+      fail(op, argument, "float32, bfloat16, float16 or float64", describe(tensor));
+  }
+}
+
+inline Reduce reduce_of(const char* op, const std::string& reduction) {
+  CMLM_CHECK(op, reduction == "none" || reduction == "mean" || reduction == "sum", "reduction", "'mean', 'sum' or 'none'",
+             "'" + reduction + "'");
+  return reduction == "none" ? Reduce::none : reduction == "mean" ? Reduce::mean : Reduce::sum;
+}
+
+struct ContrastResult {
+  Tensor loss, grad1, grad2, grad_temperature;
+};
+
+// Runs problem P, whose sides, options and outputs are set, on memory of its own.
+template <class P>
+class ContrastRun {
+  using T = typename P::Number;
+  using M = typename P::M;
+
+ public:
+  ContrastRun(const Launcher& launcher, const Tensor& like, P& problem) : launch_(launcher), like_(like), p_(problem) {
+    for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
+      const int64_t rows = p_.side[s].rows;
+      p_.stats[s].scale = memory<M>(rows);
+      if (s >= anchors()) continue;
+      p_.stats[s].reference = memory<M>(rows);
+      p_.stats[s].share = memory<M>(rows);
+      p_.stats[s].push = memory<M>(rows);
+    }
+    p_.losses = memory<M>(anchors() * p_.side[0].rows);
+    p_.pulls = memory<M>(anchors() * p_.side[0].rows);
+    p_.unit = memory<M>(1);
+  }
+
+  // `split`: let several blocks share the columns of a row, so that a small batch too fills the device.
+  void by_tiles(bool gradient, bool split) {
+    const int64_t tiles[2] = {ceil_div(p_.side[0].rows, kTile), p_.self ? 0 : ceil_div(p_.side[1].rows, kTile)};
+    const int64_t forward = tiles[0] + (anchors() == 2 ? tiles[1] : 0), backward = tiles[0] + (wanted(1) ? tiles[1] : 0);
+    const int64_t across = p_.self ? tiles[0] : std::min(tiles[0], tiles[1]);
+    const auto shares = [&](int64_t blocks) {
+      return split ? std::clamp<int64_t>(2 * launch_.multiprocessors() / blocks, 1, across) : 1;
+    };
+    p_.splits = static_cast<int>(shares(forward));
+    p_.partial = memory<M>(p_.splits > 1 ? anchors() * p_.side[0].rows * p_.splits * 5 : 0);
+    p_.tickets = memory<unsigned>(forward + 1 + backward);
+    p_.gradient_tickets = p_.tickets + forward + 1;
+    launch_.clear(p_.tickets, (forward + 1 + backward) * sizeof(unsigned));
+    launch_(contrast_forward<P>, dim3(static_cast<unsigned>(forward), p_.splits), kTileThreads, kForwardShared<T>, p_);
+    if (!gradient || !(wanted(0) || wanted(1))) return;
+    const int64_t row_bytes = p_.side[0].width * sizeof(M), rows = p_.side[0].rows + (wanted(1) ? p_.side[1].rows : 0);
+    const int64_t sharing = std::min(shares(backward), std::max<int64_t>(kChunkBytes / (rows * row_bytes), 1));
+    for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
+      if (!wanted(s)) continue;
+      if constexpr (std::is_same_v<T, M>)
+        if (!p_.self && sharing == 1) p_.sums[s] = p_.gradient[s][0];
+      if (p_.sums[s] == nullptr) p_.sums[s] = memory<M>(sharing * p_.side[s].rows * p_.side[s].width);
+    }
+    const dim3 grid(static_cast<unsigned>(backward), static_cast<unsigned>(sharing));
+    launch_(contrast_gradient<P>, grid, kTileThreads, kGradientShared<T>, p_);
+  }
+
+  void by_rows(bool gradient) {
+    task_.p = p_;
+    prepare();
+    launch_(contrast_unit<P>, dim3(1), kRowThreads, kTotalsShared, task_);
+    gradient = gradient && (wanted(0) || wanted(1));
+    const bool once = anchors() == 1 && !p_.self;
+    for (int s = 0; s < anchors(); ++s) sweep(s, true, once && gradient);
+    launch_(contrast_totals<P>, dim3(1), kRowThreads, kTotalsShared, task_);
+    if (gradient && !once) sweep(0, false, true);
+  }
+
+ private:
+  int anchors() const { return !p_.self && p_.symmetric ? 2 : 1; }
+  bool wanted(int s) const { return p_.gradient[s][0] != nullptr || p_.gradient[s][1] != nullptr; }
+
+  template <class X>
+  X* memory(int64_t count) {
+    tensors_.push_back(empty(like_, {count * static_cast<int64_t>(sizeof(X))}, ScalarType::Byte));
+    return static_cast<X*>(tensors_.back().mutable_data_ptr());
+  }
+
+  void prepare() {
+    const bool rescale = std::is_same_v<T, Fp16> && p_.normalize;
+    task_.rescale = rescale;
+    task_.positives = memory<M>(anchors() * p_.side[0].rows);
+    for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
+      task_.full_scale[s] = memory<M>(p_.side[s].rows);
+      if (rescale || p_.self) task_.copy[s] = memory<T>(p_.side[s].rows * p_.side[s].width);
+    }
+    const int64_t rows = p_.side[0].rows + (p_.self ? 0 : p_.side[1].rows);
+    launch_(contrast_prepare<P>, dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))), kRowThreads, 0, task_);
+    for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
+      Matrix<T>& side = task_.p.side[s];
+      if (task_.copy[s] != nullptr) side.first = task_.copy[s], side.second = task_.copy[s] + side.split * side.width;
+    }
+  }
+
+  // All chunks of side s: its softmax, its gradient (and with it the other side's), or both.
+  void sweep(int s, bool softmax, bool weigh) {
+    using Score = typename RowTask<P>::Score;
+    const Matrix<T> x = task_.p.side[s], y = task_.p.side[p_.self ? 0 : 1 - s];
+    const int o = p_.self ? 0 : 1 - s;
+    constexpr bool in_place = sizeof(Score) == sizeof(T);
+    const int64_t pitch = round_up(y.rows, 8), bytes = pitch * (sizeof(Score) + (in_place ? 0 : sizeof(T)));
+    const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
+    const int64_t least = across ? kChunkRows : 8;
+    const int64_t chunk = std::min(std::max(kChunkBytes / bytes / 8 * 8, least), x.rows), chunks = ceil_div(x.rows, chunk);
+    if (task_.scores == nullptr || in_place_rows_ < chunk * pitch) {
+      in_place_rows_ = chunk * pitch;
+      task_.scores = memory<Score>(chunk * pitch);
+      if constexpr (!in_place) task_.weights = memory<T>(chunk * pitch);
+    }
+    if constexpr (in_place) task_.weights = reinterpret_cast<T*>(task_.scores);
+    M* part = along ? memory<M>(chunk * x.width) : nullptr;
+    // The other side's gradient grows chunk by chunk: in float, unless it is done with the first.
+    M* sums = nullptr;
+    if constexpr (std::is_same_v<T, M>)
+      sums = across ? p_.gradient[o][0] : nullptr;
+    else if (across && chunks > 1)
+      sums = memory<M>(y.rows * y.width);
+    task_.side = s, task_.pitch = pitch, task_.softmax = softmax, task_.weigh = weigh;
+    const Rows<const T> columns{y.first, y.rows, y.width, y.width};
+    for (int64_t first = 0; first < x.rows; first += chunk) {
+      const int64_t count = std::min(chunk, x.rows - first);
+      task_.first = first, task_.rows = count;
+      const Rows<const T> rows{x.first + first * x.width, count, x.width, x.width};
+      multiply_transposed(launch_, rows, columns, Rows<Score>{task_.scores, count, y.rows, pitch});
+      launch_(contrast_rows<P>, dim3(static_cast<unsigned>(ceil_div(count, kRowsPerBlock))), kRowThreads, kRowsShared<M>, task_);
+      const Rows<const T> weights{task_.weights, count, y.rows, pitch};
+      if (along) {
+        multiply(launch_, weights, columns, Rows<M>{part, count, x.width, x.width});
+        project(part, s, first, count);
+      }
+      if (!across) continue;
+      if (sums != nullptr)
+        add_transposed(launch_, weights, rows, first == 0, Rows<M>{sums, y.rows, y.width, y.width});
+      else
+        add_transposed(launch_, weights, rows, true, Rows<T>{p_.gradient[o][0], y.rows, y.width, y.width});
+    }
+    if (!across) return;
+    if (sums != nullptr)
+      project(sums, o, 0, y.rows);
+    else
+      project(p_.gradient[o][0], o, 0, y.rows);
+  }
+
+  template <class A>
+  void project(const A* sums, int s, int64_t first, int64_t rows) {
+    const ProjectTask<P, A> task{task_.p, sums, task_.full_scale[s], first, rows, s};
+    launch_(contrast_project<P, A>, dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))), kRowThreads, 0, task);
+  }
+
+  const Launcher& launch_;
+  const Tensor& like_;
+  P& p_;
+  RowTask<P> task_{};
+  int64_t in_place_rows_ = 0;
+  std::vector<Tensor> tensors_;
+};
+
+// Sides of a problem: rows of x and of y, or (self) both as one.
+template <class P>
+void set_sides(P& p, const Tensor& x, const Tensor& y, bool self) {
+  using T = typename P::Number;
+  const int64_t width = x.size(1);
+  const T *first = pointer<T>(x), *second = pointer<T>(y);
+  const bool vector = on_16_bytes(first) && on_16_bytes(second) && width * sizeof(T) % 16 == 0;
+  p.self = self;
+  p.side[0] = {first, second, x.size(0), x.size(0) + (self ? y.size(0) : 0), width, vector};
+  p.side[1] = {second, second, y.size(0), self ? 0 : y.size(0), width, vector};
+}
+
+// The gradients' tensors, empty where not wanted; a problem's pointers to them.
+template <class P>
+void set_gradients(P& p, ContrastResult& result, const Tensor& x, const Tensor& y, bool x_grad, bool y_grad) {
+  using T = typename P::Number;
+  result.grad1 = x_grad ? torch::stable::empty_like(x) : empty(x, {0}, x.scalar_type());
+  result.grad2 = y_grad ? torch::stable::empty_like(y) : empty(y, {0}, y.scalar_type());
+  T *first = x_grad ? pointer<T>(result.grad1) : nullptr, *second = y_grad ? pointer<T>(result.grad2) : nullptr;
+  p.gradient[0][0] = first;
+  p.gradient[p.self ? 0 : 1][p.self ? 1 : 0] = second;
+}
+
+inline void set_zero(ContrastResult& result) {
+  for (Tensor* tensor : {&result.loss, &result.grad1, &result.grad2, &result.grad_temperature}) torch::stable::zero_(*tensor);
+}
+
+}  // namespace cmlm

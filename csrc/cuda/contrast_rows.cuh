@@ -1,0 +1,218 @@
+// A contrast between matrix products, for score matrices too large to make twice: chunks of anchors' rows are multiplied with the
+// other side by cuBLAS, the chunk is turned in place into the gradient by the products, and multiplied back (contrast_host.h).
+//
+// Grid:   prepare, project: a warp for each row; rows: a block for 4 rows of the chunk, so that what is known of a column is loaded
+//         once for the four; unit, totals: one block.
+// Tile:   16 bytes of scores a thread and row.
+// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another).
+// Memory: rows: reads a score twice, the second time from L2 if the chunk fits there, and writes it once: 6 bytes (16-bit types;
+//         float 12), and 4 to 24 bytes a column for four rows. prepare: each row once. project: sums, rows and gradient once.
+// Types:  scores and weights in T (float16: scores in float, since dot products may exceed it; rows scaled by powers of two to a
+//         length near 1, since weights may fall below it); all arithmetic and sums in float, double for double.
+// Same bits every time: a row belongs to one block, and its sums are folded in one order.
+#pragma once
+
+#include "cuda/contrast.cuh"
+
+namespace cmlm {
+
+constexpr int kRowThreads = 256, kRowsPerBlock = 4;
+
+template <class P>
+struct RowTask {
+  using T = typename P::Number;
+  using M = typename P::M;
+  // What dot products are kept in until the softmax.
+  using Score = std::conditional_t<std::is_same_v<T, Fp16>, float, T>;
+  P p;
+  T* copy[2];         // prepare: rows to write, scaled if `rescale`; or null
+  bool rescale;
+  M* positives;       // of each anchor, side 0 first
+  M* full_scale[2];   // ‖row‖⁻¹ of the rows before they were scaled
+  Score* scores;      // chunk: rows [first, first + rows) of `side`, `pitch` numbers apart
+  T* weights;         // may be scores
+  int64_t pitch, first, rows;
+  int side;
+  bool softmax, weigh;
+};
+
+template <class P>
+__global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task) {
+  using T = typename P::Number;
+  using M = typename P::M;
+  const P& p = task.p;
+  int64_t r = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32;
+  const int s = r < p.side[0].rows ? 0 : 1, lane = threadIdx.x % 32;
+  if (s == 1) r -= p.side[0].rows;
+  if (r >= (s == 1 && p.self ? 0 : p.side[s].rows)) return;
+  const Matrix<T> x = p.side[s], y = p.side[p.other(s)];
+  const int64_t partner = s < p.anchors() ? p.partner(s, r) : -1;
+  const T *own = x.row(r), *other = partner >= 0 ? y.row(partner) : own;
+  M squares = 0, others = 0, product = 0;
+  for_packs<T>(x.width, x.vector, [&](int64_t d, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const auto a = load_pack<kCount>(own + d), b = load_pack<kCount>(other + d);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const M left = widen(a.at[k]), right = widen(b.at[k]);
+      squares += left * left, others += right * right, product += left * right;
+    }
+  });
+  squares = warp_sum(squares), others = warp_sum(others), product = warp_sum(product);
+  const M scale = p.normalize ? 1 / most(std::sqrt(squares), M(1e-12)) : M(1);
+  const M power = task.rescale ? static_cast<M>(power_below(static_cast<float>(scale))) : M(1);
+  if (task.copy[s] != nullptr)
+    for_packs<T>(x.width, x.vector, [&](int64_t d, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      auto pack = load_pack<kCount>(own + d);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) pack.at[k] = narrow<T>(widen(pack.at[k]) * power);
+      *reinterpret_cast<Pack<T, kCount>*>(task.copy[s] + r * x.width + d) = pack;
+    });
+  if (lane > 0) return;
+  p.check(s, r);
+  p.stats[s].scale[r] = scale / power;
+  task.full_scale[s][r] = scale;
+  if (s >= p.anchors() || !p.lone()) return;
+  const M other_scale = p.normalize ? 1 / most(std::sqrt(others), M(1e-12)) : M(1);
+  task.positives[s * p.side[0].rows + r] = partner >= 0 ? score_of(product, scale, other_scale, 1 / *p.temperature) : kNaN<M>;
+}
+
+template <class P>
+__global__ void __launch_bounds__(kRowThreads) contrast_unit(RowTask<P> task) {
+  Shared shared;
+  if (threadIdx.x == 0) task.p.check_temperature();
+  finish_unit(task.p, shared.take<double>(32));
+}
+template <class P>
+__global__ void __launch_bounds__(kRowThreads) contrast_totals(RowTask<P> task) {
+  Shared shared;
+  finish_totals(task.p, shared.take<double>(32));
+}
+constexpr size_t kTotalsShared = room<double>(32);
+
+template <class M>
+constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<Facts<M>>(kRowsPerBlock);
+
+template <class P>
+__global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_rows(RowTask<P> task) {
+  using T = typename P::Number;
+  using M = typename P::M;
+  using Score = typename RowTask<P>::Score;
+  constexpr int kPack = 16 / sizeof(Score);
+  Shared shared;
+  Anchor<M>* anchors = shared.take<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock);
+  Facts<M>* rows = shared.take<Facts<M>>(kRowsPerBlock);
+  const P& p = task.p;
+  const int s = task.side, o = p.other(s);
+  const int64_t columns = p.side[o].rows, begin = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock, row0 = task.first + begin;
+  const int count = static_cast<int>(least<int64_t>(kRowsPerBlock, task.rows - begin)), q = threadIdx.x;
+  const M coldness = 1 / *p.temperature;
+  const bool lone = p.lone();
+  if (q < count) {
+    rows[q] = p.facts(s, row0 + q);
+    rows[q].scale = p.stats[s].scale[row0 + q];
+  }
+  __syncthreads();
+
+  // The scores at kPack columns from `column` on, handed on as f(row of the block, k, facts of the column, score, its scale) where
+  // they lie inside the chunk.
+  const auto visit = [&](int64_t column, bool weigh, const auto& f) {
+    M at[kRowsPerBlock][kPack];
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) {
+      const Score* from = task.scores + (begin + least(i, count - 1)) * task.pitch + column;
+      const auto raw = *reinterpret_cast<const Pack<Score, kPack>*>(from);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) at[i][k] = widen(raw.at[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      if (column + k >= columns) continue;
+      Facts<M> other = p.facts(o, column + k);
+      if (weigh)
+        p.recall(o, column + k, other);
+      else
+        other.scale = p.stats[o].scale[column + k];
+#pragma unroll
+      for (int i = 0; i < kRowsPerBlock; ++i)
+        if (i < count) f(i, k, other, score_of(at[i][k], rows[i].scale, other.scale, coldness));
+    }
+  };
+
+  if (task.softmax) {
+    Anchor<M> mine[kRowsPerBlock];
+    for (int64_t column = threadIdx.x * kPack; column < columns; column += kRowThreads * kPack) {
+      M at[kRowsPerBlock][kPack];
+#pragma unroll
+      for (int i = 0; i < kRowsPerBlock * kPack; ++i) at[i / kPack][i % kPack] = -kInfinity<M>;
+      visit(column, false, [&](int i, int k, const Facts<M>& other, M score) {
+        if (!lone && p.positive(rows[i], other, row0 + i, column + k)) mine[i].positive += score, mine[i].count += 1;
+        if (p.negative(rows[i], other, row0 + i, column + k)) at[i][k] = score;
+      });
+#pragma unroll
+      for (int i = 0; i < kRowsPerBlock; ++i) {
+        M largest = mine[i].others.largest;
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) largest = most(largest, at[i][k]);
+        mine[i].others.raise(largest);
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) mine[i].others.add(at[i][k]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) {
+      for (int lane = 16; lane > 0; lane /= 2) mine[i].merge(mine[i].across(lane));
+      if (threadIdx.x % 32 == 0) anchors[threadIdx.x / 32 * kRowsPerBlock + i] = mine[i];
+    }
+    __syncthreads();
+    if (q < count) {
+      Anchor<M> anchor = anchors[q];
+      for (int warp = 1; warp < kRowThreads / 32; ++warp) anchor.merge(anchors[warp * kRowsPerBlock + q]);
+      if (lone) anchor.positive = task.positives[s * p.side[0].rows + row0 + q], anchor.count = 1;
+      finish_anchor(p, s, row0 + q, anchor, lone, p.valid(row0 + q));
+    }
+  }
+  if (!task.weigh) return;
+  if (q < count) p.recall(s, row0 + q, rows[q]);
+  __syncthreads();
+  for (int64_t column = threadIdx.x * kPack; column < columns; column += kRowThreads * kPack) {
+    M at[kRowsPerBlock][kPack] = {};
+    visit(column, true, [&](int i, int k, const Facts<M>& other, M score) {
+      at[i][k] = p.weight(s, rows[i], other, row0 + i, column + k, score) * (rows[i].scale * other.scale);
+    });
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) {
+      if (i >= count) continue;
+      Pack<T, kPack> weights;
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) weights.at[k] = narrow<T>(at[i][k]);
+      *reinterpret_cast<Pack<T, kPack>*>(task.weights + (begin + i) * task.pitch + column) = weights;
+    }
+  }
+}
+
+// Rows [first, first + rows) of a side's gradient; sums start at row `first`.
+template <class P, class A>
+struct ProjectTask {
+  P p;
+  const A* sums;
+  const typename P::M* full_scale;
+  int64_t first, rows;
+  int side;
+};
+template <class P, class A>
+__global__ void __launch_bounds__(kRowThreads, 4) contrast_project(ProjectTask<P, A> task) {
+  using M = typename P::M;
+  const P& p = task.p;
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32, r = task.first + at;
+  if (at >= task.rows) return;
+  auto* out = p.gradient_row(task.side, r);
+  if (out == nullptr) return;
+  const int64_t width = p.side[task.side].width;
+  // The weights held this row's scale, and the other side's.
+  const M scale = p.stats[task.side].scale[r], factor = *p.unit * task.full_scale[r] / (*p.temperature * scale);
+  project_row(task.sums + at * width, p.side[task.side].row(r), scale, factor, p.normalize, width, p.side[task.side].vector, out);
+}
+
+}  // namespace cmlm

@@ -1,0 +1,117 @@
+"""Trainings on 1, 2 and 3 gloo ranks, under DDP and FSDP2, for tests/test_ranks.py: `python tests/rank_runs.py FOLDER`.
+
+33 sequences and 24 a step: the last step of an epoch has 9, which leaves one of 2 ranks and one of 3 without any.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from conftest import make_lm, make_sentences, make_tokenizer
+from datasets import Dataset
+from forks import fork_ranks, wait
+from transformers import TrainerCallback
+
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast.data import tokenize_texts
+
+CONFIG = CMLMConfig(scope="sequence", sequence_weight=1.0, learn_temperature=True, projection=8, token_temperature=0.2)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of every step, whole."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.steps.append({name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()})
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    return getattr(tensor, "full_tensor", lambda: tensor)().detach().clone()
+
+
+def use_fsdp2() -> None:
+    """accelerate shards on accelerators alone; told that these ranks are some, it runs its FSDP2 on the CPU, over gloo.
+
+    The environment is what `accelerate launch` makes of a configuration file.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
+                      FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="BertLayer",
+                      FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true")  # fmt: skip
+    dist.init_process_group("gloo")
+    PartialState._prepare_backend = lambda self, *args, **options: ("gloo", DistributedType.MULTI_GPU)
+
+
+def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
+          **options: Any) -> None:  # fmt: skip
+    world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
+    if fsdp:
+        use_fsdp2()
+    usual = {"learning_rate": 1e-2, "num_train_epochs": 2, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps",
+             "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 24 // world, "per_device_eval_batch_size": 8,
+             "ddp_backend": "gloo" if world > 1 else None}  # fmt: skip
+    arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True,
+                                      dataloader_pin_memory=False, **{**usual, **options})  # fmt: skip
+    gradients = Gradients()
+    trainer = CMLMTrainer(CMLMModel(make_lm(), CONFIG), arguments, train_dataset=rows.select(range(33)),
+                          eval_dataset=rows.select(range(33, 54)), processing_class=tokenizer,
+                          callbacks=[gradients])  # fmt: skip
+    masks: dict[tuple[int, int], list[torch.Tensor]] = {}
+    make = trainer.mask
+
+    def mask(batch: dict[str, Any], step: int) -> dict[str, Any]:
+        made = make(batch, step)
+        if trainer.model.training and not batch.get("stand_in"):
+            edges = batch["cu_seqlens"].tolist()
+            for sample, begin, end in zip(batch["sample_ids"].tolist(), edges, edges[1:], strict=False):
+                masks.setdefault((step, sample), []).append(torch.stack([made["view1"], made["view2"]])[:, begin:end].clone())
+        return made
+
+    trainer.mask = mask  # type: ignore[method-assign]
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.mask = make  # type: ignore[method-assign]
+    found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
+             "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
+             "gradients": gradients.steps, "scores": trainer.evaluate(),
+             "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
+    torch.save(found, folder / f"{name}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    tokenizer = make_tokenizer(make_sentences())
+    rows = tokenize_texts(Dataset.from_dict({"text": make_sentences()}), tokenizer, max_length=32)
+
+    def run(name: str, world: int, **options: Any) -> None:
+        codes = [wait(process) for process in fork_ranks(world, lambda: train(folder, name, rows, tokenizer, **options),
+                                                         folder / f"{name}.log")]  # fmt: skip
+        print(name, codes, flush=True)
+        if any(codes):
+            print((folder / f"{name}.0").read_text()[-3000:])
+            sys.exit(1)
+
+    for world in (1, 2, 3):
+        run(f"ddp-{world}", world)
+    run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
+    adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
+    run("fsdp-2", 2, fsdp=True)
+    run("fsdp-adam", 2, fsdp=True, **adam)
+    run("fsdp-adam-resumed", 2, fsdp=True, resume=str(folder / "fsdp-adam" / "checkpoint-2"), **adam)
+    run("fsdp-bf16", 2, fsdp=True, bf16=True, num_train_epochs=1, **adam)
+    run("ddp-adam", 1, **adam)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""benchmarks/bench_gpu.py on small shapes, with Triton interpreted and a clock that does not measure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("make gpu measures there", allow_module_level=True)
+
+from benchmarks import bench_gpu
+from benchmarks.bench_gpu import measure, report
+from benchmarks.roofline import Shape
+
+SHAPES = (
+    Shape("token_contrastive", 30, 90, 24, 90, goal="any"),
+    Shape("token_contrastive", 64, 64, 24, 16),
+    Shape("info_nce", 20, 20, 24, 20, "cross"),
+    Shape("info_nce", 20, 20, 24, 20, "nt_xent"),
+    Shape("complementary_mask", 512, scheme="bernoulli"),
+    Shape("complementary_mask", 512, scheme="exact"),
+)
+
+
+def test_rows_and_report():
+    rows = [measure(shape, "cpu", clock=lambda call: call() is None or 0.5) for shape in SHAPES]
+    for row, shape in zip(rows, SHAPES, strict=True):
+        beside = "reference" if shape.op == "complementary_mask" else "eager"
+        assert row["ms"] == {beside: 0.5, "triton": 0.5} and not row["absent"]
+    text = report({"device": "none", "ceilings": {"rate": 1e12, "bandwidth": 1e12}, "rows": rows}, SHAPES)
+    assert "goal: any" in text and text.count("triton") == len(SHAPES)
+    assert f"{6 * 30 * 90 * 24 / 0.5e-3 / 1e12:.0%} of the matrix rate" in text
+    assert f"{25 * 512 / 0.5e-3 / 1e12:.0%} of the copy" in text
+
+
+def test_a_provider_that_differs_or_does_not_fit_has_no_time(monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError
+
+    plain = bench_gpu.providers
+
+    def providers(shape, device):
+        calls = plain(shape, device)
+        return {**calls, "triton": lambda: calls["eager"]() * 1.1, "large": out_of_memory}
+
+    monkeypatch.setattr(bench_gpu, "providers", providers)
+    row = measure(SHAPES[2], "cpu", clock=lambda call: 1.0)
+    assert row["ms"] == {"eager": 1.0}
+    assert row["absent"] == {"triton": "differs from the reference", "large": "out of memory"}

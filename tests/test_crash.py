@@ -1,0 +1,161 @@
+"""Killed, stopped, out of space, damaged, diverged: a run says one line, loses nothing, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from cmlm_fast import checkpoints
+from cmlm_fast.output import check_output
+
+
+@pytest.fixture(scope="module")
+def cases(script_folder):
+    return json.loads((script_folder("crash_runs") / "cases.json").read_text())
+
+
+def messages(case):
+    """What the run said beside its progress bars and tables."""
+    lines = [line.rpartition("\r")[2] for line in case["output"].splitlines()]
+    return [line for line in lines if re.match(r"error: |stopped|.* is damaged|Traceback", line)]
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(cases):
+    # The long form is `make chaos`.
+    found = cases["kills"]
+    assert found["kills"] == 3 and found["equal"] and not found["left_over"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_finishes_the_step_saves_and_says_so(name, code, cases):
+    stopped, resumed = cases[name], cases[f"{name} resumed"]
+    newest = stopped["whole"][-1]
+    assert stopped["code"] == code and "config.json" not in stopped["files"]
+    assert messages(stopped) == [f"stopped by {name}; {newest} is whole, continue with --resume"]
+    assert resumed["code"] == 0 and resumed["equal"] and not messages(resumed)
+
+
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(cases):
+    assert cases["killed"]["code"] == -9 and cases["killed"]["whole"] == ["checkpoint-6", "checkpoint-8"]
+    for name, words in (("truncated", r"optimizer.pt has \d+ bytes instead of \d+"),
+                        ("changed", "optimizer.pt has other bytes than were written")):  # fmt: skip
+        case = cases[name]
+        assert case["code"] == 9 and len(messages(case)) == 1, case["output"]
+        assert re.search(rf"checkpoint-8 is damaged \({words}\) and passed over$", messages(case)[0])
+    case = cases["all damaged"]
+    assert case["code"] == 2 and len(messages(case)) == 3, case["output"]
+    assert "checkpoint-6 is damaged (model.safetensors is missing)" in messages(case)[1]
+    assert messages(case)[-1].startswith("error: expected output_dir to hold a whole checkpoint-N to resume from, got ")
+
+
+def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(cases):
+    case = cases["diverged"]
+    assert case["code"] == 2
+    assert messages(case) == ["error: the loss is not finite at step 7; checkpoint-6 is of before that"]
+    assert case["whole"] == ["checkpoint-4", "checkpoint-6"] and "config.json" not in case["files"]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(cases):
+    if "disk full" not in cases:
+        pytest.skip("mounting a file system is not allowed here")
+    case = cases["disk full"]
+    assert case["code"] == 2 and case["whole"] == ["checkpoint-2"] and case["files"] == ["checkpoint-2", "metrics.jsonl"]
+    assert len(messages(case)) == 1, case["output"]
+    assert re.match(r"error: could not write to .*; checkpoint-2 is whole, continue with --resume$", messages(case)[0])
+    assert cases["disk free again"]["code"] == 0 and cases["disk free again"]["equal"]
+
+
+def test_a_read_only_disk_is_one_line(cases):
+    if "read-only" not in cases:
+        pytest.skip("mounting a file system is not allowed here")
+    case = cases["read-only"]
+    assert case["code"] == 2 and len(messages(case)) == 1
+    assert "expected output_dir to be writable" in messages(case)[0] and "Read-only file system" in messages(case)[0]
+
+
+def test_a_line_of_ten_megabytes_is_text_like_any_other(cases):
+    case = cases["long line"]
+    assert case["code"] == 0 and not messages(case), case["output"]
+    assert int(re.search(r"sequences trained on\D+([\d,]+)", case["output"])[1].replace(",", "")) > 10_000_000 / 32 / 8
+
+
+def test_of_two_ranks_one_speaks_and_both_stop(cases):
+    for name, words in (("ranks bad input", "error: expected train_file to be an existing file or folder, got missing.txt"),
+                        ("ranks full disk", "could not write to")):  # fmt: skip
+        case = cases[name]
+        assert case["code"] == [2, 2] and len(messages(case)) == 1 and words in messages(case)[0], case["output"]
+    assert not cases["ranks bad input"]["files"]
+    assert cases["ranks full disk"]["whole"] == ["checkpoint-2"]
+    usage = cases["ranks wrong usage"]
+    assert usage["code"] == [2, 2] and usage["output"].count("Invalid value for '--batch-size'") == 1
+    case = cases["ranks stopped"]  # rank 1 got the signal
+    assert case["code"] == [143, 143] and len(messages(case)) == 1
+    assert messages(case)[0] == f"stopped by SIGTERM; {case['whole'][-1]} is whole, continue with --resume"
+    for name in ("ranks whole", "ranks fsdp"):
+        case = cases[name]
+        assert case["code"] == [0, 0], case["output"]
+        assert case["output"].count("sequences trained on") == case["output"].count("perplexity") == 1
+        assert {"model.safetensors", "summary.json", "curves.png"} < set(case["files"])
+
+
+def make_checkpoint(folder, step):
+    path = folder / f"checkpoint-{step}"
+    (path / "inner").mkdir(parents=True)
+    (path / "weights.bin").write_bytes(bytes(range(256)) * step)
+    (path / "inner" / "shard.bin").write_bytes(b"shard")
+    checkpoints.seal(path)
+    return path
+
+
+def test_damage_says_what_differs(tmp_path, caplog):
+    old, new = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 10)
+    assert checkpoints.newest_whole(tmp_path) == new and not caplog.text
+    (new / "inner" / "shard.bin").write_bytes(b"shart")
+    assert checkpoints.damage(new) == "inner/shard.bin has other bytes than were written"
+    (new / "inner" / "shard.bin").unlink()
+    assert checkpoints.damage(new) == "inner/shard.bin is missing"
+    assert check_output(tmp_path, overwrite=False, resume=True) == old and len(caplog.records) == 1
+    (old / "manifest.json").write_text("{")
+    assert checkpoints.damage(old) == "manifest.json is missing or cannot be read"
+    with pytest.raises(ValueError, match="expected output_dir to hold a whole checkpoint-N to resume from"):
+        check_output(tmp_path, overwrite=False, resume=True)
+
+
+def test_rotation_keeps_the_newest_the_best_and_what_lies_ahead(tmp_path):
+    for step in (2, 4, 6, 8, 20):
+        make_checkpoint(tmp_path, step)
+    checkpoints.rotate(tmp_path, None, 8)
+    assert len(checkpoints.checkpoints(tmp_path)) == 5
+    checkpoints.rotate(tmp_path, 2, 8, keep=str(tmp_path / "checkpoint-2"))
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 6, 8, 20)]
+    assert not list(tmp_path.glob(f"{checkpoints.STAGING}*"))
+
+
+def test_publish_replaces_a_folder_of_that_name(tmp_path):
+    old = make_checkpoint(tmp_path, 4)
+    (tmp_path / "new").mkdir()
+    new = make_checkpoint(tmp_path / "new", 4)
+    (new / "more.txt").write_text("more")
+    checkpoints.publish(new, old)
+    assert (old / "more.txt").exists() and sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "new"]
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_trainer_keeps_its_best_checkpoint(best, tmp_path, tiny_rows, tiny_tokenizer):
+    from test_trainer import make_trainer
+
+    # The loss falls, and "greater is better" makes the first checkpoint the best one.
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1, "max_steps": 6}
+    if best:
+        options |= {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "greater_is_better": True,
+                    "metric_for_best_model": "eval_mlm", "learning_rate": 1e-2}  # fmt: skip
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, held=tiny_rows.select(range(40)), **options)
+    trainer.train()
+    kept = [path.name for path in checkpoints.checkpoints(tmp_path)]
+    assert kept == (["checkpoint-2"] if best else ["checkpoint-6"])
+    if best:
+        assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"expected resume_from_checkpoint to be a whole checkpoint, got .*missing"):
+        trainer.train(str(tmp_path / "checkpoint-9"))

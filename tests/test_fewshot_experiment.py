@@ -1,0 +1,283 @@
+"""The experiment: what it writes, that it resumes and repeats itself to the bit, what it refuses; and warm-head."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from typer.testing import CliRunner
+
+from cmlm_fast.cli import app
+from cmlm_fast.data import load_labelled
+from cmlm_fast.fewshot import FewShotExperiment, draw
+from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
+from cmlm_fast.fewshot.methods import METHODS
+from cmlm_fast.fewshot.tables import interval, markdown, rows_of
+
+QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def label_of(text):
+    return "wet" if "rain" in text else "cold" if "winter" in text else "quiet" if "anyone" in text else "home"
+
+
+@pytest.fixture
+def files(sentences, tmp_path):
+    """train.tsv and test.tsv: four classes, 320 and 100 texts, each with a paraphrase."""
+    order = np.random.default_rng(0).permutation(len(sentences))
+    for name, part in (("train", order[:320]), ("test", order[320:])):
+        rows = [f"{sentences[i]}\t{label_of(sentences[i])}\t{' '.join(sentences[i].split()[::-1])}\n" for i in part]
+        (tmp_path / f"{name}.tsv").write_text("text\tlabel\tturned\n" + "".join(rows), encoding="utf-8")
+    return {"train": str(tmp_path / "train.tsv"), "test": str(tmp_path / "test.tsv")}
+
+
+def experiment(checkpoint, files, folder, **options):
+    return FewShotExperiment(checkpoint, output_dir=str(folder), name="texts", **{**files, **QUICK, **options})
+
+
+def scores(cells):
+    return [(c["method"], c["shots"], c["draw"], c["accuracy"], c["macro_f1"]) for c in cells]
+
+
+def test_every_method_runs_and_the_tables_say_what_the_cells_hold(tiny_checkpoint, files, tmp_path):
+    folder = tmp_path / "out"
+    cells = experiment(tiny_checkpoint, files, folder, methods=tuple(METHODS), shots=(4, 2), draws=1,
+                       paraphrase_column="turned").run()  # fmt: skip
+    assert [(c["method"], c["shots"]) for c in cells] == [(name, shots) for name in METHODS for shots in (2, 4)]
+    assert read_cells(folder / "cells.jsonl") == cells and len({c["key"] for c in cells}) == len(cells)
+    assert all(0 <= c["accuracy"] <= 1 and 0 <= c["macro_f1"] <= 1 and c["fine_tune_seconds"] > 0 for c in cells)
+    trained = {c["method"] for c in cells if c["encoder_tokens"]}
+    assert trained == {name for name, method in METHODS.items() if method.objective}
+    table = (folder / "results.md").read_text(encoding="utf-8")
+    for c in cells:
+        assert f"| {c['method']} | 1 | {100 * c['accuracy']:.1f} |" in table
+    with (folder / "results.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == len(cells) + len(METHODS)  # and the mean over both conditions
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name[:6] for path in (folder / "models").iterdir()] == ["start-"]  # the others went when they were done
+
+
+def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint, files, tmp_path):
+    options = {"methods": ("ft", "cmlm", "seq-eda"), "shots": (2, 4), "draws": 2}
+    whole = experiment(tiny_checkpoint, files, tmp_path / "whole", **options).run()
+
+    def stop(line):
+        if "draw 0, cmlm: accuracy" in line:
+            raise KeyboardInterrupt
+
+    cut = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tiny_checkpoint, files, cut, **options).run(stop)
+    before = (cut / "cells.jsonl").read_text()
+    assert [c["method"] for c in read_cells(cut / "cells.jsonl")] == ["ft", "ft", "cmlm"]
+    (cut / "cells.jsonl").write_text(before + '{"dataset": "te')  # as a crash would leave it
+    said = []
+    again = experiment(tiny_checkpoint, files, cut, **options).run(said.append)
+    assert said[0] == "texts: 12 cells, 3 of them done before"
+    assert not any("draw 0, cmlm: post-trained" in line for line in said)  # kept from before the stop
+    assert (cut / "cells.jsonl").read_text().startswith(before) and scores(again) == scores(whole)
+    # Nothing is left to do; then one cell alone, in another place and order.
+    lines = (cut / "cells.jsonl").read_text()
+    experiment(tiny_checkpoint, files, cut, **options).run()
+    assert (cut / "cells.jsonl").read_text() == lines
+    alone = experiment(tiny_checkpoint, files, tmp_path / "alone", methods=("seq-eda",), shots=(4,), draws=2).run()
+    assert scores(alone) == [s for s in scores(whole) if s[0] == "seq-eda" and s[1] == 4]
+    # Another schedule is another cell for what was post-trained, and the same for what was not.
+    changed = experiment(tiny_checkpoint, files, cut, **{**options, "max_steps": 3})
+    keys = {c["key"] for c in whole}
+    grid = changed.check()
+    assert [fingerprint(grid.facts(name, 2, 0)) in keys for name in ("ft", "cmlm")] == [True, False]
+
+
+def test_draws_are_nested_and_validation_texts_are_drawn_from_no_longer(tiny_checkpoint, files, tmp_path):
+    train = load_labelled(files["train"])
+    labels = train["label"][:]
+    for seed in range(3):
+        small, large = draw(labels, 2, seed), draw(labels, 5, seed)
+        assert set(small) < set(large) and len(set(large)) == 20
+        assert {label: [labels[i] for i in large].count(label) for label in set(labels)} == dict.fromkeys(set(labels), 5)
+    options = {"train": files["train"], "test": None, "validation": 80}
+    grid = experiment(tiny_checkpoint, options, tmp_path / "out").check()
+    assert grid.name == "texts (validation)" and len(grid.texts) == 240 and len(grid.test_texts) == 80
+    assert not set(grid.texts) & set(grid.test_texts)
+    for label in set(labels):
+        assert grid.test_labels.count(label) == pytest.approx(labels.count(label) / 4, abs=1)
+    assert not (tmp_path / "out").exists()  # checking writes nothing
+    for size in (3, 319):
+        with pytest.raises(ValueError, match="expected validation to be >= 4 and <= 316"):
+            experiment(tiny_checkpoint, {**options, "validation": size}, tmp_path / "out").check()
+
+
+def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
+    kinds = ClassLabel(names=["no", "yes"])
+    features = Features({"a": Value("string"), "b": Value("string"), "same": kinds})
+    rows = {"a": sentences[:40], "b": sentences[40:80], "same": [i % 2 for i in range(40)]}
+    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "pairs")
+    files = dict.fromkeys(("train", "test"), str(tmp_path / "pairs"))
+    columns = {"label_column": "same", "text_column": "a", "text_pair_column": "b"}
+    options = {"methods": ("cmlm", "seq-eda"), "shots": (3,), "draws": 1, **columns}
+    cells = experiment(tiny_checkpoint, files, tmp_path / "out", **options).run()
+    assert len(cells) == 2 and set(load_labelled(tmp_path / "pairs", **columns)["label"]) == {"no", "yes"}
+    path = tmp_path / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "label": i % 3}) + "\n" for i, text in enumerate(sentences[:9])))
+    assert load_labelled(path)["label"][:4] == ["0", "1", "2", "0"]
+
+
+def made_up(accuracy, method, d, dataset="a", shots=4):
+    return {"dataset": dataset, "method": method, "shots": shots, "draw": d, "accuracy": accuracy, "macro_f1": accuracy / 2,
+            "fine_tune_seconds": 1.0, "post_train_seconds": 2.0, "encoder_tokens": 3, "setup_id": "s",
+            "method_id": method}  # fmt: skip
+
+
+def test_differences_are_paired_and_have_their_interval():
+    from scipy.stats import ttest_rel
+
+    random = np.random.default_rng(0)
+    ft, cmlm = random.random(5), random.random(5)
+    cells = [made_up(x, name, d) for name, values in (("ft", ft), ("cmlm", cmlm)) for d, x in enumerate(values)]
+    base, row = rows_of(cells)
+    assert base.difference is None and row.accuracy == pytest.approx(cmlm.mean())
+    assert row.accuracy_sd == pytest.approx(cmlm.std(ddof=1)) and row.macro_f1 == pytest.approx(cmlm.mean() / 2)
+    expected = ttest_rel(cmlm, ft).confidence_interval(0.95)
+    assert (row.low, row.high) == pytest.approx(tuple(expected)) and row.difference == pytest.approx((cmlm - ft).mean())
+    assert (row.ahead, row.compared) == ((cmlm > ft).sum(), 5) and interval([0.1]) is None
+    # A second condition: the mean over both is taken draw by draw, over the draws that both have.
+    cells += [made_up(x + 0.1, name, d, "b") for name, values in (("ft", ft), ("cmlm", cmlm)) for d, x in enumerate(values[:3])]
+    last = rows_of(cells)[-1]
+    assert (last.dataset, last.method, last.draws) == ("all", "cmlm", 3)
+    assert last.accuracy == pytest.approx(cmlm[:3].mean() + 0.05) and last.difference == pytest.approx((cmlm - ft)[:3].mean())
+    # The same name with another objective is a row of its own.
+    names = [row.method for row in rows_of([*cells[:10], {**made_up(0.9, "cmlm", 0), "method_id": "other"}])]
+    assert names == ["ft", "cmlm #cmlm", "cmlm #other"]
+
+
+def test_a_torn_line_costs_that_line_alone(tmp_path, caplog):
+    path = tmp_path / "cells.jsonl"
+    append_cell(path, {"key": "1"})
+    with path.open("a") as file:
+        file.write('{"key": "2')
+    append_cell(path, {"key": "3"})
+    assert [cell["key"] for cell in read_cells(path)] == ["1", "3"] and "line 2 is no JSON" in caplog.text
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, sentences, tmp_path):
+    def file(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    other = file("other.tsv", "text\tlabel\na text\tunheard\n")
+    empty = file("empty.tsv", "text\tlabel\na text\twet\nanother\t\n")
+    single = file("single.tsv", "text\tlabel\n" + "".join(f"{text}\twet\n" for text in sentences[:9]))
+    blank = file("blank.tsv", "text\tlabel\tturned\n" + "".join(f"{text}\t{label_of(text)}\t\n" for text in sentences))
+    cases = {
+        "shots": (["--shots", "500"], "draw: expected shots to be <= "),
+        "no shots": (["--shots", "0"], "expected shots to be at least one number, all >= 1"),
+        "words": (["--shots", "few"], "expected shots to be whole numbers between commas, got few"),
+        "method": (["--methods", "ft,bert"], "expected methods to be among ft, scl, tapt"),
+        "paraphrases": (["--methods", "cssl"], "expected paraphrase_column to be given for method cssl"),
+        "paraphrase column": (["--methods", "cssl", "--paraphrase-column", "no"], "expected paraphrase_column to be one of"),
+        "label column": (["--label-column", "class"], "expected label_column to be one of the columns ['text', 'label', 'turn"),
+        "text column": (["--text-column", "body"], "expected text_column to be one of the columns"),
+        "same column": (["--label-column", "text", "--text-column", "text"], "another column than text_column, got 'text'"),
+        "unknown label": (["--test", other], "expected test to be texts with labels among cold, home, quiet, wet, got unheard"),
+        "empty label": (["--train", empty], "expected label_column to be a column without an empty row, got 'label' with 1"),
+        "one class": (["--train", single, "--test", single], "expected train to be texts of at least two classes, got ['wet']"),
+        "blank paraphrases": (["--train", blank, "--methods", "cssl", "--paraphrase-column", "turned"],
+                              "expected paraphrase_column to be a column with a text, got 'turned', all blank"),
+        "baseline": (["--baseline", "best"], "expected methods to be among ft, scl, tapt"),
+        "both": (["--validation", "20"], "expected test or validation to be given, one of them, got both"),
+        "file": (["--test", "missing.tsv"], "expected path to be an existing file or folder, got missing.tsv"),
+        "draws": (["--draws", "0"], "expected draws to be >= 1, got 0"),
+        "rate": (["--fine-tune-learning-rate", "nan"], "expected fine_tune_learning_rate to be finite and > 0, got nan"),
+        "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),
+        "model": (["--model", tmp_path / "nothing"], "expected model to be"),
+        "output": (["--output-dir", other], "expected output_dir to be a folder"),
+        "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
+    }  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    usual = ("few-shot", "--model", tiny_checkpoint, "--train", files["train"], "--test", files["test"], "--shots", "2",
+             "--output-dir", tmp_path / "out", "--text-column", "text")  # fmt: skip
+    for label, (arguments, words) in cases.items():
+        result = cli(*usual, *arguments)
+        assert result.exit_code == 2, (label, result.output, result.exception)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and words in errors[0] and "Traceback" not in result.stderr, (label, result.stderr)
+        assert sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_the_command_and_its_table(tiny_checkpoint, files, tmp_path):
+    out = tmp_path / "out"
+    result = cli("few-shot", "--model", tiny_checkpoint, "--train", files["train"], "--test", files["test"], "--text-column",
+                 "text", "--methods", "ft,tapt:mlm_views=first", "--shots", "2,3", "--draws", "2", "--max-steps", "1",
+                 "--no-bf16", "--fine-tune-epochs", "1", "--output-dir", out)  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert len(read_cells(out / "cells.jsonl")) == 8 and "tapt:mlm_views=first: accuracy" in result.output
+    assert "3 labels a class" in result.output and "Mean over all of the above" in result.output
+    table = cli("few-shot-table", out, "--baseline", "tapt:mlm_views=first")
+    assert table.exit_code == 0 and "accuracy against tapt:mlm_views=first" in (out / "results.md").read_text()
+    for arguments, words in (((out, "--baseline", "cmlm"), "expected baseline to be among the methods of the cells"),
+                             ((tmp_path,), "expected output_dir to be a folder with a cells.jsonl")):  # fmt: skip
+        refused = cli("few-shot-table", *arguments)
+        assert refused.exit_code == 2 and words in refused.stderr
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_warm_head_trains_the_head_and_the_encoder_only_if_told(encoder, tiny_checkpoint, sentence_file, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    out = tmp_path / "warm"
+    more = ["--train-encoder"] if encoder else []
+    result = cli("warm-head", "--model", tiny_checkpoint, "--train-file", sentence_file, "--output-dir", out, "--max-steps",
+                 "30", "--no-bf16", *more)  # fmt: skip
+    assert result.exit_code == 0, (result.output, result.exception)
+    before, after = json.loads((Path(out) / "summary.json").read_text())["held_out_before_after"]["perplexity"]
+    assert after < 0.97 * before and math.isfinite(after)
+    old, new = (AutoModelForMaskedLM.from_pretrained(path).state_dict() for path in (tiny_checkpoint, out))
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    head = {name for name in old if name.startswith("cls.") and "decoder.weight" not in name}
+    assert not same & head and (encoder or same == set(old) - head)
+
+
+def test_warm_head_takes_general_text_where_none_is_given(tiny_checkpoint, tmp_path, monkeypatch, sentences):
+    monkeypatch.setattr("cmlm_fast.warm_head.general_texts", lambda: sentences)
+    result = cli("warm-head", "--model", tiny_checkpoint, "--output-dir", tmp_path / "warm", "--max-steps", "1", "--no-bf16")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "movie-reviews" in json.loads((tmp_path / "warm" / "summary.json").read_text())["options"]["train_file"]
+
+
+def test_the_script_of_the_whole_comparison_runs_every_set_once(tiny_checkpoint, files, tmp_path):
+    for name in ("snips", "banking77"):
+        (tmp_path / name).mkdir()
+        for part in ("train", "test"):
+            (tmp_path / name / f"{part}.tsv").write_text(Path(files[part]).read_text())
+    settings = {"CMLM_FAST": str(Path(sys.executable).parent / "cmlm-fast"), "CACHE": str(tmp_path / "cache"), "DRAWS": "1",
+                "SETS": "snips banking77", "METHODS": "ft", "ABLATIONS": "",
+                "OPTIONS": "--text-column text --max-length 32 --fine-tune-epochs 1 --no-bf16"}  # fmt: skip
+    script = Path(__file__).parents[1] / "benchmarks" / "fewshot.sh"
+    result = subprocess.run(["bash", script, tmp_path, tiny_checkpoint, tmp_path / "out"], env={**os.environ, **settings},
+                            capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    cells = read_cells(tmp_path / "out" / "cells.jsonl")
+    assert {(c["dataset"], c["shots"]) for c in cells} == {("snips", 16), ("snips", 64), ("banking77", 16), ("banking77", 32)}
+    assert len(cells) == 4 and {c["threads"] for c in cells} == {1} and result.stdout.count("accuracy") == 4
+
+
+RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("fewshot*/cells.jsonl"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
+def test_committed_tables_are_made_of_the_committed_cells(path):
+    assert (path.parent / "results.md").read_text(encoding="utf-8") == markdown(rows_of(read_cells(path)), "ft")

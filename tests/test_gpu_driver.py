@@ -1,0 +1,71 @@
+"""`make gpu` without a GPU: the dry run, and what the driver does with steps that fail or do not end."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import LIMIT, STEPS, Step
+
+
+def drive(monkeypatch, tmp_path, *options, steps=STEPS):
+    """Exit code of the driver, and each step's outcome."""
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), *options])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    file = tmp_path / "gpu.json"
+    return end.value.code, {o["step"]: o["outcome"] for o in json.loads(file.read_text())} if file.exists() else {}
+
+
+def python(name, code, seconds=60, needs_gpu=False):
+    return Step(name, (sys.executable, "-c", code), seconds, gpu=needs_gpu)
+
+
+def test_budgets_leave_the_run_below_nine_minutes():
+    assert sum(step.seconds for step in STEPS if not step.asked) <= LIMIT < 9 * 60
+    assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+def test_dry_run_does_what_needs_no_gpu_and_prints_the_rest(monkeypatch, tmp_path, capsys):
+    steps = tuple(step for step in STEPS if step.name != "build")  # which would build the library that is in use
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=steps)
+    assert code == 0
+    steps = tuple(step for step in steps if not step.asked)
+    assert outcomes == {step.name: "needs a GPU" if step.gpu else "ok" for step in steps}
+    printed = capsys.readouterr().out
+    assert all(f"{step.name} ({step.seconds} s): " in printed for step in steps) and "{out}" not in printed
+    assert "Ops on cpu" in (tmp_path / "doctor.log").read_text()
+
+
+def test_what_takes_long_runs_where_it_is_asked_for(monkeypatch, tmp_path):
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", "--step", "racecheck", "--step", "memcheck")
+    assert code == 0
+    assert outcomes == {"memcheck": "needs a GPU", "racecheck": "needs a GPU"}
+
+
+def test_a_failing_step_fails_the_run_and_the_later_ones_still_run(monkeypatch, tmp_path, capsys):
+    steps = (
+        python("fails", "print('broken here'); raise SystemExit(3)"),
+        python("hangs", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])", 1),
+        Step("absent", ("no-such-program-here",), 5, gpu=False),
+        python("works", "import os, pathlib; pathlib.Path(os.environ['CMLM_FAST_TRITON_CONFIGS']).with_name('works.txt')"
+                        ".write_text('found: 42')"),
+    )  # fmt: skip
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=steps)
+    assert code == 1
+    assert outcomes["fails"] == "failed (3)" and outcomes["hangs"] == "stopped after its 1 s"
+    assert outcomes["absent"].startswith("failed (No such file") and outcomes["works"] == "ok"
+    printed = capsys.readouterr().out
+    assert "broken here" in printed and "found: 42" in printed
+
+
+def test_without_a_gpu_and_without_dry_it_refuses(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, outcomes = drive(monkeypatch, tmp_path)
+    assert "expected a GPU" in code and not outcomes
