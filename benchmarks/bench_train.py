@@ -72,6 +72,7 @@ class Ours:
         arguments = CMLMTrainingArguments(folder, use_cpu=True, bf16=dtype == torch.bfloat16, report_to="none")
         self.trainer = CMLMTrainer(CMLMModel.from_pretrained(demo_model_path(), CMLMConfig()), arguments,
                                    processing_class=tokenizer, train_dataset=[])  # fmt: skip
+        self.trainer.state.max_steps = 1_000_000
         self.trainer.create_optimizer_and_scheduler(1_000_000)
         prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.model, self.optimizer = prepared
