@@ -62,6 +62,7 @@ STEPS = (
     Step("tests", (*PYTHON, "-m", "pytest", "-q", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 75),
     Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
+    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 80),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(statistics|weights|products)$",
                      *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 45),
