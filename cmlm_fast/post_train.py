@@ -70,7 +70,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
 
     schedulers = [scheduler.value for scheduler in SchedulerType]
     expect(options.scheduler in schedulers, "scheduler", f"one of {', '.join(schedulers)}", options.scheduler)
-    from .data import clean_texts, load_texts, split_evaluation, tokenize_texts
+    from .data import TokenBudgetSampler, clean_texts, load_texts, sequence_lengths, split_evaluation, tokenize_texts
 
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
     length = options.max_length or min(128, int(tokenizer.model_max_length))
@@ -87,6 +87,8 @@ def prepare(options: PostTrainOptions) -> Prepared:
     train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
         held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
+    if options.max_tokens is not None:  # its rules are those of the sampler
+        TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments)
 
 

@@ -96,6 +96,14 @@ def test_columns_and_pairs(tiny_checkpoint, sentences, tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["texts"]["kept"] == 60
 
 
+@pytest.mark.parametrize("options", [("--max-tokens", "600"), ("--batch-size", "8", "--contrastive-batch-size", "32")])
+def test_batches_by_tokens_and_large_contrasts(options, tiny_checkpoint, sentence_file, tmp_path):
+    result = post_train(tiny_checkpoint, sentence_file, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.output
+    losses = [line["loss"] for line in lines(tmp_path / "out") if "loss" in line]
+    assert losses and all(0 < loss < 20 for loss in losses)
+
+
 def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
     """Label -> (changed arguments, words of the error)."""
     def file(name, content):
@@ -119,6 +127,8 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
         "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),
         "scheduler": (["--scheduler", "steep"], "expected scheduler to be one of"),
+        "tokens": (["--max-tokens", "20"], "expected max_tokens to be >= "),
+        "contrast": (["--contrastive-batch-size", "7"], "expected contrastive_batch_size to be a multiple of batch_size = "),
         "precision": (["--bf16", "--fp16"], "expected bf16 and fp16 to be at most one of them, got both"),
         "file": (["--train-file", "missing.txt"], "expected train_file to be an existing file or folder, got missing.txt"),
         "suffix": (["--train-file", file("texts.doc", b"a")], "a saved datasets folder or a file ending in"),
