@@ -107,7 +107,7 @@ def page(found: Results) -> str:
 def readme_table(found: Results) -> str:
     """The README's table, between its two marks."""
     groups = found.groups()
-    lines = ["| op | size | ours | fastest other | peak memory |", "|---|---|---|---|---|"]
+    lines = ["| op | size | ours | fastest other | peak memory, ours and theirs |", "|---|---|---|---|---|"]
     before = ""
     for op, part in SHOWN:
         label = next((shape for name, shape in groups if name == op and shape.startswith(part)), None)
