@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from filelock import FileLock
 
 # Without a GPU, Triton kernels run in Triton's interpreter; read when triton is first imported.
 if not torch.cuda.is_available():
@@ -67,21 +66,14 @@ def make_tokenizer(sentences: list[str]) -> Any:
 
 @pytest.fixture(scope="session")
 def script_folder(tmp_path_factory: Any) -> Any:
-    """name -> the folder that `python tests/<name>.py FOLDER` filled, once for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    """name -> the folder that `python tests/<name>.py FOLDER` filled. Each script serves one file, which one worker runs."""
 
     def run(name: str) -> Path:
-        folder = base / name
-        with FileLock(f"{folder}.lock"):
-            if not (folder / "returncode").exists():
-                folder.mkdir(exist_ok=True)
-                command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), str(folder)]
-                environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-                result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-                (folder / "output").write_text(result.stdout[-5000:] + result.stderr[-5000:])
-                (folder / "returncode").write_text(str(result.returncode))
-        assert (folder / "returncode").read_text() == "0", (folder / "output").read_text()
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), str(folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+        assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
         return folder
 
     return run

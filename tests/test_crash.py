@@ -10,8 +10,6 @@ import pytest
 from cmlm_fast import checkpoints
 from cmlm_fast.output import check_output
 
-pytestmark = pytest.mark.xdist_group("crash")
-
 
 @pytest.fixture(scope="module")
 def cases(script_folder):

@@ -7,8 +7,6 @@ import torch
 
 from cmlm_fast.data import RankShare
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.fixture(scope="module")
 def runs(script_folder):

@@ -14,8 +14,6 @@ pytest.importorskip("triton")
 
 from benchmarks.roofline import CHIPS, DOCUMENT, SHAPES, floor, launches
 
-pytestmark = pytest.mark.xdist_group("roofline")  # one worker makes what they share
-
 ROOT = Path(__file__).parent.parent
 COUNTS = """
 import json, sys

@@ -18,8 +18,6 @@ pytest.importorskip("triton")
 
 from benchmarks.triton_static import CHIPS, LIMITS, committed
 
-pytestmark = pytest.mark.xdist_group("triton_static")  # one worker makes what they share
-
 NVIDIA = [chip for chip in CHIPS if chip.startswith("sm_")]
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync",
                "gfx942": "v_mfma"}
