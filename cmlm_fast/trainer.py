@@ -149,6 +149,9 @@ class CMLMTrainer(ResumableTrainer):
             args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
+            rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"
+            raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
         policy = getattr(plugin, "mixed_precision_policy", None)
         if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)

@@ -84,6 +84,13 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "gradients": gradients.steps, "scores": trainer.evaluate(),
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
+    if fsdp:
+        arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", dataloader_pin_memory=False,
+                                          contrastive_batch_size=8, per_device_train_batch_size=8)  # fmt: skip
+        try:
+            CMLMTrainer(CMLMModel(make_lm(), CONFIG), arguments, train_dataset=rows, processing_class=tokenizer)
+        except ValueError as error:
+            found["refused"] = str(error)
     torch.save(found, folder / f"{name}-{rank}.pt")
     if world > 1:
         dist.destroy_process_group()

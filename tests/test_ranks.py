@@ -87,6 +87,12 @@ def test_fsdp2_in_bfloat16_keeps_losses_in_float32(runs):
     assert any(loss != torch.tensor(loss).bfloat16().item() for loss in first["sequence"])
 
 
+def test_gradient_caching_of_a_temperature_that_fsdp_shards_is_refused(runs):
+    for rank in load(runs, "fsdp-2"):
+        refusal = "CMLMTrainer: expected contrastive_batch_size to be None where FSDP shards a learned temperature"
+        assert rank["refused"].startswith(refusal) and rank["refused"].endswith(", got 8")
+
+
 @pytest.mark.parametrize(("batches", "ranks"), [(7, 1), (7, 2), (7, 3), (6, 3), (1, 4)])
 def test_shares_deal_every_batch_once(batches, ranks):
     sampler = [[2 * i, 2 * i + 1] for i in range(batches)]
