@@ -9,6 +9,9 @@ On a GPU, in another dtype, under autocast or torch.compile each is what it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,12 +41,28 @@ class Dropout(nn.Dropout):
 
 
 class TiedEmbedding(nn.Embedding):
-    """`nn.Embedding` with a gradient of rows, which autograd adds to the dense one that the LM head makes of that weight."""
+    """`nn.Embedding`; inside `head_joins` with a gradient of rows, which autograd adds to the dense one that the LM head makes
+    of that weight. Elsewhere, when the encoder is trained on alone, say, its gradient is dense."""
+
+    head_joins = False
 
     def forward(self, input: Tensor) -> Tensor:
         """input of ids to [..., embedding_dim]."""
-        rows = input.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = self.head_joins and input.device.type == "cpu" and not torch.compiler.is_compiling()
         return F.embedding(input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, rows)
+
+
+@contextmanager
+def head_joins(embedding: nn.Module) -> Iterator[None]:
+    """Forward passes whose loss has a part of the LM head in it."""
+    if not isinstance(embedding, TiedEmbedding):
+        yield
+        return
+    embedding.head_joins = True
+    try:
+        yield
+    finally:
+        embedding.head_joins = False
 
 
 def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:
@@ -51,7 +70,7 @@ def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:
 
     Args:
         model: any module.
-        head: weight of an LM head that has a part in every loss; None: there is none.
+        head: weight of an LM head that `head_joins`; None: there is none.
     """
     fast: dict[type, type] = {nn.Linear: Linear, nn.Dropout: Dropout}
     for module in model.modules():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention import use_packed_attention
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
-from .layers import use_fast_layers
+from .layers import head_joins, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
 from .ops._philox import position_shift
@@ -161,7 +161,8 @@ class CMLMModel(nn.Module):
         if jitter is not None:
             position = (attention_mask.cumsum(1) - 1).clamp_min(0) + self._first_position(attention_mask.shape[1])
             inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
-        hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
+        with head_joins(self.lm.get_input_embeddings()):
+            hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
         hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
         return hidden1, hidden2
 
@@ -193,7 +194,8 @@ class CMLMModel(nn.Module):
         twice = (*(n for n in lengths for _ in range(2)), *([rest] if rest else []))
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
-        hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
+        with head_joins(self.lm.get_input_embeddings()):
+            hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
         states = hidden.last_hidden_state[0]
         return take_rows(states, at1), take_rows(states, at2)
 

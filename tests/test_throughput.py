@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_trainer import history, make_trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cmlm_fast import CMLMConfig, CMLMTrainer, complementary_mask
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
 from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
 from cmlm_fast.gradient_cache import GradientCache
@@ -164,6 +164,15 @@ def test_linear_layers_of_the_faster_library_are_linear_layers(monkeypatch):
             for got, expected in zip(torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream),
                                      strict=True):  # fmt: skip
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoder_trained_on_alone_has_dense_gradients():
+    model = CMLMModel(make_lm())
+    embedding = model.lm.get_input_embeddings()
+    assert type(embedding) is TiedEmbedding
+    model.lm.base_model(input_ids=torch.arange(5, 17)[None]).last_hidden_state.sum().backward()
+    assert embedding.weight.grad.layout is torch.strided
+    torch.optim.AdamW(model.lm.base_model.parameters()).step()  # refuses sparse gradients
 
 
 @pytest.mark.skipif(("dropout", "CPU") not in native_kernels, reason="no compiled kernels")
