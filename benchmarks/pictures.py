@@ -191,7 +191,7 @@ def ratios(found: Results, path: Path) -> Path | None:
         panel.text(max(ratio, 1) * 1.04, y, f"{ratio:.2f} ×  {other}", va="center", fontsize=8)
     panel.axvline(1, color="black", linewidth=1)
     panel.set_yticks(range(len(shown)), [label for label, *_ in shown], fontsize=8)
-    panel.set(xscale="log", xlim=(min(*values, 1) * 0.8, max(*values, 1) * 5))
+    panel.set(xscale="log", xlim=(min(*values, 1) * 0.8, max(*values, 1) * 8))
     panel.set_xlabel("time of the fastest other ÷ time of ours (right of 1: ours is faster)")
     panel.margins(y=0.02)
     panel.grid(visible=False, axis="y", which="both")
