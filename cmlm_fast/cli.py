@@ -65,7 +65,7 @@ def post_train_command(
     max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs")] = _default("max_steps"),
     batch_size: Annotated[int, _option("sequences a step and device")] = _default("batch_size"),
     max_tokens: Annotated[int | None, _option("tokens a batch, in place of --batch-size")] = None,
-    contrastive_batch_size: Annotated[int | None, _option("sequences contrasted together, on little memory")] = None,
+    contrastive_batch_size: Annotated[int | None, _option("sequences contrasted together, a multiple of --batch-size")] = None,
     gradient_accumulation: Annotated[int, _option("batches a step")] = _default("gradient_accumulation"),
     learning_rate: Annotated[float, _option("peak of the schedule")] = _default("learning_rate"),
     weight_decay: Annotated[float, _option("of AdamW")] = _default("weight_decay"),

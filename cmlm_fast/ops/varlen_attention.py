@@ -176,7 +176,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         backend: "reference" or "cpp"; None chooses.
 
     Returns:
-        [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32.
+        [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32 (float64 for float64).
 
     Raises:
         ValueError: a shape, dtype, device or number breaks its rule.
