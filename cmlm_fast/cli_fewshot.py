@@ -26,7 +26,7 @@ def few_shot_command(
     output_dir: Annotated[str, typer.Option(help="cells.jsonl, results.md, .csv and .png; a run goes on from what is there")],
     test: Annotated[str | None, typer.Option(help="texts to score, with the columns of --train")] = None,
     validation: Annotated[int, typer.Option(help="instead of --test: score so many texts held out of --train")] = 0,
-    name: Annotated[str | None, typer.Option(help="of the data set in the tables; default: the file's")] = None,
+    name: Annotated[str | None, typer.Option(help="in the tables; default: the file's, or of a train.* its folder's")] = None,
     label_column: Annotated[str, typer.Option(help="column of the classes")] = "label",
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
@@ -59,12 +59,11 @@ def few_shot_command(
         given["methods"] = tuple(part.strip() for part in methods.split(",") if part.strip())
         given["shots"] = _numbers("shots", shots)
         quiet()
-        from rich.console import Console
 
         from .fewshot import FewShotExperiment
 
         FewShotExperiment(**given).run(lambda line: print(line, flush=True))
-        Console().print(Path(output_dir, "results.md").read_text(encoding="utf-8"), highlight=False, markup=False)
+        print(Path(output_dir, "results.md").read_text(encoding="utf-8"))  # as it is: a wrapped row is no Markdown
 
 
 def few_shot_table_command(

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import gpu
-from benchmarks.gpu import LIMIT, STEPS, Step
+from benchmarks.gpu import DRY_PATIENCE, LIMIT, STEPS, Step
 
 
 def drive(monkeypatch, tmp_path, *options, steps=STEPS):
@@ -57,7 +57,7 @@ def test_a_failing_step_fails_the_run_and_the_later_ones_still_run(monkeypatch, 
     )  # fmt: skip
     code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=steps)
     assert code == 1
-    assert outcomes["fails"] == "failed (3)" and outcomes["hangs"] == "stopped after its 1 s"
+    assert outcomes["fails"] == "failed (3)" and outcomes["hangs"] == f"stopped after its {DRY_PATIENCE} s"
     assert outcomes["absent"].startswith("failed (No such file") and outcomes["works"] == "ok"
     printed = capsys.readouterr().out
     assert "broken here" in printed and "found: 42" in printed
