@@ -66,6 +66,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
         checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
+    from transformers import set_seed
     from transformers.trainer_utils import SchedulerType
 
     schedulers = [scheduler.value for scheduler in SchedulerType]
@@ -78,6 +79,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
         load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     )
     train, held = split_evaluation(texts, options.eval_share, options.seed)
+    set_seed(options.seed)  # of a head that the checkpoint lacks, and the projection
     model = load_model(options.model, config, options.trust_remote_code)
     if options.freeze_encoder:
         model.freeze_encoder()

@@ -213,3 +213,17 @@ def test_pooling_files_come_along(sentence_file, tmp_path):
     model = SentenceTransformer(str(folder), device="cpu")
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
     assert Path(folder / "1_Pooling" / "config.json").exists() and model.encode("a film").shape == (384,)
+
+
+def test_a_seed_decides_also_what_the_checkpoint_lacks(tmp_path, tiny_tokenizer, sentence_file):
+    make_lm().base_model.save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer.save_pretrained(tmp_path / "encoder")
+
+    def start(seed: int) -> list[torch.Tensor]:
+        options = PostTrainOptions(str(tmp_path / "encoder"), sentence_file, str(tmp_path / "out"), max_length=32, seed=seed,
+                                   objective={"projection": 8})  # fmt: skip
+        return list(prepare(options).model.parameters())
+
+    one, again, other = start(1), start(1), start(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
