@@ -49,10 +49,11 @@ def test_ceilings_are_measured():
     assert all(value > 0 for value in ceilings(CPU, 0.0).values())
 
 
-def test_the_automatic_choice_runs_every_shape():
+def test_the_automatic_choice_is_right_on_every_op():
     for op in OPS:
         if op.name != "train_step":  # seconds, and its one provider of ours is the choice
-            op.auto(op.build(CPU, **op.chosen("smoke")[0].sizes))()
+            problem = op.build(CPU, **op.chosen("smoke")[0].sizes)
+            problem.check("ours/auto", op.auto(problem)())  # raises Wrong
 
 
 def test_a_provider_that_is_wrong_gets_no_row():
