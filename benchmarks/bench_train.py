@@ -30,7 +30,7 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import tokenize_texts
 from cmlm_fast.demo_assets import demo_model_path, demo_texts
 
-from .peers import Naive, Strong
+from .peers import Naive, Strong, to_device
 from .results import describe
 
 PROVIDERS = ("ours", "strong", "naive")
@@ -68,11 +68,12 @@ def tokens(work: Sequence[Sequence[Any]]) -> float:
 class Ours:
     """The trainer's step, driven from outside."""
 
-    def __init__(self, tokenizer: Any, dtype: torch.dtype, folder: str) -> None:
-        arguments = CMLMTrainingArguments(folder, use_cpu=True, bf16=dtype == torch.bfloat16, report_to="none")
-        self.trainer = CMLMTrainer(CMLMModel.from_pretrained(demo_model_path(), CMLMConfig()), arguments,
-                                   processing_class=tokenizer, train_dataset=[])  # fmt: skip
+    def __init__(self, lm: Any, tokenizer: Any, dtype: torch.dtype, folder: str) -> None:
+        on_cpu = next(lm.parameters()).device.type == "cpu"
+        arguments = CMLMTrainingArguments(folder, use_cpu=on_cpu, bf16=dtype == torch.bfloat16, report_to="none")
+        self.trainer = CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=[])
         self.trainer.state.max_steps = 1_000_000
+        self.trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it in some versions
         self.trainer.create_optimizer_and_scheduler(1_000_000)
         prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.model, self.optimizer = prepared
@@ -81,7 +82,8 @@ class Ours:
     def step(self, rows: Sequence[Any]) -> Tensor:
         """One optimizer step from token rows."""
         trainer = self.trainer
-        (inputs,), _ = trainer.get_batch_samples(iter([trainer.data_collator(rows)]), 1, trainer.args.device)
+        batch = to_device(trainer.data_collator(rows), trainer.args.device)
+        (inputs,), _ = trainer.get_batch_samples(iter([batch]), 1, trainer.args.device)
         loss = trainer.training_step(self.model, inputs)
         trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
         self.optimizer.step()
@@ -91,16 +93,21 @@ class Ours:
         return loss
 
 
-def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str) -> Any:
-    """A provider with weights of its own: `lm` and `step(rows)`."""
+def minilm() -> Any:
+    """all-MiniLM-L6-v2 with a new LM head."""
     from transformers import AutoModelForMaskedLM
     from transformers.utils import logging
 
-    torch.manual_seed(0)  # the LM head is new, and must be the same for all
-    if provider == "ours":
-        return Ours(tokenizer, dtype, folder)
     logging.set_verbosity_error()
-    lm = AutoModelForMaskedLM.from_pretrained(demo_model_path())
+    return AutoModelForMaskedLM.from_pretrained(demo_model_path())
+
+
+def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str, new: Callable[[], Any] = minilm) -> Any:
+    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`."""
+    torch.manual_seed(0)  # new weights must be the same for all
+    lm = new()
+    if provider == "ours":
+        return Ours(lm, tokenizer, dtype, folder)
     return {"strong": Strong, "naive": Naive}[provider](lm, tokenizer, CMLMConfig(), dtype)
 
 
@@ -127,8 +134,9 @@ def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
             batch = provider.pad(rows)
             ids = [row["sample_id"] for row in rows]
             masked = trainer.mask({**batch, "sample_ids": torch.tensor(ids)}, 0)
-            with torch.autocast("cpu", provider.dtype, enabled=provider.dtype != torch.float32):
-                loss = provider.loss({**batch, **{view: masked[view] for view in ("view1", "view2", "role")}})
+            given = {**to_device(batch, provider.device), **{view: masked[view] for view in ("view1", "view2", "role")}}
+            with torch.autocast(provider.device.type, provider.dtype, enabled=provider.dtype != torch.float32):
+                loss = provider.loss(given)
         loss.backward()
         gradients = {k: p.grad for k, p in provider.lm.named_parameters() if p.grad is not None}
         found[name] = (loss.detach(), torch.cat([gradients[k].flatten() for k in sorted(gradients)]))
@@ -141,16 +149,8 @@ def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
 
 def floor(ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> dict[str, float]:
     """What a step costs at least: its products and AdamW's bytes, at rates measured here and now."""
-    # Of real tokens alone. Each weight of a linear layer: two operations a row forward and four backward; attention: six
-    # products of a sequence with itself; token contrast: three products of masked and other tokens in each direction.
-    config, flops = ours.lm.config, 0.0
-    for rows in work:
-        lengths = [len(row["input_ids"]) for row in rows]
-        masked = int((ours.trainer.mask(ours.trainer.data_collator(rows), 0)["role"] > 0).sum())
-        flops += 6 * (linear_weights(ours.lm.base_model) * 2 * sum(lengths) + linear_weights(ours.lm.cls) * masked)
-        flops += 12 * config.hidden_size * config.num_hidden_layers * sum(2 * n * n for n in lengths)
-        flops += 6 * config.hidden_size * masked * sum(lengths)
-    flops /= len(work)
+    flops = operations(ours, work)
+    config = ours.lm.config
     numbers = sum(p.numel() for p in ours.lm.parameters() if p.requires_grad)
     rates = [gemm_rate(*shape, dtype) for shape in ((2048, 2048, 2048), (1712, config.hidden_size, config.intermediate_size))]
     source = torch.randn(2**26)
@@ -160,6 +160,21 @@ def floor(ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> dict
     seconds = flops / max(rates) + bytes_moved / copy
     return {"GFLOP": round(flops / 1e9, 1), "GEMM GFLOP/s": round(max(rates) / 1e9, 1), "AdamW MB": round(bytes_moved / 1e6, 1),
             "copy GB/s": round(copy / 1e9, 1), "ms": round(seconds * 1e3, 1)}  # fmt: skip
+
+
+def operations(ours: Ours, work: Sequence[Sequence[Any]]) -> float:
+    """Of the matrix products of a step, the mean over batches."""
+    # Of real tokens alone. Each weight of a linear layer: two operations a row forward and four backward; attention: six
+    # products of a sequence with itself; token contrast: three products of masked and other tokens in each direction.
+    config, flops, encoder = ours.lm.config, 0.0, linear_weights(ours.lm.base_model)
+    head = linear_weights(ours.lm) - encoder
+    for rows in work:
+        lengths = [len(row["input_ids"]) for row in rows]
+        masked = int((ours.trainer.mask(ours.trainer.data_collator(rows), 0)["role"] > 0).sum())
+        flops += 6 * (encoder * 2 * sum(lengths) + head * masked)
+        flops += 12 * config.hidden_size * config.num_hidden_layers * sum(2 * n * n for n in lengths)
+        flops += 6 * config.hidden_size * masked * sum(lengths)
+    return flops / len(work)
 
 
 def linear_weights(model: nn.Module) -> int:

@@ -24,8 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable, "-W", "ignore")
-SWEEPS = ("tests/test_parity.py", "tests/test_registration.py", "tests/test_cuda_gpu.py")
-PARALLEL = ("-n", "8") if find_spec("xdist") else ()  # mostly the host compiles
+SWEEPS = ("tests/test_parity.py", "tests/test_registration.py", "tests/test_cuda_gpu.py", "tests/test_training_gpu.py")
+PARALLEL = ("-n", str(min(os.cpu_count() or 1, 14))) if find_spec("xdist") else ()  # mostly the host compiles
 DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"
 LIMIT = 530  # seconds of all budgets together
 DRY_PATIENCE = 6  # a dry run may be on two cores, where the build takes minutes: budgets are so many times as long
@@ -58,15 +58,16 @@ def sanitizer(tool: str) -> Step:
 
 
 STEPS = (
-    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 80, gpu=False),
+    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 70, gpu=False),
     Step("doctor", (*PYTHON, "-c", DOCTOR), 10, gpu=False),
     Step("tests", (*PYTHON, "-m", "pytest", "-q", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
-    Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 75),
-    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
-    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 80),
+    Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 60),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 90),
+    Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--out", "{out}", "--trace"), 60),
+    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 60),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(statistics|weights|products)$",
-                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 45),
+                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 40),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
     sanitizer("synccheck"),
@@ -85,7 +86,8 @@ class Outcome:
 def run(step: Step, out: Path, patience: int = 1) -> Outcome:
     """Run one step in a process group of its own, so that nothing of it outlives its budget."""
     command = [part.replace("{out}", str(out)) for part in step.command]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CMLM_FAST_TRITON_CONFIGS": str(out / "triton.json")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "CMLM_FAST_TRITON_CONFIGS": str(out / "triton.json")}
     start = time.perf_counter()
     with (out / f"{step.name}.log").open("w") as log:
         try:
@@ -135,6 +137,9 @@ def main() -> None:
 
         if not torch.cuda.is_available():
             sys.exit("make gpu: expected a GPU that PyTorch can use; make gpu DRY=1 runs what needs none")
+        major, minor = torch.cuda.get_device_capability()
+        suffix = "a" if (major, minor) == (9, 0) else ""
+        os.environ.setdefault("CMLM_FAST_CUDA_ARCHS", f"{major}{minor}{suffix}-real")  # for this GPU alone
     outcomes, patience = [], DRY_PATIENCE if options.dry else 1
     for step in STEPS:
         if step.name not in options.step if options.step else step.asked:

@@ -4,7 +4,7 @@ A packed call carries `lengths`, the sequences' lengths on the host; equal ones 
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
     CPU                        the op varlen_attention
-    CUDA, 16 bit, no dropout   torch's varlen_attn, one launch for all sequences
+    CUDA, 16 bit               flash attention, one launch for all sequences
     else                       F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
 """
 
@@ -56,8 +56,8 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         seed = int(torch.randint(2**62, ())) if dropout else 0
         out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0)
         return out[None], None
-    if cu_seqlens is not None and q.is_cuda and dropout == 0.0 and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, cu_seqlens, max(lengths), scaling, sliding_window)[None], None
+    if cu_seqlens is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
+        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None], None
     parts, begin = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -70,13 +70,18 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
     return torch.cat(parts)[None], None
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None,
-            sliding_window: int | None) -> Tensor:  # fmt: skip
-    from torch.nn.attention.varlen import varlen_attn
-
+def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,
+           sliding_window: int | None) -> Tensor:  # fmt: skip
+    """PyTorch's own flash attention: its `varlen_attn`, or with dropout, which that has not, the op below it."""
     reach = -1 if sliding_window is None else sliding_window - 1
-    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(reach, reach))
-    return cast(Tensor, out)
+    if dropout == 0.0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=(reach, reach))
+        return cast(Tensor, out)
+    forward = torch.ops.aten._flash_attention_forward
+    return cast(Tensor, forward(q, k, v, cu_seqlens, cu_seqlens, longest, longest, dropout, False, False, scale=scaling,
+                                window_size_left=reach, window_size_right=reach)[0])  # fmt: skip
 
 
 def _band(length: int, sliding_window: int, device: torch.device) -> Tensor:

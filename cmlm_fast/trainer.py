@@ -193,7 +193,7 @@ class CMLMTrainer(ResumableTrainer):
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """The batch on the device, with both views and the role of each token."""
-        batch = send_to_device(batch, self.args.device)
+        batch = send_to_device(batch, self.args.device, non_blocking=True)
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
         config = self.cmlm

@@ -6,7 +6,8 @@
 Both make their masks with transformers' collator and clip the gradient's norm, as ours does.
 """
 
+from .common import to_device
 from .naive import Naive
 from .strong import Strong
 
-__all__ = ["Naive", "Strong"]
+__all__ = ["Naive", "Strong", "to_device"]

@@ -13,11 +13,19 @@ from transformers import DataCollatorForLanguageModeling
 from cmlm_fast import CMLMConfig
 
 
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on the device; to a GPU through pinned memory, as a DataLoader sends it."""
+    if device.type != "cuda":
+        return dict(batch)
+    return {name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()}  # fmt: skip
+
+
 class Peer:
     """A masked LM, its optimizer and what its masks need; a subclass gives `loss` and `optimizer`.
 
     Args:
-        lm: a masked LM, `AutoModelForMaskedLM`.
+        lm: a masked LM, `AutoModelForMaskedLM`, on the device of the run.
         tokenizer: its tokenizer.
         config: the objective; of scheme "cross", pooling "mean", scope "batch", MLM in both views.
         dtype: float32, or bfloat16 by autocast.
@@ -27,7 +35,9 @@ class Peer:
         self.lm, self.tokenizer, self.config, self.dtype = lm.train(), tokenizer, config, dtype
         self.maskers = [DataCollatorForLanguageModeling(tokenizer, mlm_probability=p)
                         for p in (config.rate, config.complement_rate)]  # fmt: skip
-        self.special = torch.tensor(tokenizer.all_special_ids)
+        self.device = next(lm.parameters()).device
+        self.special = torch.tensor(tokenizer.all_special_ids)  # for the masks, which the collator makes on the CPU
+        self.special_ids = self.special.to(self.device)
         self.optimizer = self.make_optimizer(list(lm.parameters()))
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -53,8 +63,8 @@ class Peer:
 
     def step(self, rows: Sequence[Mapping[str, Any]]) -> Tensor:
         """One optimizer step from token rows."""
-        batch = self.mask(self.pad(rows))
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        batch = to_device(self.mask(self.pad(rows)), self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = self.loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.lm.parameters(), 1.0)
@@ -65,17 +75,17 @@ class Peer:
     def contrasts(self, hidden1: Tensor, hidden2: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """The token and the sequence part, weighted, of hidden states [B, L, D]."""
         ids, role, config = batch["input_ids"], batch["role"], self.config
-        seen = batch["attention_mask"].bool() & ~torch.isin(ids, self.special)
+        seen = batch["attention_mask"].bool() & ~torch.isin(ids, self.special_ids)
         number = seen.flatten().cumsum(0).view_as(ids) - 1
         sums, count = [], (role > 0).sum()
         for masked, other, where in ((hidden1, hidden2, role == 1), (hidden2, hidden1, role == 2)):
             query, key = F.normalize(masked[where], dim=-1), F.normalize(other[seen], dim=-1)
             target = number[where]
             same = ids[where][:, None] == ids[seen]
-            same[torch.arange(len(target)), target] = False
+            same[torch.arange(len(target), device=self.device), target] = False
             scores = (query @ key.T / config.token_temperature).masked_fill(same, float("-inf"))
             sums.append(F.cross_entropy(scores, target, reduction="sum"))
         z1, z2 = (F.normalize((h * seen[..., None]).sum(1) / seen.sum(1, keepdim=True), dim=-1) for h in (hidden1, hidden2))
-        scores, own = z1 @ z2.T / config.sequence_temperature, torch.arange(len(ids))
+        scores, own = z1 @ z2.T / config.sequence_temperature, torch.arange(len(ids), device=self.device)
         sequence = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
         return config.token_weight * (sums[0] + sums[1]) / count + config.sequence_weight * sequence

@@ -23,5 +23,6 @@ class Strong(Peer):
         hidden1, hidden2 = self.lm.base_model(views, attention_mask=mask).last_hidden_state.chunk(2)
         rows = torch.cat([hidden1[role == 1], hidden2[role == 2]])
         labels = torch.cat([ids[role == 1], ids[role == 2]])
-        mlm = F.cross_entropy(self.lm.cls(rows).float(), labels)
+        head = self.lm.cls if hasattr(self.lm, "cls") else self.lm.lm_head  # BERT's name, and RoBERTa's
+        mlm = F.cross_entropy(head(rows).float(), labels)
         return self.config.mlm_weight * mlm + self.contrasts(hidden1, hidden2, batch)

@@ -92,7 +92,8 @@ class CMLMDataCollator:
             batch["eligible"] = ~torch.isin(batch["input_ids"], self._more_special)
         elif "unit_ids" not in batch:
             can = ~torch.isin(batch["input_ids"], self._special)
-            batch["eligible_counts"] = tuple(int(part.sum()) for part in can.split(list(lengths)))
+            before = torch.nn.functional.pad(can.cumsum(0), (1, 0))[batch["cu_seqlens"].long()]
+            batch["eligible_counts"] = tuple(before.diff().tolist())
         return batch
 
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Launcher {
  public:
   explicit Launcher(const Tensor& on) : device_(on.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
@@ -78,7 +78,7 @@ class Launcher {
     const void* one = wide ? static_cast<const void*>(&one64) : &one32;
     const void* factor = wide ? static_cast<const void*>(&beta64) : &beta32;
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
     const int status =
         cublas_gemm()(handle, transpose_a, transpose_b, size(m), size(n), size(k), one, a, kBlasType<T>, size(lda), b, kBlasType<T>,
                       size(ldb), factor, c, kBlasType<O>, size(ldc), wide ? kCompute64 : kCompute32, -1);

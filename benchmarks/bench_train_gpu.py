@@ -1,0 +1,190 @@
+"""An optimizer step of post-training on a GPU beside both baselines, and the share of the matrix rate that real tokens reach.
+
+    python -m benchmarks.bench_train_gpu [--out DIR] [--case NAME ...] [--rounds N] [--trace]
+
+BERT-base and RoBERTa-base in bfloat16, made from their configurations, dropout and all. Sequences have the lengths of real
+sentences (Rotten Tomatoes in BERT's word pieces, at most 78), ids are random by Zipf's law: of text a step's time depends on
+lengths and on how often tokens repeat. As in bench_train, losses and gradients are compared first, providers take turns, a step
+is all of it from token rows on, and speed-ups are by real token. One step of ours runs under PyTorch's watch for waits. MFU is the
+operations of a step's products (of real tokens) a second, by the rate of a product of 8192³ in this run. DIR/train.json holds it all, DIR/train.txt the table; --trace writes the profiler's table of one step, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bench_gpu import milliseconds
+from .bench_train import PROVIDERS, check, make, operations, tokens
+
+#: How many of the 8,530 sentences of Rotten Tomatoes have 3, 4, … tokens.
+SENTENCES = (
+    2, 4, 17, 45, 63, 85, 102, 123, 153, 171, 175, 206, 195, 211, 197, 262, 257, 280, 268, 282, 296, 282, 271,
+    296, 287, 303, 285, 261, 247, 252, 209, 212, 211, 217, 182, 169, 171, 144, 157, 122, 114, 108, 79, 71, 78,
+    59, 56, 40, 32, 42, 36, 25, 29, 19, 16, 7, 10, 10, 5, 7, 5, 4, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1,
+)  # fmt: skip
+CASES = ("bert-base", "roberta-base")
+BATCH, BATCHES = 512, 4
+
+
+def configuration(case: str) -> Any:
+    """Of the published checkpoint."""
+    from transformers import BertConfig, RobertaConfig
+
+    if case == "bert-base":
+        return BertConfig()
+    return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+
+
+def make_tokenizer(vocabulary: int) -> Any:
+    """Of plain words: what the collators need, special tokens and how to pad. Pad is id 1, as in RoBERTa."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
+    words = {word: i for i, word in enumerate([*special.values(), *(str(i) for i in range(5, vocabulary))])}
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")),
+                                   model_input_names=names, **special)  # fmt: skip
+
+
+def make_rows(vocabulary: int) -> list[dict[str, Any]]:
+    """One row for each sentence, shuffled."""
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.repeat_interleave(torch.arange(3, 3 + len(SENTENCES)), torch.tensor(SENTENCES))
+    lengths = lengths[torch.randperm(len(lengths), generator=random)].tolist()
+    odds = 1 / torch.arange(1, vocabulary - 4, dtype=torch.float64)
+    ids = (5 + torch.multinomial(odds, sum(lengths), replacement=True, generator=random)).split(lengths)
+    rows = []
+    for number, (length, part) in enumerate(zip(lengths, ids, strict=True)):
+        part[0], part[-1] = 0, 2
+        rows.append({"input_ids": part.tolist(), "attention_mask": [1] * length, "sample_id": number})
+    return rows
+
+
+def batches(rows: Sequence[Any], provider: str) -> list[list[Any]]:
+    """Some batches of a run over these rows: mixed, or for `strong` sorted by length, from the shortest to the longest."""
+    order = sorted(rows, key=lambda row: len(row["input_ids"])) if provider == "strong" else rows
+    number = len(rows) // BATCH
+    chosen = range(number // BATCHES // 2, number, number // BATCHES)
+    return [list(order[n * BATCH : (n + 1) * BATCH]) for n in chosen]
+
+
+def seconds(step: Callable[[Any], Any], work: Sequence[Any]) -> float:
+    """Of a step, the mean over the batches."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for batch in work:
+        step(batch)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / len(work)
+
+
+def waits(step: Callable[[Any], Any], batch: Any) -> str:
+    """What in a step waits for the device; "" where nothing does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch)
+    except RuntimeError as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return f"{error} ({place.filename}:{place.lineno})"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return ""
+
+
+def measure(case: str, rate: float, rounds: int, trace: Path | None = None) -> dict[str, Any]:
+    """One row of the results."""
+    from transformers import AutoModelForMaskedLM
+
+    config = configuration(case)
+    tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
+    with tempfile.TemporaryDirectory() as folder:
+        new = lambda: AutoModelForMaskedLM.from_config(config).cuda()  # noqa: E731
+        providers = {name: make(name, torch.bfloat16, tokenizer, folder, new) for name in PROVIDERS}
+        work = {name: batches(rows, name) for name in PROVIDERS}
+        differences = check(providers, work["naive"][0][:64])
+        if any(not value < 0.05 for value in differences.values()):
+            raise AssertionError(f"loss and gradients are not those of the naive step: {differences}")
+        flops = operations(providers["ours"], work["ours"])
+        for name, provider in providers.items():
+            seconds(provider.step, work[name])
+        found = waits(providers["ours"].step, work["ours"][0])
+        samples: dict[str, list[float]] = {name: [] for name in PROVIDERS}
+        peak = {}
+        for _ in range(rounds):
+            for name, provider in providers.items():
+                torch.cuda.reset_peak_memory_stats()
+                samples[name].append(seconds(provider.step, work[name]))
+                peak[name] = torch.cuda.max_memory_allocated()
+        if trace is not None:
+            for name in ("ours", "strong"):
+                (trace / f"trace-{case}-{name}.txt").write_text(profile(providers[name].step, work[name]))
+    ms = {name: round(statistics.median(values) * 1e3, 2) for name, values in samples.items()}
+    size = {name: tokens(work[name]) for name in PROVIDERS}
+    return {
+        "case": f"{case} {BATCH} sentences bfloat16", "ms": ms, "tokens": {name: round(n) for name, n in size.items()},
+        "speedup": {name: round(ms[name] / size[name] / (ms["ours"] / size["ours"]), 2) for name in ("strong", "naive")},
+        "TFLOP": round(flops / 1e12, 2), "MFU": round(flops / (ms["ours"] / 1e3) / rate, 3),
+        "peak GB": {name: round(n / 1e9, 1) for name, n in peak.items()}, "waits": found,
+        "difference from naive": differences,
+    }  # fmt: skip
+
+
+def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> str:
+    """Where a step's time goes, on the device and on the host."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    with record(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        for batch in work[:2]:
+            step(batch)
+        torch.cuda.synchronize()
+    table = found.key_averages()
+    return "\n".join(table.table(sort_by=by, row_limit=45, max_name_column_width=90)
+                     for by in ("self_cuda_time_total", "self_cpu_time_total"))  # fmt: skip
+
+
+def report(results: dict[str, Any]) -> str:
+    """The table for people."""
+    lines = [f"{results['device']}: bfloat16 product {results['rate'] / 1e12:.0f} TFLOP/s"]
+    for row in results["rows"]:
+        ms, faster = row["ms"], row["speedup"]
+        lines.append(f"{row['case']}: ours {ms['ours']} ms, strong {ms['strong']} ({faster['strong']} x), naive {ms['naive']} "
+                     f"({faster['naive']} x), MFU {row['MFU']:.0%}, waits: {row['waits'] or 'none'}, "
+                     f"peak GB {row['peak GB']}")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--case", action="append", choices=CASES)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--trace", action="store_true", help="also write tables of the profiler")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    rate = 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rate": rate, "rows": []}
+    for case in options.case or CASES:
+        results["rows"].append(measure(case, rate, options.rounds, options.out if options.trace else None))
+        (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "train.txt").write_text(report(results))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
