@@ -4,9 +4,10 @@
 
 BERT-base and RoBERTa-base in bfloat16, made from their configurations, dropout and all. Sequences have the lengths of real
 sentences (Rotten Tomatoes in BERT's word pieces, at most 78), ids are random by Zipf's law: of text a step's time depends on
-lengths and on how often tokens repeat. As in bench_train, losses and gradients are compared first, providers take turns, a step
-is all of it from token rows on, and speed-ups are by real token. One step of ours runs under PyTorch's watch for waits. MFU is the
-operations of a step's products (of real tokens) a second, by the rate of a product of 8192³ in this run. DIR/train.json holds it all, DIR/train.txt the table; --trace writes the profiler's table of one step, too.
+lengths and on how often tokens repeat. As in bench_train, losses and gradients are compared first, providers take turns, a
+step is all of it from token rows on, and speed-ups are by real token. One step of ours runs under PyTorch's watch for waits.
+MFU is the operations of a step's products (of real tokens) a second, by the rate of a product of 8192³ in this run.
+DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables.
 """
 
 from __future__ import annotations
