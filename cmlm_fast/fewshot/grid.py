@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -76,7 +78,7 @@ class Grid:
         keys = [fingerprint(facts) for facts in wanted]
         report(f"{self.name}: {len(keys)} cells, {sum(key in self.cells for key in keys)} of them done before")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with disk_errors(self.folder), use_backend(self.options.backend):
+        with disk_errors(self.folder), use_backend(self.options.backend), _same_bits_every_time():
             for d, name in grid:
                 self._cells_of(name, d, report)
             # Read again: other runs may have added to the file in the meantime.
@@ -154,7 +156,7 @@ class Grid:
             "dataset": self.name, "method": name, "shots": shots, "draw": d, "accuracy": score.accuracy,
             "macro_f1": score.macro_f1, "fine_tune_seconds": round(score.seconds, 2), "post_train_seconds": done["seconds"],
             "steps": done["steps"], "encoder_tokens": done["encoder_tokens"], "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "setup": setup, "setup_id": fingerprint(setup), **method,
+            "device": _device(), "torch": torch.__version__, "setup": setup, "setup_id": fingerprint(setup), **method,
             "method_id": fingerprint(method), "key": fingerprint(facts),
         }  # fmt: skip
 
@@ -204,6 +206,28 @@ class Grid:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return tokenizer, model, digest.hexdigest()[:16]
+
+
+@contextmanager
+def _same_bits_every_time() -> Iterator[None]:
+    """On a GPU, kernels that add in one order; on the CPU all do. What has no such kernel says so in a warning."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    settings: Any = torch.utils.deterministic
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # nothing here reads such memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fills
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _hold_out(train: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -50,6 +50,11 @@ __device__ __forceinline__ uint16_t float_to_bfloat(float x) {
 }
 __device__ __forceinline__ float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ uint32_t float_to_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float quick_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Past the L1 cache: what another block has just written.
 template <class X>
@@ -76,6 +81,15 @@ __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float widen(Fp16 x) { return half_to_float(x.bits); }
+
+// exp(x) for sums and weights over rows of T: where those have 16 bits, to some 10⁻⁶, far below their rounding.
+template <class T>
+__device__ __forceinline__ math_t<T> exponential(math_t<T> x) {
+  if constexpr (kNarrow<T>)
+    return quick_exp2(x * 1.44269504f);
+  else
+    return std::exp(x);
+}
 
 // The largest power of two that is no larger than x > 0.
 __device__ __forceinline__ float power_below(float x) { return bits_to_float(float_to_bits(x) & 0x7f800000u); }

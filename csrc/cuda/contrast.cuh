@@ -63,12 +63,16 @@ struct Contrast {
     return piece == nullptr ? nullptr : piece + (r - (second ? side[s].split : 0)) * side[s].width;
   }
 
+  // Of anchor r in the loss, by the unit.
+  __device__ __forceinline__ M anchor_weight(int64_t r) const {
+    return half() * (reduce == Reduce::weighted ? row_weight[r] / *unit : M(1));
+  }
   // What the softmax left of row r.
   __device__ __forceinline__ void recall(int s, int64_t r, Facts<M>& facts) const {
     const Stats<M>& known = stats[s];
     facts.scale = known.scale[r];
     facts.reference = known.share != nullptr ? known.reference[r] : -kLowest<M>;
-    const M weight = known.share == nullptr ? M(0) : half() * (reduce == Reduce::weighted ? row_weight[r] / *unit : M(1));
+    const M weight = known.share == nullptr ? M(0) : anchor_weight(r);
     facts.share = known.share != nullptr ? known.share[r] * weight : M(0);
     facts.push = known.share != nullptr ? known.push[r] * weight : M(0);
   }

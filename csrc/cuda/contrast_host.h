@@ -5,7 +5,8 @@
 //   S = X·Yᵀ   contrast_rows: softmax, and weights in place of S   dX = W·Y   dY += Wᵀ·X          6·N·M·D operations
 //
 // in one go where a row's gradient needs that row's softmax alone. Where it needs those of all rows (symmetric and self), the
-// softmax of all comes first and the scores are made again: 10·B²·D for the symmetric cross, 24·B²·D (6·N²·D, N = 2B) for self.
+// softmax of all comes first, that of the columns in the same chunks, and the scores are made again: 8·B²·D for the symmetric
+// cross, 24·B²·D (6·N²·D, N = 2B) for self.
 #pragma once
 
 #include <algorithm>
@@ -70,11 +71,11 @@ class ContrastRun {
   ContrastRun(const Launcher& launcher, const Tensor& like, P& problem) : launch_(launcher), like_(like), p_(problem) {
     for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
       const int64_t rows = p_.side[s].rows;
-      p_.stats[s].scale = memory<M>(rows);
+      p_.stats[s].scale = memory<M>(rows + kColumnPad);
       if (s >= anchors()) continue;
-      p_.stats[s].reference = memory<M>(rows);
-      p_.stats[s].share = memory<M>(rows);
-      p_.stats[s].push = memory<M>(rows);
+      p_.stats[s].reference = memory<M>(rows + kColumnPad);
+      p_.stats[s].share = memory<M>(rows + kColumnPad);
+      p_.stats[s].push = memory<M>(rows + kColumnPad);
     }
     p_.losses = memory<M>(anchors() * p_.side[0].rows);
     p_.pulls = memory<M>(anchors() * p_.side[0].rows);
@@ -111,22 +112,33 @@ class ContrastRun {
   void by_rows(bool gradient) {
     task_.p = p_;
     prepare();
-    launch_(contrast_unit<P>, dim3(1), kRowThreads, kTotalsShared, task_);
+    launch_(contrast_unit<P>, dim3(1), kTotalThreads, kTotalsShared, task_);
     gradient = gradient && (wanted(0) || wanted(1));
     const bool once = anchors() == 1 && !p_.self;
-    for (int s = 0; s < anchors(); ++s) sweep(s, true, once && gradient);
-    launch_(contrast_totals<P>, dim3(1), kRowThreads, kTotalsShared, task_);
-    if (gradient && !once) sweep(0, false, true);
+    sweep(true, once && gradient);
+    launch_(contrast_totals<P>, dim3(1), kTotalThreads, kTotalsShared, task_);
+    if (gradient && !once) sweep(false, true);
   }
 
  private:
   int anchors() const { return !p_.self && p_.symmetric ? 2 : 1; }
   bool wanted(int s) const { return p_.gradient[s][0] != nullptr || p_.gradient[s][1] != nullptr; }
 
+  // Small arrays share allocations: each costs the host more than a launch does.
   template <class X>
   X* memory(int64_t count) {
-    tensors_.push_back(empty(like_, {count * static_cast<int64_t>(sizeof(X))}, ScalarType::Byte));
-    return static_cast<X*>(tensors_.back().mutable_data_ptr());
+    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(X)), 256);
+    if (bytes > kSharedBytes / 4) {
+      tensors_.push_back(empty(like_, {bytes}, ScalarType::Byte));
+      return static_cast<X*>(tensors_.back().mutable_data_ptr());
+    }
+    if (shared_left_ < bytes) {
+      tensors_.push_back(empty(like_, {kSharedBytes}, ScalarType::Byte));
+      shared_ = static_cast<unsigned char*>(tensors_.back().mutable_data_ptr()), shared_left_ = kSharedBytes;
+    }
+    X* array = reinterpret_cast<X*>(shared_);
+    shared_ += bytes, shared_left_ -= bytes;
+    return array;
   }
 
   void prepare() {
@@ -135,6 +147,7 @@ class ContrastRun {
     task_.positives = memory<M>(anchors() * p_.side[0].rows);
     for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
       task_.full_scale[s] = memory<M>(p_.side[s].rows);
+      if (p_.marked()) task_.marks[s] = memory<int64_t>(p_.side[s].rows + kColumnPad);
       if (rescale || p_.self) task_.copy[s] = memory<T>(p_.side[s].rows * p_.side[s].width);
     }
     const int64_t rows = p_.side[0].rows + (p_.self ? 0 : p_.side[1].rows);
@@ -145,11 +158,11 @@ class ContrastRun {
     }
   }
 
-  // All chunks of side s: its softmax, its gradient (and with it the other side's), or both.
-  void sweep(int s, bool softmax, bool weigh) {
+  // All chunks of side 0: its softmax and that of the other side's anchors, the gradients of both, or all of that.
+  void sweep(bool softmax, bool weigh) {
     using Score = typename RowTask<P>::Score;
-    const Matrix<T> x = task_.p.side[s], y = task_.p.side[p_.self ? 0 : 1 - s];
-    const int o = p_.self ? 0 : 1 - s;
+    const int s = 0, o = p_.self ? 0 : 1;
+    const Matrix<T> x = task_.p.side[s], y = task_.p.side[o];
     constexpr bool in_place = sizeof(Score) == sizeof(T);
     const int64_t pitch = round_up(y.rows, 8), bytes = pitch * (sizeof(Score) + (in_place ? 0 : sizeof(T)));
     const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
@@ -169,12 +182,25 @@ class ContrastRun {
     else if (across && chunks > 1)
       sums = memory<M>(y.rows * y.width);
     task_.side = s, task_.pitch = pitch, task_.softmax = softmax, task_.weigh = weigh;
+    const bool columns_too = softmax && anchors() == 2;
+    const int64_t across_columns = ceil_div(y.rows, kRowThreads * (16 / static_cast<int64_t>(sizeof(Score))));
+    if (columns_too) {
+      const int64_t shares = std::clamp<int64_t>(4 * launch_.multiprocessors() / across_columns, 1, ceil_div(chunk, kRowsPerBlock));
+      task_.share_rows = round_up(ceil_div(chunk, shares), kRowsPerBlock);
+      task_.parts = memory<M>((ceil_div(chunk, task_.share_rows) + 1) * 3 * y.rows);
+    }
     const Rows<const T> columns{y.first, y.rows, y.width, y.width};
     for (int64_t first = 0; first < x.rows; first += chunk) {
       const int64_t count = std::min(chunk, x.rows - first);
       task_.first = first, task_.rows = count;
       const Rows<const T> rows{x.first + first * x.width, count, x.width, x.width};
       multiply_transposed(launch_, rows, columns, Rows<Score>{task_.scores, count, y.rows, pitch});
+      if (columns_too) {  // before the rows' launch may put weights in the place of scores
+        task_.shares = static_cast<int>(ceil_div(count, task_.share_rows)), task_.last = first + count == x.rows;
+        const dim3 grid(static_cast<unsigned>(across_columns), static_cast<unsigned>(task_.shares));
+        launch_(contrast_columns<P>, grid, kRowThreads, 0, task_);
+        launch_(contrast_merge<P>, dim3(static_cast<unsigned>(ceil_div(y.rows, kRowThreads))), kRowThreads, 0, task_);
+      }
       launch_(contrast_rows<P>, dim3(static_cast<unsigned>(ceil_div(count, kRowsPerBlock))), kRowThreads, kRowsShared<M>, task_);
       const Rows<const T> weights{task_.weights, count, y.rows, pitch};
       if (along) {
@@ -206,6 +232,8 @@ class ContrastRun {
   RowTask<P> task_{};
   int64_t in_place_rows_ = 0;
   std::vector<Tensor> tensors_;
+  unsigned char* shared_ = nullptr;
+  int64_t shared_left_ = 0;
 };
 
 // Sides of a problem: rows of x and of y, or (self) both as one.

@@ -2,21 +2,23 @@
 // other side by cuBLAS, the chunk is turned in place into the gradient by the products, and multiplied back (contrast_host.h).
 //
 // Grid:   prepare, project: a warp for each row; rows: a block for 4 rows of the chunk, so that what is known of a column is loaded
-//         once for the four; unit, totals: one block.
+//         once for the four; columns: a block for 2,048 columns (of 16 bits) and a share of the chunk's rows; unit, totals: one block.
 // Tile:   16 bytes of scores a thread and row.
-// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another).
-// Memory: rows: reads a score twice, the second time from L2 if the chunk fits there, and writes it once: 6 bytes (16-bit types;
-//         float 12), and 4 to 24 bytes a column for four rows. prepare: each row once. project: sums, rows and gradient once.
+// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another). columns: down the
+//         rows, four at a time, with the softmax of each column in registers.
+// Memory: rows: reads a score twice and writes it once: 6 bytes (16-bit types; float 12), and 4 to 24 bytes a column for four
+//         rows. columns: reads a score once. prepare: each row once. project: sums, rows and gradient once.
 // Types:  scores and weights in T (float16: scores in float, since dot products may exceed it; rows scaled by powers of two to a
 //         length near 1, since weights may fall below it); all arithmetic and sums in float, double for double.
-// Same bits every time: a row belongs to one block, and its sums are folded in one order.
+// Same bits every time: a row belongs to one block, and its sums are folded in one order; so are a column's shares.
 #pragma once
 
 #include "cuda/contrast.cuh"
 
 namespace cmlm {
 
-constexpr int kRowThreads = 256, kRowsPerBlock = 4;
+constexpr int kRowThreads = 256, kRowsPerBlock = 4, kTotalThreads = 1024;
+constexpr int kColumnPad = 8;  // arrays over columns are as much longer as a thread may read beyond their end
 
 template <class P>
 struct RowTask {
@@ -28,12 +30,17 @@ struct RowTask {
   T* copy[2];         // prepare: rows to write, scaled if `rescale`; or null
   bool rescale;
   M* positives;       // of each anchor, side 0 first
+  int64_t* marks[2];  // tokens or labels of a side's rows; null without
   M* full_scale[2];   // ‖row‖⁻¹ of the rows before they were scaled
   Score* scores;      // chunk: rows [first, first + rows) of `side`, `pitch` numbers apart
   T* weights;         // may be scores
   int64_t pitch, first, rows;
   int side;
   bool softmax, weigh;
+  M* parts;           // columns: [1 + shares, 3, columns], the softmax of all chunks so far, and of each share of this one's rows
+  int64_t share_rows;
+  int shares;
+  bool last;          // this is the last chunk
 };
 
 template <class P>
@@ -73,26 +80,121 @@ __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task)
   p.check(s, r);
   p.stats[s].scale[r] = scale / power;
   task.full_scale[s][r] = scale;
+  if (task.marks[s] != nullptr) task.marks[s][r] = p.mark(s, r);
   if (s >= p.anchors() || !p.lone()) return;
   const M other_scale = p.normalize ? 1 / most(std::sqrt(others), M(1e-12)) : M(1);
   task.positives[s * p.side[0].rows + r] = partner >= 0 ? score_of(product, scale, other_scale, 1 / *p.temperature) : kNaN<M>;
 }
 
 template <class P>
-__global__ void __launch_bounds__(kRowThreads) contrast_unit(RowTask<P> task) {
+__global__ void __launch_bounds__(kTotalThreads) contrast_unit(RowTask<P> task) {
   Shared shared;
   if (threadIdx.x == 0) task.p.check_temperature();
   finish_unit(task.p, shared.take<double>(32));
 }
 template <class P>
-__global__ void __launch_bounds__(kRowThreads) contrast_totals(RowTask<P> task) {
+__global__ void __launch_bounds__(kTotalThreads) contrast_totals(RowTask<P> task) {
   Shared shared;
   finish_totals(task.p, shared.take<double>(32));
 }
 constexpr size_t kTotalsShared = room<double>(32);
 
+// What takes no part in a softmax: finite, lest 0 · ∞ be made of it, and so far below where every softmax starts that its
+// exponential is 0.
 template <class M>
-constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<Facts<M>>(kRowsPerBlock);
+constexpr M kOut = kLowest<M>;
+template <class M>
+constexpr M kStart = kLowest<M> / 2;
+
+// A row of the block.
+template <class M>
+struct RowFacts {
+  M scale, reference, share, push;
+  int64_t mark;
+  int32_t partner, own;  // the column of its positive, and of itself; or -1
+};
+
+// What is known of a thread's columns.
+template <class M, int kPack>
+struct ColumnFacts {
+  M scale[kPack], bias[kPack];  // bias: 0, or kOut for a column that takes no part
+  int64_t mark[kPack];
+
+  template <class P>
+  __device__ __forceinline__ void load(const RowTask<P>& task, int o, int64_t column, int64_t columns) {
+    const auto scales = load_pack<kPack>(task.p.stats[o].scale + column);
+    Pack<int64_t, kPack> marks{};
+    if (task.marks[o] != nullptr) marks = load_pack<kPack>(task.marks[o] + column);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      scale[k] = column + k < columns ? scales.at[k] : M(0);
+      mark[k] = marks.at[k];
+      bias[k] = column + k >= columns || (!P::kMarksJoin && task.marks[o] != nullptr && mark[k] == -1) ? kOut<M> : M(0);
+    }
+  }
+};
+
+// What the softmax left of a thread's columns, where they are anchors: as Contrast::recall.
+template <class M, int kPack>
+struct AnchorFacts {
+  M reference[kPack], share[kPack], push[kPack];
+
+  template <class P>
+  __device__ __forceinline__ void load(const P& p, int o, int64_t column, int64_t columns) {
+    const auto references = load_pack<kPack>(p.stats[o].reference + column), shares = load_pack<kPack>(p.stats[o].share + column),
+               pushes = load_pack<kPack>(p.stats[o].push + column);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      const bool inside = column + k < columns;
+      const M weight = inside ? p.anchor_weight(column + k) : M(0);
+      reference[k] = inside ? references.at[k] : -kLowest<M>;
+      share[k] = inside ? shares.at[k] * weight : M(0);
+      push[k] = inside ? pushes.at[k] * weight : M(0);
+    }
+  }
+};
+
+// Scores of kPack columns in one row; beyond the last column lie numbers that nobody wrote.
+template <class Score, int kPack, class M>
+__device__ __forceinline__ void load_scores(const Score* from, int64_t left, M (&at)[kPack]) {
+  const auto raw = load_pack<kPack>(from);
+#pragma unroll
+  for (int k = 0; k < kPack; ++k) at[k] = k < left ? widen(raw.at[k]) : M(0);
+}
+
+// The score of a product, kOut where the column takes no part. Softmax and weights must round it alike.
+template <class M>
+__device__ __forceinline__ M biased_score(M product, M scale, M other_scale, M coldness, M bias) {
+  return std::fma(product * (scale * other_scale), coldness, bias);
+}
+
+// f(k) for the one of kPack columns from `column` on that is `wanted`, if it is one of them.
+template <int kPack, class F>
+__device__ __forceinline__ void at_column(int64_t column, int32_t wanted, const F& f) {
+  const uint32_t off = static_cast<uint32_t>(wanted) - static_cast<uint32_t>(column);
+  if (off >= static_cast<uint32_t>(kPack)) return;
+#pragma unroll
+  for (int k = 0; k < kPack; ++k)
+    if (off == static_cast<uint32_t>(k)) f(k);
+}
+
+// Adds kPack scores to a softmax that started from kStart.
+template <class T, class M, int kPack>
+__device__ __forceinline__ void add_scores(Softmax<M>& softmax, const M (&at)[kPack]) {
+  M largest = at[0];
+#pragma unroll
+  for (int k = 1; k < kPack; ++k) largest = std::fmax(largest, at[k]);
+  if (largest > softmax.largest) softmax.raise(largest);
+#pragma unroll
+  for (int k = 0; k < kPack; ++k) {
+    const M down = at[k] - softmax.largest, e = exponential<T>(down);
+    softmax.sum += e;
+    softmax.moment += e * down;
+  }
+}
+
+template <class M>
+constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<RowFacts<M>>(kRowsPerBlock);
 
 template <class P>
 __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_rows(RowTask<P> task) {
@@ -102,62 +204,55 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
   constexpr int kPack = 16 / sizeof(Score);
   Shared shared;
   Anchor<M>* anchors = shared.take<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock);
-  Facts<M>* rows = shared.take<Facts<M>>(kRowsPerBlock);
+  RowFacts<M>* rows = shared.take<RowFacts<M>>(kRowsPerBlock);
   const P& p = task.p;
   const int s = task.side, o = p.other(s);
   const int64_t columns = p.side[o].rows, begin = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock, row0 = task.first + begin;
   const int count = static_cast<int>(least<int64_t>(kRowsPerBlock, task.rows - begin)), q = threadIdx.x;
   const M coldness = 1 / *p.temperature;
-  const bool lone = p.lone();
-  if (q < count) {
-    rows[q] = p.facts(s, row0 + q);
-    rows[q].scale = p.stats[s].scale[row0 + q];
+  const bool lone = p.lone(), marked = task.marks[s] != nullptr;
+  if (q < kRowsPerBlock) {
+    const int64_t r = row0 + least(q, count - 1);
+    rows[q].scale = p.stats[s].scale[r];
+    rows[q].mark = marked ? task.marks[s][r] : 0;
+    rows[q].partner = static_cast<int32_t>(p.partner(s, r));
+    rows[q].own = p.self ? static_cast<int32_t>(r) : -1;
   }
   __syncthreads();
-
-  // The scores at kPack columns from `column` on, handed on as f(row of the block, k, facts of the column, score, its scale) where
-  // they lie inside the chunk.
-  const auto visit = [&](int64_t column, bool weigh, const auto& f) {
-    M at[kRowsPerBlock][kPack];
-#pragma unroll
-    for (int i = 0; i < kRowsPerBlock; ++i) {
-      const Score* from = task.scores + (begin + least(i, count - 1)) * task.pitch + column;
-      const auto raw = *reinterpret_cast<const Pack<Score, kPack>*>(from);
-#pragma unroll
-      for (int k = 0; k < kPack; ++k) at[i][k] = widen(raw.at[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      if (column + k >= columns) continue;
-      Facts<M> other = p.facts(o, column + k);
-      if (weigh)
-        p.recall(o, column + k, other);
-      else
-        other.scale = p.stats[o].scale[column + k];
-#pragma unroll
-      for (int i = 0; i < kRowsPerBlock; ++i)
-        if (i < count) f(i, k, other, score_of(at[i][k], rows[i].scale, other.scale, coldness));
-    }
+  const auto scores_of = [&](int i, int64_t column, M(&at)[kPack]) {
+    load_scores(task.scores + (begin + least(i, count - 1)) * task.pitch + column, columns - column, at);
   };
 
   if (task.softmax) {
     Anchor<M> mine[kRowsPerBlock];
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) mine[i].others.largest = kStart<M>;
     for (int64_t column = threadIdx.x * kPack; column < columns; column += kRowThreads * kPack) {
       M at[kRowsPerBlock][kPack];
 #pragma unroll
-      for (int i = 0; i < kRowsPerBlock * kPack; ++i) at[i / kPack][i % kPack] = -kInfinity<M>;
-      visit(column, false, [&](int i, int k, const Facts<M>& other, M score) {
-        if (!lone && p.positive(rows[i], other, row0 + i, column + k)) mine[i].positive += score, mine[i].count += 1;
-        if (p.negative(rows[i], other, row0 + i, column + k)) at[i][k] = score;
-      });
+      for (int i = 0; i < kRowsPerBlock; ++i) scores_of(i, column, at[i]);
+      ColumnFacts<M, kPack> facts;
+      facts.load(task, o, column, columns);
 #pragma unroll
       for (int i = 0; i < kRowsPerBlock; ++i) {
-        M largest = mine[i].others.largest;
+        const RowFacts<M>& row = rows[i];
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) largest = most(largest, at[i][k]);
-        mine[i].others.raise(largest);
+        for (int k = 0; k < kPack; ++k) at[i][k] = biased_score(at[i][k], row.scale, facts.scale[k], coldness, facts.bias[k]);
+        if (marked) {
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) mine[i].others.add(at[i][k]);
+          for (int k = 0; k < kPack; ++k) {
+            const bool same = facts.mark[k] == row.mark;
+            if constexpr (P::kMarksJoin) {
+              if (same && column + k < columns && column + k != row.own) mine[i].positive += at[i][k], mine[i].count += 1;
+            } else if (same) {
+              at[i][k] = kOut<M>;
+            }
+          }
+        }
+        const auto leave_out = [&](int k) { at[i][k] = kOut<M>; };
+        at_column<kPack>(column, row.partner, leave_out);
+        if constexpr (P::kTwoSided) at_column<kPack>(column, row.own, leave_out);
+        add_scores<T>(mine[i].others, at[i]);
       }
     }
 #pragma unroll
@@ -174,22 +269,108 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
     }
   }
   if (!task.weigh) return;
-  if (q < count) p.recall(s, row0 + q, rows[q]);
+  if (q < count) {
+    Facts<M> known{};
+    p.recall(s, row0 + q, known);
+    rows[q].reference = known.reference, rows[q].share = known.share, rows[q].push = known.push;
+  }
   __syncthreads();
+  const bool both = P::kTwoSided && p.stats[o].share != nullptr;  // a score counts in its column's loss, too
   for (int64_t column = threadIdx.x * kPack; column < columns; column += kRowThreads * kPack) {
-    M at[kRowsPerBlock][kPack] = {};
-    visit(column, true, [&](int i, int k, const Facts<M>& other, M score) {
-      at[i][k] = p.weight(s, rows[i], other, row0 + i, column + k, score) * (rows[i].scale * other.scale);
-    });
+    M at[kRowsPerBlock][kPack];
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) scores_of(i, column, at[i]);
+    ColumnFacts<M, kPack> facts;
+    facts.load(task, o, column, columns);
+    AnchorFacts<M, kPack> anchors_of;
+    if (both) anchors_of.load(p, o, column, columns);
 #pragma unroll
     for (int i = 0; i < kRowsPerBlock; ++i) {
       if (i >= count) continue;
+      const RowFacts<M>& row = rows[i];
+      const auto positive = [&](int k) { return both ? -(row.push + anchors_of.push[k]) : -row.push; };
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) {
+        M& g = at[i][k];
+        const M score = biased_score(g, row.scale, facts.scale[k], coldness, facts.bias[k]);
+        g = row.share * exponential<T>(score - row.reference);
+        if (both) g += anchors_of.share[k] * exponential<T>(score - anchors_of.reference[k]);
+        if (marked && facts.mark[k] == row.mark) g = P::kMarksJoin ? g + positive(k) : M(0);
+      }
+      at_column<kPack>(column, row.partner, [&](int k) { at[i][k] = positive(k); });
+      if constexpr (P::kTwoSided) at_column<kPack>(column, row.own, [&](int k) { at[i][k] = 0; });
       Pack<T, kPack> weights;
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) weights.at[k] = narrow<T>(at[i][k]);
+      for (int k = 0; k < kPack; ++k) weights.at[k] = narrow<T>(at[i][k] * (row.scale * facts.scale[k]));
       *reinterpret_cast<Pack<T, kPack>*>(task.weights + (begin + i) * task.pitch + column) = weights;
     }
   }
+}
+
+// The softmax of each column over a share of the chunk's rows; of a symmetric cross, whose rows' positives are its columns' too.
+template <class P>
+__global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_columns(RowTask<P> task) {
+  using T = typename P::Number;
+  using M = typename P::M;
+  using Score = typename RowTask<P>::Score;
+  constexpr int kPack = 16 / sizeof(Score);
+  const P& p = task.p;
+  const int s = task.side, o = p.other(s);
+  const int64_t columns = p.side[o].rows, column = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) * kPack;
+  if (column >= columns) return;
+  const M coldness = 1 / *p.temperature;
+  ColumnFacts<M, kPack> facts;
+  facts.load(task, o, column, columns);
+  Softmax<M> mine[kPack];
+#pragma unroll
+  for (int k = 0; k < kPack; ++k) mine[k].largest = kStart<M>;
+  const int64_t begin = blockIdx.y * task.share_rows, end = least(begin + task.share_rows, task.rows);
+  for (int64_t row = begin; row < end; row += kRowsPerBlock) {
+    M at[kRowsPerBlock][kPack], down[kPack][kRowsPerBlock];
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i)
+      load_scores(task.scores + least(row + i, end - 1) * task.pitch + column, columns - column, at[i]);
+#pragma unroll
+    for (int i = 0; i < kRowsPerBlock; ++i) {
+      const int64_t r = task.first + least(row + i, end - 1);
+      const M scale = p.stats[s].scale[r];
+#pragma unroll
+      for (int k = 0; k < kPack; ++k)
+        down[k][i] = row + i < end ? biased_score(at[i][k], scale, facts.scale[k], coldness, facts.bias[k]) : kOut<M>;
+      at_column<kPack>(column, static_cast<int32_t>(p.partner(s, r)), [&](int k) { down[k][i] = kOut<M>; });
+    }
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) add_scores<T>(mine[k], down[k]);
+  }
+  M* part = task.parts + (1 + blockIdx.y) * 3 * columns;
+  for (int k = 0; k < kPack && column + k < columns; ++k) {
+    part[column + k] = mine[k].largest;
+    part[columns + column + k] = mine[k].sum;
+    part[2 * columns + column + k] = mine[k].moment;
+  }
+}
+
+// Merges the shares of a chunk into what the chunks before it gave; after the last one, the columns are anchors like the rows.
+template <class P>
+__global__ void __launch_bounds__(kRowThreads) contrast_merge(RowTask<P> task) {
+  using M = typename P::M;
+  const P& p = task.p;
+  const int o = p.other(task.side);
+  const int64_t columns = p.side[o].rows, column = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (column >= columns) return;
+  Anchor<M> anchor;
+  anchor.others.largest = kStart<M>;
+  M* const parts = task.parts + column;
+  for (int i = task.first > 0 ? 0 : 1; i <= task.shares; ++i) {
+    const M* part = parts + i * 3 * columns;
+    anchor.others.merge({part[0], part[columns], part[2 * columns]});
+  }
+  if (!task.last) {
+    parts[0] = anchor.others.largest, parts[columns] = anchor.others.sum, parts[2 * columns] = anchor.others.moment;
+    return;
+  }
+  anchor.positive = task.positives[p.side[0].rows + column], anchor.count = 1;
+  finish_anchor(p, o, column, anchor, true, p.valid(column));
 }
 
 // Rows [first, first + rows) of a side's gradient; sums start at row `first`.

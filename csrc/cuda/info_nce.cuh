@@ -20,6 +20,11 @@ struct InfoNce : Contrast<T> {
   __device__ __forceinline__ int64_t partner(int, int64_t r) const {  // the row of the other side that is r's positive, or -1
     return labels != nullptr ? -1 : !this->self ? r : r < batch ? r + batch : r - batch;
   }
+  static constexpr bool kMarksJoin = true;  // equal labels make a positive
+  static constexpr bool kTwoSided = true;  // whether rows of both sides may be anchors, or one side its own other
+  __device__ __forceinline__ bool marked() const { return labels != nullptr; }
+  __device__ __forceinline__ int64_t mark(int, int64_t r) const { return labels[r < batch ? r : r - batch]; }
+
   __device__ __forceinline__ void check(int, int64_t) const {}
   __device__ __forceinline__ void check_temperature() const {
     cmlm::check_temperature(*this->temperature, "cmlm_fast::info_nce: expected temperature to be finite and > 0");

@@ -13,7 +13,7 @@
 namespace cmlm {
 namespace {
 
-constexpr int64_t kTiledScores = int64_t{1} << 20;  // fewer are not worth the launches of chunks
+constexpr int64_t kTiledScores = 128 * 128;  // fewer are not worth the launches of chunks
 
 struct TokenInputs {
   Tensor query, key, temperature;
@@ -84,7 +84,7 @@ ContrastResult contrast(const char* op, const TokenInputs& in, bool normalize, R
     p.grad_temperature = pointer<M>(result.grad_temperature);
     ContrastRun<TokenContrast<T>> run(launcher, in.query, p);
     const bool ranged = in.start || in.end;
-    if (by_tiles(ranged || n * m <= kTiledScores)) {
+    if (ranged || by_tiles(n * m <= kTiledScores)) {
       const Tensor reaches = empty(in.query, {ceil_div(n, kTile) * static_cast<int64_t>(sizeof(Reach))}, ScalarType::Byte);
       p.reaches = pointer<Reach>(reaches);
       run.by_tiles(gradient, !ranged);

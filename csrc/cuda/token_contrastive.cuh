@@ -29,6 +29,14 @@ struct TokenContrast : Contrast<T> {
     return s == 0 && target[r] >= 0 && target[r] < this->side[1].rows ? target[r] : -1;
   }
 
+  static constexpr bool kMarksJoin = false;  // equal tokens part a query from a key
+  static constexpr bool kTwoSided = false;  // whether rows of both sides may be anchors, or one side its own other
+  __device__ __forceinline__ bool marked() const { return key_token != nullptr; }
+  __device__ __forceinline__ int64_t mark(int s, int64_t r) const {
+    const void* tokens = s == 0 ? query_token : key_token;
+    return tokens != nullptr ? token(tokens, r) : -1;  // keys of token -1 take no part anyway
+  }
+
   __device__ __forceinline__ void check(int s, int64_t r) const {
     if (s == 1 || target == nullptr || target[r] == -100 || (target[r] >= 0 && target[r] < this->side[1].rows)) return;
     stop(keep_ignored ? "cmlm_fast::token_similarity: expected target to be in [0, M) or -100"

@@ -11,6 +11,7 @@ inline uint16_t float_to_bfloat(float x) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   return x != x ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
+inline float quick_exp2(float x) { return std::exp2(x); }
 [[noreturn]] inline void stop(const char* message) { throw std::runtime_error(message); }
 template <class X>
 X load_fresh(const X* from) { return *from; }

@@ -16,6 +16,7 @@ namespace cmlm {
 
 constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
 constexpr int64_t kChunkBytes = 32 << 10, kChunkRows = 8;  // so that small samples are cut as large ones are
+constexpr int64_t kSharedBytes = 0;  // each array its own, for AddressSanitizer to see its end
 
 // CMLM_HOST_PATH=tiles|rows sends a contrast where its size would not.
 inline bool by_tiles(bool wish) {
