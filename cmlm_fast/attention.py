@@ -3,13 +3,15 @@
 A packed call carries `lengths`, the sequences' lengths on the host; equal ones stand next to each other. Without it the call
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
-    CPU                        the op varlen_attention
-    CUDA, 16 bit               flash attention, one launch for all sequences
-    else                       F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
+    CPU, and CUDA where no sequence is longer than SHORT
+                    the op varlen_attention
+    CUDA, 16 bit    flash attention, one launch for all sequences
+    else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
 """
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import groupby
 from typing import Any, cast
 
@@ -20,9 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .backends import available
 from .ops import varlen_attention
 
 NAME = "cmlm_varlen"
+
+#: Up to how many tokens the op's tiles waste less than those of flash attention, which are 128 tokens long.
+SHORT = 128
 
 
 def use_packed_attention(lm: Any) -> bool:
@@ -51,7 +57,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
                                         is_causal=False)  # fmt: skip
         return out, None
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if cu_seqlens is not None and q.device.type == "cpu":
+    if cu_seqlens is not None and (q.device.type == "cpu" or (q.is_cuda and max(lengths) <= SHORT and _has_kernel())):
         # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
         seed = int(torch.randint(2**62, ())) if dropout else 0
         out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0)
@@ -68,6 +74,11 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin += count * length
     return torch.cat(parts)[None], None
+
+
+@cache
+def _has_kernel() -> bool:
+    return available("varlen_attention", "cuda")["triton"] is None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,

@@ -19,21 +19,9 @@ from torch import Tensor
 
 from ..ops.complementary_mask import _check, _check_values
 from . import interpreted, on_device
+from ._philox import philox
 
 _TOP = tl.constexpr(2**63 - 1)
-
-
-@triton.jit
-def philox(c0, c1, c2, c3, k0, k1):
-    """Words w0, w1, w2 of Philox4x32-10 (csrc/common/philox.h), uint32."""
-    a, b = tl.full((), 0xD2511F53, tl.uint64), tl.full((), 0xCD9E8D57, tl.uint64)
-    for _ in tl.static_range(10):
-        p0, p1 = c0.to(tl.uint64) * a, c2.to(tl.uint64) * b
-        c0, c2 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
-        k0 += tl.full((), 0x9E3779B9, tl.uint32)
-        k1 += tl.full((), 0xBB67AE85, tl.uint32)
-    return c0, c1, c2
 
 
 @triton.jit
@@ -57,7 +45,7 @@ def draw(token, position, unit, sample, k0, k1, step, vocab, mask_id, below_mask
     """(assignment word of the unit as int64, what the token becomes where it is masked)."""
     low, high = sample.to(tl.uint32), (sample >> 32).to(tl.uint32)
     k0, k1, step = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True), step.to(tl.uint32, bitcast=True)
-    word, w1, w2 = philox(position.to(tl.uint32), step, low, high, k0, k1)
+    word, w1, w2, _ = philox(position.to(tl.uint32), step, low, high, k0, k1)
     if UNITS:
         word = philox(unit.to(tl.uint32), step, low, high, k0, k1)[0]
     w1 = w1.to(tl.int64)

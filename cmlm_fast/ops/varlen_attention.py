@@ -150,6 +150,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "window", make([30, 4], 2, 8, window=5)
     yield "dropout", make([9, 21], 2, 16, dropout=0.25, seed=-(2**40) - 7)
     yield "dropout-window", make([19, 6], 1, 8, dropout=0.5, window=4, seed=3)
+    yield "dropout-long", make([40, 2], 1, 8, dropout=0.3, seed=11)
     yield "no-tokens", make([0], 2, 8)
     q, k, v, *rest = make([11, 6], 4, 16)
     yield "non-contiguous", (torch.cat([q, k], 2)[:, :, :16], k.transpose(0, 1).contiguous().transpose(0, 1), v, *rest)
@@ -173,7 +174,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         dropout: probability that a weight is dropped, in [0, 1).
         seed: 64-bit seed of the dropout; the same seed drops the same weights.
         window: tokens i, j attend to each other where |i − j| < window; 0: everywhere.
-        backend: "reference" or "cpp"; None chooses.
+        backend: "reference", "cpp" or "triton"; None chooses. Triton's kernels are made for many sequences of at most some
+            hundred tokens; one of thousands is one program a head.
 
     Returns:
         [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32 (float64 for float64).
