@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast.compiling import compile_layers
 from cmlm_fast.data import tokenize_texts
 from cmlm_fast.demo_assets import demo_model_path, demo_texts
 
@@ -68,9 +69,10 @@ def tokens(work: Sequence[Sequence[Any]]) -> float:
 class Ours:
     """The trainer's step, driven from outside."""
 
-    def __init__(self, lm: Any, tokenizer: Any, dtype: torch.dtype, folder: str) -> None:
+    def __init__(self, lm: Any, tokenizer: Any, dtype: torch.dtype, folder: str, compiled: bool = False) -> None:
         on_cpu = next(lm.parameters()).device.type == "cpu"
-        arguments = CMLMTrainingArguments(folder, use_cpu=on_cpu, bf16=dtype == torch.bfloat16, report_to="none")
+        arguments = CMLMTrainingArguments(folder, use_cpu=on_cpu, bf16=dtype == torch.bfloat16, report_to="none",
+                                          torch_compile=compiled)  # fmt: skip
         self.trainer = CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=[])
         self.trainer.state.max_steps = 1_000_000
         self.trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it in some versions
@@ -103,12 +105,14 @@ def minilm() -> Any:
 
 
 def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str, new: Callable[[], Any] = minilm) -> Any:
-    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`."""
+    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`; "ours compiled", say, has compiled layers."""
     torch.manual_seed(0)  # new weights must be the same for all
-    lm = new()
-    if provider == "ours":
-        return Ours(lm, tokenizer, dtype, folder)
-    return {"strong": Strong, "naive": Naive}[provider](lm, tokenizer, CMLMConfig(), dtype)
+    lm, (kind, *compiled) = new(), provider.split()
+    if kind == "ours":
+        return Ours(lm, tokenizer, dtype, folder, bool(compiled))
+    if compiled:
+        compile_layers(lm)
+    return {"strong": Strong, "naive": Naive}[kind](lm, tokenizer, CMLMConfig(), dtype)
 
 
 def build(provider: str, dtype: torch.dtype) -> Callable[[], None]:
@@ -121,15 +125,14 @@ def build(provider: str, dtype: torch.dtype) -> Callable[[], None]:
 
 def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
     """Largest relative difference of loss and gradients from naive's in this dtype; same masks, no dropout."""
-    ours = providers["ours"]
-    trainer = ours.trainer
+    trainer = providers["ours"].trainer
     packed = trainer.mask(trainer.data_collator(rows), 0)
     found = {}
     for name, provider in providers.items():
         provider.lm.eval()
-        if name == "ours":
-            with trainer.autocast_smart_context_manager():
-                loss = ours.model(**packed).loss
+        if isinstance(provider, Ours):
+            with provider.trainer.autocast_smart_context_manager():
+                loss = provider.model(**packed).loss
         else:
             batch = provider.pad(rows)
             ids = [row["sample_id"] for row in rows]

@@ -1,6 +1,6 @@
 """Attention over sequences packed end to end, under the name `cmlm_varlen` in transformers' registry of attentions.
 
-A packed call carries `lengths`, the sequences' lengths on the host; equal ones stand next to each other. Without it the call
+A packed call carries `packing`, where the sequences are; those of equal length stand next to each other. Without it the call
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
     CPU, and CUDA where no sequence is longer than SHORT
@@ -31,6 +31,16 @@ NAME = "cmlm_varlen"
 SHORT = 128
 
 
+class Packing:
+    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device.
+
+    A class of its own, not a tuple, since compiled layers pass it on, and torch.compile makes code anew for other numbers.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
+        self.lengths, self.cu_seqlens = lengths, cu_seqlens
+
+
 def use_packed_attention(lm: Any) -> bool:
     """Let a masked LM take packed batches; False where its attention cannot be replaced."""
     if not getattr(lm, "_supports_attention_backend", False) or not getattr(lm, "_supports_sdpa", False):
@@ -39,23 +49,23 @@ def use_packed_attention(lm: Any) -> bool:
     return True
 
 
+@torch.compiler.disable  # compiled layers call it as it is: kernels of our own, and a seed that each call draws
 def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-                      lengths: tuple[int, ...] | None = None, cu_seqlens: Tensor | None = None,
-                      **options: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """query, key, value [1, heads, T, D] of sequences of `lengths`; returns [1, T, heads, D].
+                      packing: Packing | None = None, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """query, key, value [1, heads, T, D] of packed sequences; returns [1, T, heads, D].
 
     Args:
         sliding_window: positions i, j attend to each other where |i − j| < sliding_window.
-        lengths: the sequences' lengths; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
-        cu_seqlens: int32 [B + 1], the same on the device.
+        packing: where the sequences are; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
     """
-    if lengths is None:
+    if packing is None:
         if attention_mask is None and sliding_window is not None:
             attention_mask = _band(query.shape[2], sliding_window, query.device)
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                         is_causal=False)  # fmt: skip
         return out, None
+    lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if cu_seqlens is not None and (q.device.type == "cpu" or (q.is_cuda and max(lengths) <= SHORT and _has_kernel())):
         # From torch's generator, whose state checkpoints keep and activation checkpointing replays.

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import use_packed_attention
+from .attention import Packing, use_packed_attention
+from .compiling import compile_checkpointed_layers, compile_layers
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
 from .layers import head_joins, use_fast_layers
@@ -56,6 +57,8 @@ class CMLMModel(nn.Module):
 
     # Read by transformers.Trainer when a checkpoint is loaded; nothing is left out of one.
     _keys_to_ignore_on_save = None
+
+    _compiled: Mapping[str, Any] | None = None  # with what options, if at all
 
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
@@ -195,7 +198,7 @@ class CMLMModel(nn.Module):
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
         with head_joins(self.lm.get_input_embeddings()):
-            hidden = self.lm.base_model(input_ids=interleave(view1, view2), lengths=twice, cu_seqlens=cu_twice, **inputs)
+            hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=Packing(twice, cu_twice), **inputs)
         states = hidden.last_hidden_state[0]
         return take_rows(states, at1), take_rows(states, at2)
 
@@ -244,10 +247,21 @@ class CMLMModel(nn.Module):
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """As for any Hugging Face model; called by the Trainer."""
         self.lm.activation_checkpointing_enable(*args, **options)
+        self._compile_checkpointed()
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """The name of `activation_checkpointing_enable` in earlier versions of transformers."""
         self.lm.gradient_checkpointing_enable(*args, **options)
+        self._compile_checkpointed()
+
+    def compile_layers(self, backend: str = "inductor", mode: str | None = None) -> None:
+        """Have torch.compile make code of the encoder's layers, once for batches of any size; names and checkpoints stay."""
+        self._compiled = {"backend": backend, "mode": mode}
+        compile_layers(self.lm, **self._compiled)
+
+    def _compile_checkpointed(self) -> None:
+        if self._compiled is not None:
+            compile_checkpointed_layers(self.lm, **self._compiled)
 
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.

@@ -31,6 +31,7 @@ class PostTrainOptions:
         warmup: share of the steps, below 1, or their number.
         bf16: None: where this machine multiplies bfloat16 in hardware.
         fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as the Trainer has them.
+        torch_compile: compile the encoder's layers; see `CMLMTrainingArguments`.
         save_steps: steps from checkpoint to checkpoint; 0 makes none.
         resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
         trust_remote_code: run code that the checkpoint brings along.
@@ -61,6 +62,7 @@ class PostTrainOptions:
     bf16: bool | None = None
     fp16: bool = False
     gradient_checkpointing: bool = False
+    torch_compile: bool = False
     seed: int = 42
     logging_steps: int = 10
     save_steps: int = 500

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import DynamoBackend, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -50,6 +50,9 @@ class CMLMTrainingArguments(TrainingArguments):
         contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
             `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
             caching, which costs one more forward pass; the token part keeps to its batch.
+        torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
+            torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
+            a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
@@ -147,7 +150,11 @@ class CMLMTrainer(ResumableTrainer):
         if args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
             idle_head = model.cmlm.sequence_weight == 0 and model.cmlm.projection > 0
             args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
+        if args.torch_compile:
+            model.compile_layers(args.torch_compile_backend, args.torch_compile_mode)
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
+        if args.torch_compile:  # accelerate would compile the whole model, anew for each batch
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
             rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"

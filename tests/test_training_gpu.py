@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import make_lm
 from test_modeling import packed_and_padded
 from test_trainer import history, make_trainer, weights
 
 from cmlm_fast import CMLMConfig, CMLMModel
-from cmlm_fast.attention import attention_forward
+from cmlm_fast.attention import Packing, attention_forward
 
 pytestmark = [
     pytest.mark.gpu,
@@ -48,8 +49,7 @@ def test_dropout_of_packed_attention(dtype):
 
     def draw(seed):
         torch.manual_seed(seed)
-        packed = {"lengths": lengths, "cu_seqlens": cu_seqlens}
-        out, _ = attention_forward(torch.nn.Module(), zero, zero, value, None, dropout=p, **packed)
+        out, _ = attention_forward(torch.nn.Module(), zero, zero, value, None, dropout=p, packing=Packing(lengths, cu_seqlens))
         (gradient,) = torch.autograd.grad(out.float().sum(), value)
         return out.float(), gradient.float()
 
@@ -61,6 +61,23 @@ def test_dropout_of_packed_attention(dtype):
     assert several[:, :80].std().item() == pytest.approx(expected, rel=0.1)
     # What a value gets back is what was kept of it: in sum the same as what came out.
     torch.testing.assert_close(gradient.sum(), out.sum(), rtol=5e-3, atol=0)
+
+
+@pytest.mark.parametrize(("autocast", "near"), [(False, 1e-3), (True, 0.05)])
+def test_compiled_layers_equal_others_and_are_compiled_once(autocast, near, tiny_rows, tiny_tokenizer):
+    models = [CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)).cuda() for _ in range(2)]
+    torch._dynamo.reset()
+    models[1].compile_layers()
+    for rows in [(0, 5, 9), (1, 2, 3), (7, 8), range(11), (300, 301, 302, 17), (400,), range(40, 70)]:
+        batch = on_gpu(next(iter(packed_and_padded(models[0], tiny_rows, tiny_tokenizer, rows))))
+        found = []
+        with torch._dynamo.config.patch(error_on_recompile=True), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            losses = [model(**batch).loss for model in models]
+            for model, loss in zip(models, losses, strict=True):
+                gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                found.append(torch.cat([g.flatten() for g in gradients if g is not None]))
+        torch.testing.assert_close(losses[1], losses[0], rtol=near, atol=0)
+        assert (found[1] - found[0]).norm() < near * found[0].norm()
 
 
 @pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "pooling": "cls", "mlm_views": "first"}])

@@ -47,8 +47,8 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`."""
-    own = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and onednn_is_faster()
-    if not own or torch.compiler.is_compiling():
+    own = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32
+    if not own or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)
     return out

@@ -1,0 +1,57 @@
+"""torch.compile of an encoder's repeated layers, one by one; the rest of the model runs as it is.
+
+All layers share one compilation, for any number of tokens: it takes seconds, and no batch makes it anew. Packed attention
+is called from compiled code and not traced (see `attention`), so a layer is compiled in pieces before and behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def compile_layers(lm: Any, backend: str = "inductor", mode: str | None = None) -> None:
+    """Have the encoder's layers compiled when they are first called; parameters, names and hooks stay.
+
+    Args:
+        lm: a masked LM of Hugging Face.
+        backend, mode: as `torch.compile` takes them.
+
+    Raises:
+        ValueError: the encoder has no list of layers of one class.
+    """
+    for layer in repeated_layers(lm):
+        layer.compile(dynamic=True, backend=backend, mode=mode)
+
+
+def compile_checkpointed_layers(lm: Any, backend: str = "inductor", mode: str | None = None) -> None:
+    """The same for layers whose activations are recomputed, after that was enabled."""
+    # PyTorch runs all that it checkpoints uncompiled, except for what is compiled itself.
+    run = torch.compile(_call, dynamic=True, backend=backend, mode=mode)
+    for layer in repeated_layers(lm):
+        layer._gradient_checkpointing_func = _inside(layer._gradient_checkpointing_func, run)
+
+
+def repeated_layers(lm: Any) -> nn.ModuleList:
+    """The encoder's longest list of modules of one class."""
+    lists = [module for module in lm.base_model.modules() if isinstance(module, nn.ModuleList)]
+    same = [found for found in lists if len({type(layer) for layer in found}) == 1]
+    if not same:
+        raise ValueError(f"compile_layers: expected lm to have a list of layers of one class, got {type(lm).__name__}")
+    return max(same, key=len)
+
+
+def _call(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _inside(checkpoint: Any, run: Any) -> Any:
+    """`checkpoint` of a function that `run` runs."""
+
+    @torch.compiler.disable
+    def checkpoint_compiled(function: Any, *args: Any) -> Any:
+        return checkpoint(run, function, *args)
+
+    return checkpoint_compiled

@@ -1,0 +1,97 @@
+"""Compiled layers compute what uncompiled ones do, are compiled once, and change neither names, checkpoints nor resuming."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_lm
+from test_trainer import make_trainer, weights
+from torch._dynamo.utils import counters
+
+from cmlm_fast import CMLMConfig, CMLMModel
+from cmlm_fast.compiling import compile_layers
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def masked(tmp_path, tiny_rows, tiny_tokenizer):
+    """Row numbers -> a masked batch."""
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    return lambda rows, step=0: trainer.mask(trainer.data_collator([tiny_rows[i] for i in rows]), step)
+
+
+def step(model, batch, seed=0):
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_equal_to_uncompiled_and_compiled_once(masked):
+    plain, compiled = (CMLMModel(make_lm(layers=3), CMLMConfig(token_temperature=0.2)) for _ in range(2))
+    compiled.compile_layers()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    graphs = []
+    # The first batch has 8 bounds and heads are 8 wide: sizes that are equal by chance are not to be taken for a rule.
+    for number, rows in enumerate([(0, 5, 9), (1, 2, 3), (7, 8), range(11), (300, 301, 302, 17), (400,), range(40, 70)]):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            batch = masked(rows, number)
+            (loss, gradient), (loss_compiled, gradient_compiled) = step(plain, batch), step(compiled, batch)
+        torch.testing.assert_close(loss_compiled, loss, rtol=1e-4, atol=0)
+        assert (gradient_compiled - gradient).norm() < 1e-4 * gradient.norm()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1
+
+
+def test_recomputed_activations_and_a_pass_without_gradient_draw_the_same(masked):
+    batch = masked((1, 2, 3, 200))
+    model = CMLMModel(make_lm(**DROPOUT)).train()
+    model.compile_layers()
+    loss, gradient = step(model, batch)
+    assert step(model, batch)[0] == loss != step(model, batch, seed=1)[0]
+    torch.manual_seed(0)
+    vectors = model(**batch, vectors_only=True)[0]
+    torch.manual_seed(0)
+    with torch.no_grad():  # as the first pass of gradient caching
+        torch.testing.assert_close(model(**batch, vectors_only=True)[0], vectors, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+    before = counters["stats"]["unique_graphs"]
+    model.activation_checkpointing_enable()
+    again = step(model, batch)
+    assert counters["stats"]["unique_graphs"] > before  # PyTorch would run them uncompiled
+    torch.testing.assert_close(again, (loss, gradient), rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_run_repeats_itself_resumes_and_saves_plain_checkpoints(tmp_path, tiny_rows, tiny_tokenizer):
+    def trainer(folder):
+        return make_trainer(tmp_path / folder, tiny_rows, tiny_tokenizer, lm=make_lm(**DROPOUT), torch_compile=True,
+                            save_strategy="steps", save_steps=2)  # fmt: skip
+
+    whole = trainer("whole")
+    before = counters["stats"]["unique_graphs"]
+    whole.train()
+    assert counters["stats"]["unique_graphs"] > before
+    assert type(whole.accelerator.prepare(whole.model)) is CMLMModel  # accelerate compiles nothing
+    for other, start in ((trainer("again"), None), (trainer("resumed"), str(tmp_path / "whole" / "checkpoint-2"))):
+        other.train(resume_from_checkpoint=start)
+        assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(other), strict=True))
+    whole.save_model(str(tmp_path / "saved"))
+    saved = type(whole.model.lm).from_pretrained(tmp_path / "saved").state_dict()
+    assert saved.keys() == make_lm().state_dict().keys()
+    assert all(torch.equal(saved[name], value) for name, value in whole.model.lm.state_dict().items())
+
+
+def test_an_encoder_without_layers_is_refused():
+    lm = make_lm()
+    lm.bert.encoder.layer = torch.nn.Identity()
+    with pytest.raises(ValueError, match="expected lm to have a list of layers of one class, got BertForMaskedLM"):
+        compile_layers(lm)
