@@ -9,7 +9,7 @@ from typing import Any
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "paper": {"mlm_weight": 0.5, "token_weight": 0.5, "sequence_weight": 0.5, "complement_rate": 0.7,
-              "mlm_views": "first", "pooling": "cls"},
+              "token_temperature": 0.05, "mlm_views": "first", "pooling": "cls"},
     "tapt": {"mlm_weight": 1.0, "token_weight": 0.0, "sequence_weight": 0.0},
     "seq": {"mlm_weight": 0.0, "token_weight": 0.0, "sequence_weight": 1.0},
     "simcse": {"mlm_weight": 0.0, "token_weight": 0.0, "sequence_weight": 1.0, "rate": 0.0, "complement_rate": 0.0},
@@ -55,10 +55,10 @@ class CMLMConfig:
     mask_share: float = 0.8
     random_share: float = 0.1
     mlm_weight: float = 1.0
-    token_weight: float = 1.0
+    token_weight: float = 0.3
     sequence_weight: float = 0.1
     mlm_views: str = "both"
-    token_temperature: float = 0.05
+    token_temperature: float = 0.2
     sequence_temperature: float = 0.05
     learn_temperature: bool = False
     scope: str = "batch"

@@ -92,7 +92,7 @@ def test_presets_are_those_published(tiny_lm, tiny_rows, tiny_tokenizer):
     assert (paper.rate, paper.complement_rate, paper.mlm_views) == (0.15, 0.7, "first")
     assert (paper.mlm_weight, paper.token_weight, paper.sequence_weight) == (0.5, 0.5, 0.5)
     balanced = CMLMConfig.from_preset("balanced")
-    assert (balanced.mlm_weight, balanced.token_weight, balanced.sequence_weight) == (1.0, 1.0, 0.1)
+    assert (balanced.mlm_weight, balanced.token_weight, balanced.sequence_weight) == (1.0, 0.3, 0.1)
     assert balanced.complement_rate == pytest.approx(0.15 / 0.85)
     for preset in PRESETS:
         model = CMLMModel(tiny_lm(), CMLMConfig.from_preset(preset))

@@ -202,7 +202,8 @@ def eager_objective(lm, batch, view1, view2, role, config, special):
     z1, z2 = (F.normalize((h * can[..., None]).sum(1) / can.sum(1, keepdim=True), dim=-1) for h in hidden)
     scores, own = z1 @ z2.T / config.sequence_temperature, torch.arange(len(ids))
     sequence = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
-    return (sum(mlm) + sum(token)) / (role > 0).sum() + config.sequence_weight * sequence
+    by_token = config.mlm_weight * sum(mlm) + config.token_weight * sum(token)
+    return by_token / (role > 0).sum() + config.sequence_weight * sequence
 
 
 def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny_rows, tiny_tokenizer):

@@ -152,7 +152,7 @@ def test_weight_decay_spares_the_temperatures(tmp_path, tiny_rows, tiny_tokenize
     decayed = trainer.get_decay_parameter_names(trainer.model)
     assert decayed and not [name for name in decayed if "logit_scale" in name]
     trainer.train()
-    assert history(trainer, "token_temperature")[0] == pytest.approx(0.05, rel=0.05)
+    assert history(trainer, "token_temperature")[0] == pytest.approx(0.2, rel=0.05)
 
 
 def test_bfloat16_and_checkpointed_activations_train(tmp_path, tiny_rows, tiny_tokenizer):
