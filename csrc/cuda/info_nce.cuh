@@ -22,7 +22,7 @@ struct InfoNce : Contrast<T> {
   }
   static constexpr bool kMarksJoin = true;  // equal labels make a positive
   static constexpr bool kTwoSided = true;  // whether rows of both sides may be anchors, or one side its own other
-  __device__ __forceinline__ bool marked() const { return labels != nullptr; }
+  __host__ __device__ __forceinline__ bool marked() const { return labels != nullptr; }
   __device__ __forceinline__ int64_t mark(int, int64_t r) const { return labels[r < batch ? r : r - batch]; }
 
   __device__ __forceinline__ void check(int, int64_t) const {}

@@ -31,7 +31,7 @@ struct TokenContrast : Contrast<T> {
 
   static constexpr bool kMarksJoin = false;  // equal tokens part a query from a key
   static constexpr bool kTwoSided = false;  // whether rows of both sides may be anchors, or one side its own other
-  __device__ __forceinline__ bool marked() const { return key_token != nullptr; }
+  __host__ __device__ __forceinline__ bool marked() const { return key_token != nullptr; }
   __device__ __forceinline__ int64_t mark(int s, int64_t r) const {
     const void* tokens = s == 0 ? query_token : key_token;
     return tokens != nullptr ? token(tokens, r) : -1;  // keys of token -1 take no part anyway
