@@ -34,8 +34,8 @@ class Rule:
     Attributes:
         order: backends; the first that is available for the op runs.
         op: the op it is about; None: any.
-        dtypes: of the rows; (): any.
-        least: calls of at least so many scores (N·M; B² of info_nce); needs `op` and `dtypes`.
+        dtypes: of the rows, or ids; (): any.
+        least: calls of at least so many scores (N·M; B² of info_nce), or tokens of a mask; needs `op` and `dtypes`.
     """
 
     order: tuple[str, ...]
@@ -45,15 +45,14 @@ class Rule:
 
 
 #: What `auto` takes, by device type; the first rule that fits holds. On the CPU it follows benchmarks/results/cpu.json: the C++
-#: kernels win every row of ops that have them. On a GPU nothing has been measured; the rules rest on operations and bytes.
-#: CUDA's launches cost the host least, and its token_contrastive makes three products where Triton's makes four. Triton goes
-#: first where it does less: it writes token_similarity's matrix once, not in two passes; above 4096 sequences, where CUDA's
-#: info_nce goes by chunks, it takes 8·B²·D operations, not 10.
+#: kernels win every row of ops that have them. On a GPU it follows measurements on an H100 (docs/tuning.md): CUDA's contrasts are
+#: faster at every size, and cost the host less; Triton's masks are faster where the host's time, 0.1 ms more, is hidden.
+#: token_similarity was not measured there: Triton writes its matrix once, not in two passes.
 CHOICES: dict[str, tuple[Rule, ...]] = {
     "cpu": (Rule(("cpp", "reference")),),
     "cuda": (
         Rule(("triton", "cuda", "reference"), "token_similarity", _SIXTEEN_BITS),
-        Rule(("triton", "cuda", "reference"), "info_nce", _SIXTEEN_BITS, least=4096**2 + 1),
+        Rule(("triton", "cuda", "reference"), "complementary_mask", (torch.int64,), least=2**23),
         Rule(("cuda", "triton", "reference")),
     ),
 }

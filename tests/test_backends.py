@@ -48,17 +48,17 @@ def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
 
     monkeypatch.setattr(backends, "_absence", lambda *_: None)  # as where everything is there
     monkeypatch.setattr(backends, "_resolved", {})
-    device = torch.device("cuda")
+    device, dtype = torch.device("cuda"), rule.dtypes[0]
 
     def chosen(dtype, size, backend=None):
         return str(resolve(rule.op, device, backend, dtype, size)).split(".")[1]
 
     for _ in range(2):  # found, and remembered
-        assert chosen(torch.bfloat16, rule.least) == f"{rule.op}_triton"
-        assert chosen(torch.bfloat16, rule.least - 1) == chosen(torch.float32, rule.least) == rule.op
-        assert chosen(torch.bfloat16, rule.least, "reference") == f"{rule.op}_reference"
+        assert chosen(dtype, rule.least) == f"{rule.op}_triton"
+        assert chosen(dtype, rule.least - 1) == chosen(torch.complex64, rule.least) == rule.op
+        assert chosen(dtype, rule.least, "reference") == f"{rule.op}_reference"
     with cmlm_fast.use_backend("cuda"):
-        assert chosen(torch.bfloat16, rule.least) == rule.op
+        assert chosen(dtype, rule.least) == rule.op
 
 
 @pytest.mark.parametrize("name", contracts)

@@ -23,7 +23,7 @@ from . import interpreted, on_device
 from ._philox import philox
 from ._scores import multiply
 
-_BLOCK, _WARPS, _STAGES = 32, {"attend": 2, "gradient": 4}, 1
+_BLOCK, _WARPS, _STAGES = 32, {"attend": 4, "gradient": 4}, 1
 
 
 @triton.jit

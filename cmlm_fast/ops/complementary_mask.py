@@ -282,5 +282,5 @@ def complementary_mask(
         step,
     )
     _check(*args)
-    view1, view2, role = resolve(_NAME, device, backend)(*args)
+    view1, view2, role = resolve(_NAME, device, backend, input_ids.dtype, input_ids.numel())(*args)
     return ComplementaryMask(view1.view(shape), view2.view(shape), role.view(shape))
