@@ -45,9 +45,9 @@ class Rule:
 
 
 #: What `auto` takes, by device type; the first rule that fits holds. On the CPU it follows benchmarks/results/cpu.json: the C++
-#: kernels win every row of ops that have them. On a GPU it follows measurements on an H100 (docs/tuning.md): CUDA's contrasts are
-#: faster at every size, and cost the host less; Triton's masks are faster where the host's time, 0.1 ms more, is hidden.
-#: token_similarity was not measured there: Triton writes its matrix once, not in two passes.
+#: kernels win every row of ops that have them. On a GPU it follows measurements on an H100 (docs/tuning.md): CUDA's contrasts
+#: are faster at every size, and cost the host less; Triton's masks are faster where the 0.1 ms more of the host's time that
+#: they take is hidden. token_similarity was not measured there: Triton writes its matrix once, not in two passes.
 CHOICES: dict[str, tuple[Rule, ...]] = {
     "cpu": (Rule(("cpp", "reference")),),
     "cuda": (

@@ -23,7 +23,7 @@ from . import interpreted, on_device
 from ._philox import philox
 from ._scores import multiply
 
-_BLOCK, _WARPS, _STAGES = 32, {"attend": 4, "gradient": 4}, 1
+_BLOCK, _LAUNCH = 32, {"num_warps": 4, "num_stages": 1}  # more stages spill
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, *opt
     rows = [_unit_stride(x) for x in (query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     attend[(cu.shape[0] - 1, heads)](*rows, cu, out, lse, tokens, heads, *strides, *_numbers(*options[1:]),
-                                     **_constants(query, *options[:2]), num_warps=_WARPS["attend"], num_stages=_STAGES)  # fmt: skip
+                                     **_constants(query, *options[:2]), **_LAUNCH)  # fmt: skip
     return out, lse
 
 
@@ -229,5 +229,5 @@ def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: T
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     delta = torch.empty_like(lse)
     gradient[(cu.shape[0] - 1, heads)](*rows, cu, lse, delta, dq, dk, dv, tokens, heads, *strides, *_numbers(*options[1:]),
-                                       **_constants(query, *options[:2]), num_warps=_WARPS["gradient"], num_stages=_STAGES)  # fmt: skip
+                                       **_constants(query, *options[:2]), **_LAUNCH)  # fmt: skip
     return dq, dk, dv
