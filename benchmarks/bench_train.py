@@ -75,7 +75,6 @@ class Ours:
                                           torch_compile=compiled)  # fmt: skip
         self.trainer = CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=[])
         self.trainer.state.max_steps = 1_000_000
-        self.trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it in some versions
         self.trainer.create_optimizer_and_scheduler(1_000_000)
         prepared = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.model, self.optimizer = prepared

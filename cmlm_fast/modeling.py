@@ -246,7 +246,9 @@ class CMLMModel(nn.Module):
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """As for any Hugging Face model; called by the Trainer."""
-        self.lm.activation_checkpointing_enable(*args, **options)
+        # Earlier versions of transformers have the earlier name alone.
+        enable = getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)
+        enable(*args, **options)
         self._compile_checkpointed()
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:

@@ -89,7 +89,6 @@ def test_a_step_never_waits_for_the_device(bf16, changes, tmp_path, tiny_rows, t
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, lm=lm, config=CMLMConfig(**changes), bf16=bf16, use_cpu=False,
                            logging_steps=100)  # fmt: skip
     trainer.state.max_steps = 10
-    trainer.current_gradient_accumulation_steps = 1  # as the Trainer's loop sets it in some versions
     trainer.create_optimizer_and_scheduler(10)
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     batch = trainer.data_collator([tiny_rows[i] for i in range(8)])
