@@ -243,7 +243,7 @@ class CMLMTrainer(ResumableTrainer):
         if self._cache is not None:
             model.train()
             inputs["cached"] = self._cache.replay(model, inputs.pop("at"))
-        # compute_loss has already divided by what the step saw: versions without loss_is_scaled_for_ga divide by this once more.
+        # compute_loss has divided by what the step saw; a Trainer without loss_is_scaled_for_ga would divide by this once more.
         self.current_gradient_accumulation_steps = 1
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
