@@ -23,7 +23,7 @@ from . import interpreted, on_device
 from ._philox import philox
 from ._scores import multiply
 
-_BLOCK, _LAUNCH = 32, {"num_warps": 4, "num_stages": 1}  # more stages spill
+_BLOCK = 32
 
 
 @triton.jit
@@ -195,6 +195,11 @@ def _numbers(dropout: float, seed: int, window: int) -> tuple[Any, ...]:
     return window, *signed, int(dropout * 2.0**32)
 
 
+def _launch(query: Tensor) -> dict[str, int]:
+    """Fewer warps, or more stages, spill registers."""
+    return {"num_warps": 4 if query.element_size() == 2 else 8, "num_stages": 1}
+
+
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -213,7 +218,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, *opt
     rows = [_unit_stride(x) for x in (query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     attend[(cu.shape[0] - 1, heads)](*rows, cu, out, lse, tokens, heads, *strides, *_numbers(*options[1:]),
-                                     **_constants(query, *options[:2]), **_LAUNCH)  # fmt: skip
+                                     **_constants(query, *options[:2]), **_launch(query))  # fmt: skip
     return out, lse
 
 
@@ -229,5 +234,5 @@ def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: T
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     delta = torch.empty_like(lse)
     gradient[(cu.shape[0] - 1, heads)](*rows, cu, lse, delta, dq, dk, dv, tokens, heads, *strides, *_numbers(*options[1:]),
-                                       **_constants(query, *options[:2]), **_LAUNCH)  # fmt: skip
+                                       **_constants(query, *options[:2]), **_launch(query))  # fmt: skip
     return dq, dk, dv

@@ -118,13 +118,13 @@ struct RowFacts {
 template <class M, int kPack>
 struct ColumnFacts {
   M scale[kPack], bias[kPack];  // bias: 0, or kOut for a column that takes no part
-  int64_t mark[kPack];
+  int64_t mark[kPack];          // tokens; labels, which few calls have, are read where they are compared
 
   template <class P>
   __device__ __forceinline__ void load(const RowTask<P>& task, int o, int64_t column, int64_t columns) {
     const auto scales = load_pack<kPack>(task.p.stats[o].scale + column);
     Pack<int64_t, kPack> marks{};
-    if (task.marks[o] != nullptr) marks = load_pack<kPack>(task.marks[o] + column);
+    if (!P::kMarksJoin && task.marks[o] != nullptr) marks = load_pack<kPack>(task.marks[o] + column);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       scale[k] = column + k < columns ? scales.at[k] : M(0);
@@ -134,22 +134,20 @@ struct ColumnFacts {
   }
 };
 
-// What the softmax left of a thread's columns, where they are anchors: as Contrast::recall.
+// What the softmax left of a thread's columns, where they are anchors: as Contrast::recall, without what positives need.
 template <class M, int kPack>
 struct AnchorFacts {
-  M reference[kPack], share[kPack], push[kPack];
+  M reference[kPack], share[kPack];
 
   template <class P>
   __device__ __forceinline__ void load(const P& p, int o, int64_t column, int64_t columns) {
-    const auto references = load_pack<kPack>(p.stats[o].reference + column), shares = load_pack<kPack>(p.stats[o].share + column),
-               pushes = load_pack<kPack>(p.stats[o].push + column);
+    const auto references = load_pack<kPack>(p.stats[o].reference + column), shares = load_pack<kPack>(p.stats[o].share + column);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       const bool inside = column + k < columns;
       const M weight = inside ? p.anchor_weight(column + k) : M(0);
       reference[k] = inside ? references.at[k] : -kLowest<M>;
       share[k] = inside ? shares.at[k] * weight : M(0);
-      push[k] = inside ? pushes.at[k] * weight : M(0);
     }
   }
 };
@@ -241,7 +239,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
         if (marked) {
 #pragma unroll
           for (int k = 0; k < kPack; ++k) {
-            const bool same = facts.mark[k] == row.mark;
+            const bool same = (P::kMarksJoin ? task.marks[o][column + k] : facts.mark[k]) == row.mark;
             if constexpr (P::kMarksJoin) {
               if (same && column + k < columns && column + k != row.own) mine[i].positive += at[i][k], mine[i].count += 1;
             } else if (same) {
@@ -288,14 +286,18 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
     for (int i = 0; i < kRowsPerBlock; ++i) {
       if (i >= count) continue;
       const RowFacts<M>& row = rows[i];
-      const auto positive = [&](int k) { return both ? -(row.push + anchors_of.push[k]) : -row.push; };
+      const auto positive = [&](int k) {  // few pairs are: what they need stays in memory
+        const bool anchor = both && column + k < columns;
+        return anchor ? -(row.push + p.stats[o].push[column + k] * p.anchor_weight(column + k)) : -row.push;
+      };
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
         M& g = at[i][k];
         const M score = biased_score(g, row.scale, facts.scale[k], coldness, facts.bias[k]);
         g = row.share * exponential<T>(score - row.reference);
         if (both) g += anchors_of.share[k] * exponential<T>(score - anchors_of.reference[k]);
-        if (marked && facts.mark[k] == row.mark) g = P::kMarksJoin ? g + positive(k) : M(0);
+        if (marked && (P::kMarksJoin ? task.marks[o][column + k] : facts.mark[k]) == row.mark)
+          g = P::kMarksJoin ? g + positive(k) : M(0);
       }
       at_column<kPack>(column, row.partner, [&](int k) { at[i][k] = positive(k); });
       if constexpr (P::kTwoSided) at_column<kPack>(column, row.own, [&](int k) { at[i][k] = 0; });
