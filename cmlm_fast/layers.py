@@ -2,7 +2,7 @@
 
     nn.Linear    float32 products by oneDNN where MKL, which PyTorch calls, leaves the CPU's widest vectors unused
     nn.Dropout   the op `dropout`: threads draw in parallel, and no mask is kept
-    nn.Embedding, where its weight is the LM head's too: adds its rows to the head's gradient, and makes no table of its own
+    nn.Embedding, where its weight is the LM head's too: its rows are added to the head's gradient, in place
 
 On a GPU, in another dtype, under autocast or torch.compile each is what it was.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,29 +41,45 @@ class Dropout(nn.Dropout):
         return out
 
 
-class TiedEmbedding(nn.Embedding):
-    """`nn.Embedding`; inside `head_joins` with a gradient of rows, which autograd adds to the dense one that the LM head makes
-    of that weight. Elsewhere, when the encoder is trained on alone, say, its gradient is dense."""
+class _OneWeight(torch.autograd.Function):
+    """weight [V, D], once for the embedding and once for the LM head; here their gradients meet."""
 
-    head_joins = False
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, rows: Tensor | None, dense: Tensor | None) -> Tensor | None:
+        if rows is None or dense is None:
+            return rows.to_dense() if rows is not None else dense  # the optimizer takes no sparse gradient
+        return dense.add_(rows)  # only the head's product has seen it; autograd would write another table for the sum
+
+
+class TiedEmbedding(nn.Embedding):
+    """`nn.Embedding`; inside `head_joins` its gradient is one of rows, which is added to the head's."""
+
+    weight_of_pass: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """input of ids to [..., embedding_dim]."""
-        rows = self.head_joins and input.device.type == "cpu" and not torch.compiler.is_compiling()
-        return F.embedding(input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, rows)
+        rows = self.weight_of_pass is not None
+        weight = self.weight if self.weight_of_pass is None else self.weight_of_pass
+        return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, rows)
 
 
 @contextmanager
-def head_joins(embedding: nn.Module) -> Iterator[None]:
-    """Forward passes whose loss has a part of the LM head in it."""
-    if not isinstance(embedding, TiedEmbedding):
-        yield
+def head_joins(embedding: nn.Module) -> Iterator[Tensor | None]:
+    """A forward pass whose LM head multiplies by the tensor that this gives; None: by its own weight."""
+    if not isinstance(embedding, TiedEmbedding) or embedding.weight.device.type != "cpu" or torch.compiler.is_compiling():
+        yield None
         return
-    embedding.head_joins = True
+    embedding.weight_of_pass, head = _OneWeight.apply(embedding.weight)
     try:
-        yield
+        yield head
     finally:
-        embedding.head_joins = False
+        embedding.weight_of_pass = None
 
 
 def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:

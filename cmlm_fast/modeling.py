@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,17 +133,18 @@ class CMLMModel(nn.Module):
         """
         can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
-        if cu_seqlens is None or lengths is None:
-            if attention_mask is None:
-                raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
-            can = can & attention_mask.bool()
-            hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
-            batch, length = input_ids.shape
-            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
-            first = cu_seqlens[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
-        else:
-            hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
-            batch, first = len(lengths), cu_seqlens[:-1].long()
+        with head_joins(self.lm.get_input_embeddings()) as head_weight:
+            if cu_seqlens is None or lengths is None:
+                if attention_mask is None:
+                    raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
+                can = can & attention_mask.bool()
+                hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
+                batch, length = input_ids.shape
+                cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
+                first = cu_seqlens[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
+            else:
+                hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
+                batch, first = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
         z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
         if stand_in:
@@ -150,7 +152,7 @@ class CMLMModel(nn.Module):
         if vectors_only:
             return z1, z2
         views = Views(hidden1, hidden2, z1, z2, input_ids.flatten(), role.flatten(), can, cu_seqlens, sizes)
-        sums = self.loss(views, self.mlm_sum, group, cached)
+        sums = self.loss(views, partial(self.mlm_sum, weight=head_weight), group, cached)
         counts = self.loss.counts(role, batch)
         total = self.loss.total(sums, counts if divisor is None else divisor)
         return CMLMOutput(total, sums.detach(), counts, measure(self, views) if measured and not stand_in else {})
@@ -164,8 +166,7 @@ class CMLMModel(nn.Module):
         if jitter is not None:
             position = (attention_mask.cumsum(1) - 1).clamp_min(0) + self._first_position(attention_mask.shape[1])
             inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
-        with head_joins(self.lm.get_input_embeddings()):
-            hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
+        hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
         hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
         return hidden1, hidden2
 
@@ -197,8 +198,7 @@ class CMLMModel(nn.Module):
         twice = (*(n for n in lengths for _ in range(2)), *([rest] if rest else []))
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
-        with head_joins(self.lm.get_input_embeddings()):
-            hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=Packing(twice, cu_twice), **inputs)
+        hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=Packing(twice, cu_twice), **inputs)
         states = hidden.last_hidden_state[0]
         return take_rows(states, at1), take_rows(states, at2)
 
@@ -237,12 +237,13 @@ class CMLMModel(nn.Module):
         logits: Tensor = self.lm.get_output_embeddings()(lm_transform(self.lm, hidden))
         return logits
 
-    def mlm_sum(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Summed cross entropy of the LM head at rows [n, D] with tokens [n]."""
+    def mlm_sum(self, hidden: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Summed cross entropy of the LM head at rows [n, D] with tokens [n]; `weight` [V, D] stands for its decoder's."""
         decoder = self.lm.get_output_embeddings()
+        weight = decoder.weight if weight is None else weight
         rest = -len(hidden) % _ROUND
         hidden, target = nn.functional.pad(hidden, (0, 0, 0, rest)), nn.functional.pad(target, (0, rest), value=-100)
-        return head_losses(lm_transform(self.lm, hidden), decoder.weight, decoder.bias, target).sum()
+        return head_losses(lm_transform(self.lm, hidden), weight, decoder.bias, target).sum()
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """As for any Hugging Face model; called by the Trainer."""

@@ -16,7 +16,7 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
 from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
 from cmlm_fast.gradient_cache import GradientCache
-from cmlm_fast.layers import TiedEmbedding
+from cmlm_fast.layers import TiedEmbedding, head_joins
 from cmlm_fast.ops import _linear
 
 
@@ -166,6 +166,42 @@ def test_linear_layers_of_the_faster_library_are_linear_layers(monkeypatch):
                 torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+class Calls(TorchDispatchMode):
+    """The names of the ops whose first argument has one of these shapes."""
+
+    def __init__(self, *shapes):
+        super().__init__()
+        self.shapes, self.names = shapes, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], torch.Tensor) and tuple(args[0].shape) in self.shapes:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_embeddings_rows_join_the_gradient_of_the_head(bf16, tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    model, batch = trainer.model.eval(), trainer.data_collator([tiny_rows[i] for i in range(6)])
+    weight = model.lm.get_input_embeddings().weight
+    inputs = trainer.mask(batch, 0)
+
+    def gradient():
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**inputs).loss
+        with Calls(tuple(weight.shape)) as calls:
+            loss.backward()
+        return weight.grad, calls.names
+
+    ours, calls = gradient()
+    assert calls.count("aten::add_.Tensor") == 1 and "aten::add.Tensor" not in calls  # one table, and no sum beside it
+    monkeypatch.setattr(TiedEmbedding, "forward", torch.nn.Embedding.forward)
+    plain, _ = gradient()
+    assert ours.layout is torch.strided and ours.norm() > 0
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+
+
 def test_an_encoder_trained_on_alone_has_dense_gradients():
     model = CMLMModel(make_lm())
     embedding = model.lm.get_input_embeddings()
@@ -173,6 +209,11 @@ def test_an_encoder_trained_on_alone_has_dense_gradients():
     model.lm.base_model(input_ids=torch.arange(5, 17)[None]).last_hidden_state.sum().backward()
     assert embedding.weight.grad.layout is torch.strided
     torch.optim.AdamW(model.lm.base_model.parameters()).step()  # refuses sparse gradients
+    embedding.weight.grad = None
+    with head_joins(embedding) as head:
+        model.lm.base_model(input_ids=torch.arange(5, 17)[None]).last_hidden_state.sum().backward()
+    assert head.shape == embedding.weight.shape and embedding.weight.grad.layout is torch.strided  # no part of the head
+    assert embedding.weight.grad[5:17].any() and not embedding.weight.grad[17:].any()
 
 
 @pytest.mark.skipif(("dropout", "CPU") not in native_kernels, reason="no compiled kernels")
