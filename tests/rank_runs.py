@@ -15,6 +15,8 @@ import torch.distributed as dist
 from conftest import make_lm, make_sentences, make_tokenizer
 from datasets import Dataset
 from forks import fork_ranks, wait
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
@@ -24,13 +26,27 @@ CONFIG = CMLMConfig(scope="sequence", sequence_weight=1.0, learn_temperature=Tru
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of every step, whole."""
+    """Keeps the gradients of every step, whole, and how many times DDP added them up over the ranks."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
+        self.reduced: list[int] = []
+        self.trainer: Any = None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        model = self.trainer.model_wrapped
+        if not self.reduced and isinstance(model, DistributedDataParallel):
+            model.register_comm_hook(self.reduced, _noted_allreduce)
+        self.reduced.append(0)
+
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.steps.append({name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()})
+
+
+def _noted_allreduce(reduced, bucket):  # without annotations, of which DDP takes none that are strings
+    reduced[-1] += bucket.is_last()
+    return allreduce_hook(dist.group.WORLD, bucket)
 
 
 def whole(tensor: Any) -> torch.Tensor:
@@ -66,6 +82,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     trainer = CMLMTrainer(CMLMModel(make_lm(), CONFIG), arguments, train_dataset=rows.select(range(33)),
                           eval_dataset=rows.select(range(33, 54)), processing_class=tokenizer,
                           callbacks=[gradients])  # fmt: skip
+    gradients.trainer = trainer
     masks: dict[tuple[int, int], list[torch.Tensor]] = {}
     make = trainer.mask
 
@@ -82,7 +99,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
-             "gradients": gradients.steps, "scores": trainer.evaluate(),
+             "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
     if fsdp:
         arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", dataloader_pin_memory=False,
@@ -111,6 +128,10 @@ def main() -> None:
 
     for world in (1, 2, 3):
         run(f"ddp-{world}", world)
+    # 24 sequences contrasted at once, four at a time in memory.
+    for world in (1, 2, 3):
+        micro = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6 // world}
+        run(f"cached-{world}", world, contrastive_batch_size=24 // world, **micro)
     run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
     adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
     run("fsdp-2", 2, fsdp=True)
