@@ -26,7 +26,7 @@ class CMLMConfig:
     Attributes:
         rate: share of a sequence's eligible units (tokens, or whole words) masked in view 1, in [0, 1].
         complement_rate: share of the remaining units masked in view 2; the default masks as much as in view 1.
-        complementary: False draws the masks of the views apart, view 2 masking as many units as complementary masks would;
+        complementary: False draws the masks of the views apart, view 2 masking as large a share as complementary masks would;
             a token masked in both views is predicted in both and takes no part in the token contrast.
         sampling: "exact" masks round(rate·n) units of each sequence, "bernoulli" draws each unit by itself.
         mask_share, random_share: shares of masked tokens that become the mask token, or a random one.

@@ -11,7 +11,7 @@ Source: Gao, Zhang, Han, Callan 2021, Scaling Deep Contrastive Learning Batch Si
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +48,11 @@ class GradientCache:
         size: micro-batches whose sequences are each other's negatives.
         loss: the model's `CMLMLoss`.
         group: process group whose ranks share their negatives.
-        autocast: context in which the model computes its loss.
+        autocast: makes the context in which the model computes its loss.
     """
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], size: int, loss: CMLMLoss, group: Any,
-                 autocast: AbstractContextManager[Any]) -> None:  # fmt: skip
+                 autocast: Callable[[], AbstractContextManager[Any]]) -> None:  # fmt: skip
         self.batches, self.size, self.loss, self.group, self.autocast = batches, size, loss, group, autocast
         self.states: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.found: dict[int, CachedContrast] = {}
@@ -73,12 +73,13 @@ class GradientCache:
         rows = [len(z1) for z1, _ in vectors]
         z1, z2 = (torch.cat(z).requires_grad_() for z in zip(*vectors, strict=True))
         scale = self.loss.sequence.temperature.logit_scale
-        with torch.enable_grad(), self.autocast:
+        with torch.enable_grad(), self.autocast():
             total = self.loss.sequence_sum(z1, z2, self.group)
         by_z1, by_z2, *by_scale = torch.autograd.grad(total, [z1, z2, *([] if scale is None else [scale])])
         parts = zip(members, rows, by_z1.float().split(rows), by_z2.float().split(rows), strict=True)
         for at, count, first, second in parts:
-            portion = count / max(sum(rows), 1)  # none: this rank stands in for batches that there are not
+            # A rank without a sequence stands in for batches that there are not, and has its share of the whole all the same.
+            portion = count / sum(rows) if sum(rows) else 1 / len(rows)
             learned = by_scale[0] * portion if by_scale else None
             self.found[at] = CachedContrast(total.detach() * portion, first, second, learned)
 

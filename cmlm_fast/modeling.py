@@ -98,6 +98,10 @@ class CMLMModel(nn.Module):
             logger.warning("%s has no LM head: made one, its decoder tied to the embeddings (new: %s)", path, ", ".join(fresh))
         return cls(lm, config)
 
+    def tie_weights(self) -> None:
+        """As the masked LM's; called where a model was moved in a way that makes two of a shared weight."""
+        self.lm.tie_weights()
+
     @property
     def config(self) -> Any:
         """The masked LM's Hugging Face configuration."""
@@ -208,6 +212,9 @@ class CMLMModel(nn.Module):
         pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
         first = 0 if pad is None else int(pad) + 1
         most = self.config.max_position_embeddings - first - length
+        if most < 0:
+            rule = f"of at most {most + length} tokens, the positions that the model has"
+            raise ValueError(f"CMLMModel: expected sequences to be {rule}, got one of {length}")
         if self.cmlm.position_jitter > most:
             rule = f"<= {most}, what the model's position table leaves beside {length} tokens"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")

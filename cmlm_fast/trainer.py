@@ -74,6 +74,9 @@ class CMLMTrainingArguments(TrainingArguments):
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
+        if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
+            logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
+            self._n_gpu = 1
 
 
 class _Sums:
@@ -159,6 +162,9 @@ class CMLMTrainer(ResumableTrainer):
         if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
             rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"
             raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
+        if args.contrastive_batch_size is not None and model.cmlm.sequence_weight == 0:
+            rule = "None where sequence_weight is 0: there is no sequence contrast"
+            raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
         policy = getattr(plugin, "mixed_precision_policy", None)
         if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)
@@ -170,6 +176,15 @@ class CMLMTrainer(ResumableTrainer):
         """The objective."""
         config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
         return config
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's, also after `evaluate`."""
+        if self.model_wrapped is self.model:
+            # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
+            self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+            self.accelerator.free_memory()
+        return super().train(*args, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
@@ -187,6 +202,10 @@ class CMLMTrainer(ResumableTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
         return self._shared(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        return self._shared(super().get_test_dataloader(test_dataset))
 
     def _shared(self, loader: DataLoader) -> DataLoader:
         shard = loader.batch_sampler
@@ -228,13 +247,14 @@ class CMLMTrainer(ResumableTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
             return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
-        if batches:
-            loss = self.accelerator.unwrap_model(self.model).loss
-            divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
-            batches = [{**batch, "divisor": divisor} for batch in batches]
-        if self.args.contrastive_batch_size is not None and self.cmlm.sequence_weight > 0:
+        if not batches:
+            return [], None
+        loss = self.accelerator.unwrap_model(self.model).loss
+        divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
+        batches = [{**batch, "divisor": divisor} for batch in batches]
+        if self.args.contrastive_batch_size is not None:
             size = self.args.contrastive_batch_size // self.args.per_device_train_batch_size
-            self._cache = GradientCache(batches, size, loss, self._group(), self.accelerator.autocast())
+            self._cache = GradientCache(batches, size, loss, self._group(), self.accelerator.autocast)
             batches = [{**batch, "at": at} for at, batch in enumerate(batches)]
         return batches, None
 
@@ -319,6 +339,11 @@ class CMLMTrainer(ResumableTrainer):
     def resume_from(self, checkpoint: str) -> None:
         """A checkpoint also restores projection and learned temperatures."""
         self.accelerator.unwrap_model(self.model).load_contrast(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_fsdp_enabled:  # whose own state holds them
+            self.resume_from(str(self.state.best_model_checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""

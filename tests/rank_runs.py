@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import tokenize_texts
+from cmlm_fast.trainer import EVALUATION_STEP
 
 CONFIG = CMLMConfig(scope="sequence", sequence_weight=1.0, learn_temperature=True, projection=8, token_temperature=0.2)
 
@@ -63,17 +64,19 @@ def use_fsdp2() -> None:
 
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", ACCELERATE_USE_FSDP="true", FSDP_VERSION="2",
                       FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_TRANSFORMER_CLS_TO_WRAP="BertLayer",
-                      FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true")  # fmt: skip
+                      FSDP_STATE_DICT_TYPE="FULL_STATE_DICT", FSDP_RESHARD_AFTER_FORWARD="true",
+                      FSDP_CPU_RAM_EFFICIENT_LOADING="true")  # fmt: skip
     dist.init_process_group("gloo")
     PartialState._prepare_backend = lambda self, *args, **options: ("gloo", DistributedType.MULTI_GPU)
 
 
 def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
-          **options: Any) -> None:  # fmt: skip
+          evaluate_first: bool = False, **options: Any) -> None:  # fmt: skip
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
-    usual = {"learning_rate": 1e-2, "num_train_epochs": 2, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps",
+    # At larger learning rates steps multiply what rounding differs by.
+    usual = {"learning_rate": 2e-3, "num_train_epochs": 2, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps",
              "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 24 // world, "per_device_eval_batch_size": 8,
              "ddp_backend": "gloo" if world > 1 else None}  # fmt: skip
     arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True,
@@ -88,13 +91,15 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
 
     def mask(batch: dict[str, Any], step: int) -> dict[str, Any]:
         made = make(batch, step)
-        if trainer.model.training and not batch.get("stand_in"):
+        if step != EVALUATION_STEP and not batch.get("stand_in"):
             edges = batch["cu_seqlens"].tolist()
             for sample, begin, end in zip(batch["sample_ids"].tolist(), edges, edges[1:], strict=False):
                 masks.setdefault((step, sample), []).append(torch.stack([made["view1"], made["view2"]])[:, begin:end].clone())
         return made
 
     trainer.mask = mask  # type: ignore[method-assign]
+    if evaluate_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
@@ -132,6 +137,8 @@ def main() -> None:
     for world in (1, 2, 3):
         micro = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6 // world}
         run(f"cached-{world}", world, contrastive_batch_size=24 // world, **micro)
+    run("uneven-3", 3, per_device_train_batch_size=8, contrastive_batch_size=8)  # the last step leaves a rank without any
+    run("evaluated-2", 2, evaluate_first=True)
     run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
     adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
     run("fsdp-2", 2, fsdp=True)

@@ -28,7 +28,9 @@ def assert_same_masks(one, ranks, first_step=0):
     assert all(torch.equal(joined[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "ddp-3", "fsdp-2", "cached-1", "cached-2", "cached-3"])
+@pytest.mark.parametrize(
+    "name", ["ddp-2", "ddp-3", "fsdp-2", "cached-1", "cached-2", "cached-3", "uneven-3", "evaluated-2"]
+)
 def test_ranks_equal_one_process(name, runs):
     (one,), ranks = load(runs, "ddp-1"), load(runs, name)
     assert len(one["loss"]) == 4 and len(ranks) == int(name[-1])
@@ -44,7 +46,7 @@ def test_ranks_equal_one_process(name, runs):
             torch.testing.assert_close(value, rank["weights"][parameter], rtol=1e-3, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "ddp-3", "cached-2", "cached-3"])
+@pytest.mark.parametrize("name", ["ddp-2", "ddp-3", "cached-2", "cached-3", "evaluated-2"])
 def test_gradients_are_reduced_once_a_step(name, runs):
     for rank in load(runs, name):
         assert rank["reduced"] == [1] * 4

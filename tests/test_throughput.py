@@ -83,6 +83,19 @@ def test_a_cached_contrast_equals_the_large_batch(tmp_path, tiny_rows, tiny_toke
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_of_several_contrasts_equals_batches_of_their_size(tmp_path, tiny_rows, tiny_tokenizer):
+    runs = []
+    for batch, options in ((8, {}), (4, {"contrastive_batch_size": 8})):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CONTRAST, per_device_train_batch_size=batch,
+                               gradient_accumulation_steps=16 // batch, bf16=True, max_grad_norm=0.0, optim="sgd", max_steps=2,
+                               **options)  # fmt: skip
+        trainer.train()
+        runs.append((weights(trainer), history(trainer, "sequence")))
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=0.02)
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=1e-4)
+
+
 def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
     lm = make_lm(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2)
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig.from_preset("seq"), lm=lm)
@@ -93,7 +106,7 @@ def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
     total = model.loss.sequence_sum(*(torch.cat(z) for z in zip(*whole, strict=True)))
     expected = torch.autograd.grad(total, list(model.lm.base_model.parameters()), allow_unused=True)
     torch.manual_seed(5)
-    cache = GradientCache(batches, 3, model.loss, None, trainer.accelerator.autocast())
+    cache = GradientCache(batches, 3, model.loss, None, trainer.accelerator.autocast)
     value = torch.zeros(())
     for at, batch in enumerate(batches):
         output = model(**batch, cached=cache.replay(model, at))
@@ -113,6 +126,8 @@ def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
 def test_a_contrast_that_does_not_fit_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
     with pytest.raises(ValueError, match="expected contrastive_batch_size to be a multiple of per_device_train_batch_size = 8"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=20, gradient_accumulation_steps=4)
+    with pytest.raises(ValueError, match="expected contrastive_batch_size to be None where sequence_weight is 0"):
+        make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig.from_preset("tapt"), contrastive_batch_size=8)
     with pytest.raises(ValueError, match="divides the 3 batches of gradient_accumulation_steps"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=16, gradient_accumulation_steps=3)
 

@@ -24,6 +24,16 @@ def weights(trainer):
     return [p.detach().clone() for p in trainer.model.parameters()]
 
 
+def test_one_process_uses_one_gpu(tmp_path, monkeypatch, caplog):
+    def devices(arguments):
+        arguments._n_gpu = 2
+        return torch.device("cpu")
+
+    monkeypatch.setattr(CMLMTrainingArguments, "_setup_devices", property(devices))
+    arguments = CMLMTrainingArguments(str(tmp_path), report_to="none")
+    assert arguments._n_gpu == 1 and "2 GPUs: one process uses the first, torchrun --nproc-per-node 2 all" in caplog.text
+
+
 def history(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
@@ -105,6 +115,19 @@ def test_a_resumed_run_ends_in_the_same_bits(at, tmp_path, tiny_rows, tiny_token
     for name, a, b in zip(names, weights(whole), weights(resumed), strict=True):
         assert torch.equal(a, b), name
     assert history(whole, "mlm")[at:] == history(resumed, "mlm")[at:]
+
+
+def test_the_best_checkpoint_comes_back_whole(tmp_path, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig(learn_temperature=True, projection=8, token_temperature=0.2)
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 3,
+               "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}  # fmt: skip
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=config, held=tiny_rows.select(range(20)), **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")  # the loss falls: the largest is the first
+    kept = CMLMModel.from_pretrained(tmp_path / "checkpoint-1", config)
+    kept.load_contrast(tmp_path / "checkpoint-1")
+    for (name, a), b in zip(trainer.model.named_parameters(), kept.parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_a_checkpoint_is_a_plain_model_folder(tmp_path, tiny_rows, tiny_tokenizer):

@@ -40,9 +40,10 @@ def mask_settings(tokenizer: Any) -> dict[str, Any]:
 class CMLMDataCollator:
     """Rows of `tokenize_texts` to one batch of plain tensors: B rows padded to L tokens, or packed end to end to T.
 
-    Padded: input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded by the tokenizer on its
-    own side; sample_ids int64 [B]; unit_ids int32 [B, L], 0 at pads, where the rows have them; eligible bool [B, L]
-    only for a tokenizer of more than 16 special tokens. Masks are made later, on the device.
+    Padded: input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded on the right, whatever the
+    tokenizer's side, so that masks and positions are those of the text alone; sample_ids int64 [B]; unit_ids int32 [B, L], 0
+    at pads, where the rows have them; eligible bool [B, L] only for a tokenizer of more than 16 special tokens. Masks are
+    made later, on the device.
 
     Packed: the same of shape [T] without attention_mask, the longest sequence first; cu_seqlens int32 [B + 1], sequence b
     is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, a tuple of B ints.
@@ -99,7 +100,8 @@ class CMLMDataCollator:
     def _pad(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in rows[0]]
         padded = self.tokenizer.pad([{name: row[name] for name in inputs} for row in rows], return_tensors="pt",
-                                    return_attention_mask=True, pad_to_multiple_of=self.pad_to_multiple_of)  # fmt: skip
+                                    return_attention_mask=True, pad_to_multiple_of=self.pad_to_multiple_of,
+                                    padding_side="right")  # fmt: skip
         batch: dict[str, Any] = dict(padded)
         batch["sample_ids"] = torch.tensor([int(row["sample_id"]) for row in rows], dtype=torch.int64)
         real = batch["attention_mask"].bool()

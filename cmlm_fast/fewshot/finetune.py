@@ -85,6 +85,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
             logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length",
             use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU it was not told to use
         )  # fmt: skip
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # on several nn.DataParallel would make the batch as many times larger
         trainer = ContrastTrainer(contrast, model, arguments, data_collator=DataCollatorWithPadding(tokenizer),
                                   train_dataset=train)  # fmt: skip
         trainer.remove_callback(PrinterCallback)
