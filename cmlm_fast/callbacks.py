@@ -125,5 +125,10 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A signal is obeyed at once again."""
+        """A signal is obeyed at once again. One that came after the last step, while it was saved, ends the run."""
+        number = torch.tensor(self._received)
+        if self._group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        if number:
+            self.stopped = signal.Signals(int(number))
         self._training = False

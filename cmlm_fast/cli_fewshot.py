@@ -102,7 +102,8 @@ def warm_head_command(
     """Train an LM head on general text, the encoder frozen; writes a plain checkpoint to start few-shot from."""
     given = dict(locals())
     train_encoder = given.pop("train_encoder")
-    given["learning_rate"] = learning_rate or (1e-4 if train_encoder else 1e-3)
+    if learning_rate is None:
+        given["learning_rate"] = 1e-4 if train_encoder else 1e-3
     with one_line_errors():
         quiet()
         from .report import print_summary

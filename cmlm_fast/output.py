@@ -84,7 +84,8 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     if fresh:
         for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        for name in ("metrics.jsonl", "settings.json"):
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ Example:
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -28,6 +29,7 @@ from .options import PostTrainOptions, check_numbers, expect
 from .output import Stopped, check_output, disk_errors, open_output, staged, what_is_kept
 from .pooling import copy_pooling
 from .report import plot_curves
+from .same_run import check_settings, write_settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from .data import TextCounts
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
+
+#: Schedules of the learning rate that need no numbers of their own.
+SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclass
@@ -50,6 +55,7 @@ class Prepared:
     counts: TextCounts
     checkpoint: Path | None
     arguments: CMLMTrainingArguments
+    settings: dict[str, Any]  # what a resumed run must have in common with this one
 
 
 def prepare(options: PostTrainOptions) -> Prepared:
@@ -67,14 +73,14 @@ def prepare(options: PostTrainOptions) -> Prepared:
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers import set_seed
-    from transformers.trainer_utils import SchedulerType
 
-    schedulers = [scheduler.value for scheduler in SchedulerType]
-    expect(options.scheduler in schedulers, "scheduler", f"one of {', '.join(schedulers)}", options.scheduler)
+    expect(options.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", options.scheduler)
+    with_contrast = options.contrastive_batch_size is None or config.sequence_weight > 0
+    expect(with_contrast, "contrastive_batch_size", "given with a sequence_weight > 0 only", options.contrastive_batch_size)
     from .data import TokenBudgetSampler, clean_texts, load_texts, sequence_lengths, split_evaluation, tokenize_texts
 
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    length = options.max_length or min(128, int(tokenizer.model_max_length))
+    length = min(128, int(tokenizer.model_max_length)) if options.max_length is None else options.max_length
     texts, counts = clean_texts(
         load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     )
@@ -84,14 +90,19 @@ def prepare(options: PostTrainOptions) -> Prepared:
     if options.freeze_encoder:
         model.freeze_encoder()
     check_length(model, length, config.position_jitter)
+    check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
+    _check_reports(arguments)
     tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
     train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
     if held is not None:
         held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     if options.max_tokens is not None:  # its rules are those of the sampler
         TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
-    return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments)
+    settings = _settings(options, config, arguments) | {"train_file": _fingerprint(train), "held-out texts": _fingerprint(held)}
+    if checkpoint is not None:
+        check_settings(Path(options.output_dir), settings)
+    return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments, settings)
 
 
 def run(prepared: Prepared) -> dict[str, Any]:
@@ -126,6 +137,8 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
     with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
+        if fresh and ranks.is_main():
+            write_settings(folder, prepared.settings)
         trainer = CMLMTrainer(
             prepared.model, prepared.arguments, train_dataset=prepared.train, eval_dataset=prepared.evaluation,
             processing_class=prepared.tokenizer, callbacks=[metrics, stop],
@@ -202,6 +215,49 @@ def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) 
         return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
+
+
+def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
+    """Raise ValueError where the tokenizer has ids that the model's embedding has no row for."""
+    rows, ids = model.lm.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    expect(ids <= rows, "model", f"one whose tokenizer has at most {rows} ids, the rows of its embedding", ids)
+
+
+def _check_reports(arguments: CMLMTrainingArguments) -> None:
+    """Raise ValueError where a service that metrics are to be reported to is unknown or not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        rule = "none or a service that is installed"
+        raise ValueError(f"expected report_to to be {rule}, got {', '.join(arguments.report_to)}: {_line(error)}") from error
+
+
+def _settings(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
+    """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
+    names = ("seed", "epochs", "max_steps", "max_tokens", "contrastive_batch_size", "learning_rate", "weight_decay", "warmup",
+             "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
+    kept = {name: getattr(options, name) for name in names}
+    if kept["contrastive_batch_size"] is not None:
+        kept["contrastive_batch_size"] *= arguments.world_size
+    step = arguments.world_size * arguments.gradient_accumulation_steps
+    batch = 1 if options.max_tokens is not None else options.batch_size
+    name = "ranks × batch_size × gradient_accumulation"
+    return {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
+
+
+def _fingerprint(rows: Dataset | None) -> str | None:
+    """Of all token ids, in order."""
+    if rows is None:
+        return None
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(10_000):
+        ids = batch["input_ids"].combine_chunks()
+        digest.update(ids.flatten().to_numpy().tobytes())
+        digest.update(ids.value_lengths().to_numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _processes(texts: int) -> int | None:

@@ -77,6 +77,11 @@ app({["post-train", "--model", tiny_checkpoint, "--train-file", sentence_file, "
     assert (cut / "checkpoint-2").is_dir() and not (cut / "config.json").exists()
     refused = post_train(tiny_checkpoint, sentence_file, cut)
     assert refused.exit_code == 2 and "new or empty (or give --overwrite or --resume)" in refused.output
+    for options, words in ((("--seed", "1"), "expected seed to be 42, as in the run to resume, got 1"),
+                           (("--gradient-accumulation", "2"), "expected ranks × batch_size × gradient_accumulation to be "),
+                           (("--eval-share", "0.3"), "expected train_file to be ")):  # fmt: skip
+        other = post_train(tiny_checkpoint, sentence_file, cut, "--resume", *options)
+        assert other.exit_code == 2 and words in other.stderr.replace("\n", " "), (options, other.stderr)
     result = post_train(tiny_checkpoint, sentence_file, cut, "--resume")
     assert result.exit_code == 0, result.output
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, cut))
@@ -118,6 +123,9 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
     settings = json.loads((unmasked / "tokenizer_config.json").read_text())
     settings.pop("mask_token")
     (unmasked / "tokenizer_config.json").write_text(json.dumps(settings))
+    small = tmp_path / "few-rows"
+    make_lm(vocabulary=150).save_pretrained(small)
+    tokenizer.save_pretrained(small)
     csv = file("table.csv", b"id,body,title\n1,one text,a\n2,two text,b\n")
     return {
         "rate": (["--rate", "1.5"], "expected rate to be in [0, 1], got 1.5"),
@@ -127,6 +135,12 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
         "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),
         "scheduler": (["--scheduler", "steep"], "expected scheduler to be one of"),
+        "schedule": (["--scheduler", "warmup_stable_decay"], "expected scheduler to be one of linear, cosine"),
+        "reports": (["--report-to", "nowhere"], "expected report_to to be none or a service that is installed, got nowhere: "),
+        "no length": (["--max-length", "0"], "expected max_length to be"),
+        "no contrast": (["--preset", "tapt", "--contrastive-batch-size", "64"],
+                        "expected contrastive_batch_size to be given with a sequence_weight > 0 only, got 64"),
+        "vocabulary": (["--model", small], "expected model to be one whose tokenizer has at most 150 ids, the rows of its"),
         "tokens": (["--max-tokens", "20"], "expected max_tokens to be >= "),
         "contrast": (["--contrastive-batch-size", "7"], "expected contrastive_batch_size to be a multiple of batch_size = "),
         "precision": (["--bf16", "--fp16"], "expected bf16 and fp16 to be at most one of them, got both"),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+from types import SimpleNamespace
 
 import pytest
 
 from cmlm_fast import checkpoints
-from cmlm_fast.output import check_output
+from cmlm_fast.callbacks import StopOnSignal
+from cmlm_fast.output import Stopped, check_output
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(cases):
     if "disk full" not in cases:
         pytest.skip("mounting a file system is not allowed here")
     case = cases["disk full"]
-    assert case["code"] == 2 and case["whole"] == ["checkpoint-2"] and case["files"] == ["checkpoint-2", "metrics.jsonl"]
+    assert case["code"] == 2 and case["whole"] == ["checkpoint-2"]
+    assert case["files"] == ["checkpoint-2", "metrics.jsonl", "settings.json"]
     assert len(messages(case)) == 1, case["output"]
     assert re.match(r"error: could not write to .*; checkpoint-2 is whole, continue with --resume$", messages(case)[0])
     assert cases["disk free again"]["code"] == 0 and cases["disk free again"]["equal"]
@@ -98,6 +103,17 @@ def test_of_two_ranks_one_speaks_and_both_stop(cases):
         assert case["code"] == [0, 0], case["output"]
         assert case["output"].count("sequences trained on") == case["output"].count("perplexity") == 1
         assert {"model.safetensors", "summary.json", "curves.png"} < set(case["files"])
+
+
+def test_a_signal_after_the_last_step_ends_the_run():
+    stop, arguments = StopOnSignal(), SimpleNamespace(world_size=1)
+    with stop:
+        stop.on_train_begin(arguments, None, None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.on_train_end(arguments, None, None)
+        assert stop.stopped is signal.SIGTERM
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def make_checkpoint(folder, step):

@@ -21,7 +21,7 @@ from cmlm_fast.data import load_labelled
 from cmlm_fast.fewshot import FewShotExperiment, draw
 from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
-from cmlm_fast.fewshot.tables import interval, markdown, rows_of
+from cmlm_fast.fewshot.tables import interval, markdown, rows_of, write_tables
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
 
@@ -125,8 +125,10 @@ def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
     kinds = ClassLabel(names=["no", "yes"])
     features = Features({"a": Value("string"), "b": Value("string"), "same": kinds})
     rows = {"a": sentences[:40], "b": sentences[40:80], "same": [i % 2 for i in range(40)]}
-    Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "pairs")
-    files = dict.fromkeys(("train", "test"), str(tmp_path / "pairs"))
+    pairs = Dataset.from_dict(rows, features=features)
+    pairs.save_to_disk(tmp_path / "pairs")
+    pairs.select(range(30)).save_to_disk(tmp_path / "train")
+    files = {"train": str(tmp_path / "train"), "test": str(tmp_path / "pairs")}
     columns = {"label_column": "same", "text_column": "a", "text_pair_column": "b"}
     options = {"methods": ("cmlm", "seq-eda"), "shots": (3,), "draws": 1, **columns}
     cells = experiment(tiny_checkpoint, files, tmp_path / "out", **options).run()
@@ -164,6 +166,18 @@ def test_differences_are_paired_and_have_their_interval():
     assert names == ["ft", "cmlm #cmlm", "cmlm #other"]
 
 
+def test_cells_of_other_texts_are_not_compared(tiny_checkpoint, files, tmp_path, caplog):
+    setups = [experiment(tiny_checkpoint, {"train": files["train"]}, tmp_path / "out", validation=rows).check().setup
+              for rows in (20, 40)]  # fmt: skip
+    assert setups[0].pop("data") != setups[1].pop("data") and setups[0] == setups[1]
+    test = Path(files["test"])
+    test.write_text(test.read_text() + Path(files["train"]).read_text().splitlines()[1] + "\n")
+    experiment(tiny_checkpoint, files, tmp_path / "out").check()
+    assert "texts: 1 texts of the test set are in train too" in caplog.text
+    write_tables(tmp_path, [made_up(0.5, "ft", 0), made_up(0.6, "cmlm", 0)], "tapt")
+    assert "no differences: baseline tapt is not among the methods of the cells, ft, cmlm" in caplog.text
+
+
 def test_a_torn_line_costs_that_line_alone(tmp_path, caplog):
     path = tmp_path / "cells.jsonl"
     append_cell(path, {"key": "1"})
@@ -197,6 +211,8 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         "one class": (["--train", single, "--test", single], "expected train to be texts of at least two classes, got ['wet']"),
         "blank paraphrases": (["--train", blank, "--methods", "cssl", "--paraphrase-column", "turned"],
                               "expected paraphrase_column to be a column with a text, got 'turned', all blank"),
+        "option": (["--methods", "seq-eda:rate=0.3"], "expected an option of method seq-eda to be one of sequence_weight, "),
+        "same texts": (["--test", files["train"]], "expected test to be texts that are not all in train"),
         "baseline": (["--baseline", "best"], "expected methods to be among ft, scl, tapt"),
         "both": (["--validation", "20"], "expected test or validation to be given, one of them, got both"),
         "file": (["--test", "missing.tsv"], "expected path to be an existing file or folder, got missing.tsv"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import torch
 
 from ..backends import use_backend
 from ..config import CMLMConfig
+from ..data import tokenize_texts
 from ..options import expect
 from ..output import disk_errors
 from ..post_train import check_length, fast_in_bf16, load_model, load_tokenizer
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 
     from .experiment import FewShotExperiment
     from .post_training import UnlabelledTexts
+
+logger = logging.getLogger(__name__)
 
 _MODELS = "models"
 _PROTOCOL = 1  # part of every key; raise it when the same settings give another number
@@ -67,8 +71,14 @@ class Grid:
         if any(method.second == "paraphrase" for method in methods.values()):
             filled = any((text or "").strip() for text in train["paraphrase"])
             expect(filled, "paraphrase_column", "a column with a text", f"{experiment.paraphrase_column!r}, all blank")
+        seen = len(set(self.test_texts) & set(self.texts))
+        expect(seen < len(set(self.test_texts)), "test", "texts that are not all in train", experiment.test)
+        if seen:
+            logger.warning("%s: %d texts of the test set are in train too", self.name, seen)
         self.bf16 = fast_in_bf16() if experiment.bf16 is None else experiment.bf16
         self.tokenizer, self.start, self.start_id = self._load_start()
+        if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
+            tokenize_texts(train.select_columns("text").select([0]), self.tokenizer, whole_word=True)
         self.cells = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}
 
     def run(self, report: Callable[[str], None]) -> list[Cell]:
@@ -102,10 +112,8 @@ class Grid:
     def facts(self, name: str, shots: int, d: int) -> dict[str, Any]:
         """All that the number of one cell depends on."""
         method = self.methods[name].facts
-        names = ("epochs", "batch_size", "learning_rate")
-        fine_tuning = {field: getattr(self.options, f"fine_tune_{field}") for field in names}
         return {"post_training": self._post_training_facts(name, d), "contrast": method["contrast"], "shots": shots,
-                "draw": d, "fine_tuning": fine_tuning, "labelled": self._data_id}  # fmt: skip
+                "draw": d, "fine_tuning": self.setup["fine_tuning"], "labelled": self._data_id}  # fmt: skip
 
     def _post_training_facts(self, name: str, d: int) -> dict[str, Any]:
         method = self.methods[name].facts
@@ -117,6 +125,14 @@ class Grid:
         schedule = asdict(self._schedule)
         paraphrases = self._paraphrases_id if method["second"] == "paraphrase" else None
         return {**common, **kept, "schedule": schedule, "texts": self._texts_id, "paraphrases": paraphrases}
+
+    @property
+    def setup(self) -> dict[str, Any]:
+        """What cells must have in common to be compared."""
+        options = self.options
+        fine_tuning = {field: getattr(options, f"fine_tune_{field}") for field in ("epochs", "batch_size", "learning_rate")}
+        return {"model": Path(options.model).name, "start": self.start_id, "data": self._data_id, "fine_tuning": fine_tuning,
+                "max_length": options.max_length, "bf16": self.bf16, "seed": options.seed}  # fmt: skip
 
     def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
         """The checkpoint to fine-tune, made where it is not there yet, and what was done for it."""
@@ -146,9 +162,7 @@ class Grid:
             batch_size=options.fine_tune_batch_size, max_length=options.max_length, seed=options.seed + d, bf16=self.bf16,
             contrast=self.methods[name].contrast,
         )  # fmt: skip
-        facts = self.facts(name, shots, d)
-        setup = {"model": Path(options.model).name, "start": self.start_id, "fine_tuning": facts["fine_tuning"],
-                 "max_length": options.max_length, "bf16": self.bf16, "seed": options.seed}  # fmt: skip
+        facts, setup = self.facts(name, shots, d), self.setup
         method = self.methods[name].facts
         if method["objective"] is not None:
             method["schedule"] = asdict(self._schedule)

@@ -77,6 +77,9 @@ METHODS: dict[str, Method] = {
     "cmlm-whole-word": Method("cmlm, whole words masked", CMLMConfig(), whole_word=True),
 }
 
+#: The fields that say something about the sequence contrast of two texts.
+_SEQUENCE = ("sequence_weight", "sequence_temperature", "learn_temperature", "scheme", "pooling", "projection")
+
 _KINDS: dict[str, Any] = {"float": float, "int": int, "str": str, "bool": {"true": True, "false": False}.__getitem__}
 
 
@@ -99,6 +102,8 @@ def find_method(text: str) -> Method:
     if options is None:
         raise ValueError(f"expected method {name} to stand without options, got {text!r}")
     kinds = {field.name: str(field.type) for field in fields(options)}
+    if method.objective and method.second != "masked":  # two texts share no positions: there are no masks, and no other part
+        kinds = {field: kind for field, kind in kinds.items() if field in _SEQUENCE}
     given: dict[str, Any] = {}
     for change in changes:
         option, _, value = change.partition("=")

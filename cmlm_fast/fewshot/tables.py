@@ -8,6 +8,7 @@ takes each draw's mean over the conditions (a data set and a number of shots) fi
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ import numpy as np
 
 from .cells import CELLS, Cell, read_cells
 
-#: A data set, the labelled texts a class, and a fingerprint of the start and the fine-tuning.
+logger = logging.getLogger(__name__)
+
+#: A data set, the labelled texts a class, and a fingerprint of the texts, the start and the fine-tuning.
 Condition = tuple[str, int, str]
 
 
@@ -82,6 +85,9 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
     from .picture import plot_differences
 
     rows = rows_of(cells, baseline)
+    if all(row.method != baseline for row in rows):
+        names = ", ".join(dict.fromkeys(row.method for row in rows))
+        logger.warning("no differences: baseline %s is not among the methods of the cells, %s", baseline, names)
     (folder / "results.md").write_text(markdown(rows, baseline), encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -104,7 +110,9 @@ def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
 
 def markdown(rows: Sequence[Row], baseline: str) -> str:
     """One table a condition: accuracy, macro-F1, difference and time, in percent and seconds."""
-    several = len({row.setup for row in rows if row.setup}) > 1
+    setups: dict[tuple[str, int | None], set[str]] = {}
+    for row in rows:
+        setups.setdefault((row.dataset, row.shots), set()).add(row.setup)
     parts = [f"""Test accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
 on the same draws, with the 95 % t interval of its mean. Seconds a draw: post-training + fine-tuning and scoring. Tokens:
 what passed the encoder in post-training, both views."""]
@@ -114,7 +122,7 @@ what passed the encoder in post-training, both views."""]
             last = row[:3]
             title = row.dataset if row.shots is None else f"{row.dataset}, {row.shots} labels a class"
             title = "Mean over all of the above" if row.shots is None else title
-            title += f" (setup {row.setup})" if several and row.setup else ""
+            title += f" (setup {row.setup})" if len(setups[row.dataset, row.shots]) > 1 else ""
             parts.append(f"\n### {title}\n\n| method | draws | accuracy | macro-F1 | difference | ahead | seconds | tokens |\n"
                          "|---|---|---|---|---|---|---|---|")  # fmt: skip
         parts.append(f"| {row.method} | {row.draws} | {_spread(row.accuracy, row.accuracy_sd)} | "
