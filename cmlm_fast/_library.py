@@ -116,7 +116,13 @@ def _register(
         ctx.backend = suffix
         setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(f"cmlm_fast::{qualified}", backward, setup_context=setup, lib=LIBRARY)
+    def once(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True: what the kernels give is no graph, and would count as a constant
+            raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False, there is no second derivative, got True")
+        return backward(ctx, *grads)
+
+    name = qualified.removesuffix("_reference").removesuffix("_triton")
+    torch.library.register_autograd(f"cmlm_fast::{qualified}", once, setup_context=setup, lib=LIBRARY)
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

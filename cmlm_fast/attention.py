@@ -22,8 +22,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backends import available
+from .backends import WIDEST_ROW, available
 from .ops import varlen_attention
+from .ops.varlen_attention import row_bytes
 
 NAME = "cmlm_varlen"
 
@@ -67,7 +68,8 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return out, None
     lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if cu_seqlens is not None and (q.device.type == "cpu" or (q.is_cuda and max(lengths) <= SHORT and _has_kernel())):
+    short = q.is_cuda and max(lengths) <= SHORT and row_bytes(q) <= WIDEST_ROW
+    if cu_seqlens is not None and (q.device.type == "cpu" or (short and _has_kernel())):
         # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
         seed = int(torch.randint(2**62, ())) if dropout else 0
         backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
@@ -90,7 +92,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
 
 @cache
 def _has_kernel() -> bool:
-    return available("varlen_attention", "cuda")["triton"] is None and torch.cuda.get_device_capability() >= (8, 0)
+    return available("varlen_attention", "cuda")["triton"] is None
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,

@@ -12,7 +12,8 @@ The choice, strongest first: the function's `backend=` argument, `use_backend(..
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,6 +26,9 @@ from ._library import contracts, load_errors, native_kernels, op, registered
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_FLOATING = (*_SIXTEEN_BITS, torch.float32, torch.float64)
+#: Of a head's row: the widest that the tiles of Triton's attention leave room for in every chip's shared memory.
+WIDEST_ROW = 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Rule:
         order: backends; the first that is available for the op runs.
         op: the op it is about; None: any.
         dtypes: of the rows, or ids; (): any.
-        least: calls of at least so many scores (N·M; B² of info_nce), or tokens of a mask; needs `op` and `dtypes`.
+        least: calls of at least so many scores (N·M; B² of info_nce), tokens of a mask, or bytes of a head's row (attention);
+            needs `op` and `dtypes`.
     """
 
     order: tuple[str, ...]
@@ -53,6 +58,7 @@ CHOICES: dict[str, tuple[Rule, ...]] = {
     "cuda": (
         Rule(("triton", "cuda", "reference"), "token_similarity", _SIXTEEN_BITS),
         Rule(("triton", "cuda", "reference"), "complementary_mask", (torch.int64,), least=2**23),
+        Rule(("reference",), "varlen_attention", _FLOATING, least=WIDEST_ROW + 1),
         Rule(("cuda", "triton", "reference")),
     ),
 }
@@ -106,8 +112,10 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
             return "this op has no Triton kernel"
         if find_spec("triton") is None:
             return "the package triton is not installed"
-        if device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        if os.environ.get("TRITON_INTERPRET") == "1":
             return None
+        if device_type == "cuda":
+            return _other_device("Triton", ("80",))
         return f"Triton kernels run on GPU tensors, not on {device_type} (or interpreted, with TRITON_INTERPRET=1)"
     device, key, library = _DISPATCH_KEY[backend]
     if library in load_errors:
@@ -116,7 +124,37 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
         return f"{backend} kernels run on {device} tensors, not on {device_type}"
     if (name, key) not in native_kernels:
         return f"this op has no {backend} kernel"
-    return None
+    return _other_device("CUDA", _built_for()) if backend == "cuda" else None
+
+
+def _other_device(kernels: str, archs: Sequence[str]) -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    have = torch.cuda.get_device_capability()
+    if any(runs_on(arch, have) for arch in archs):
+        return None
+    return f"{kernels} kernels are there for {', '.join(archs)}, not for compute capability {have[0]}.{have[1]}"
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for `arch`, as CMake names them, runs on a GPU: "80-real" on 8.0 and 8.6, "80" on all newer ones too.
+
+    >>> runs_on("80-real", (8, 6)), runs_on("90a-real", (8, 0)), runs_on("80", (12, 0))
+    (True, False, True)
+    """
+    digits = re.match(r"\d+", arch)
+    if digits is None:  # "native", say: made on this machine
+        return True
+    major, minor = divmod(int(digits[0]), 10)
+    if arch[digits.end() :].startswith("a"):  # of that chip alone
+        return (major, minor) == capability
+    return (major, minor) <= capability and (major == capability[0] or not arch.endswith("-real"))
+
+
+def _built_for() -> tuple[str, ...]:
+    from ._build import build_info
+
+    return tuple(build_info()["cuda_archs"])
 
 
 def resolve(

@@ -228,6 +228,17 @@ def test_bad_arguments_say_so(argument, value):
         complementary_mask(random_ids(2, 8), **{**VOCABULARY, argument: value})
 
 
+def test_views_of_larger_tensors_are_taken_as_they_are():
+    ids = torch.arange(5, 85).view(4, 20)
+    plain = {"mask_token_id": 3, "vocab_size": 100, "special_ids": (0, 1, 2, 3)}
+    table = torch.tensor([[7, 0], [9, 0], [1, 0], [4, 0]])
+    cu = torch.tensor([0, 1, 10, 2, 40], dtype=torch.int32)[::2]
+    strided = complementary_mask(ids.flatten()[::2], cu, sample_ids=table[:2, 0], **plain)
+    dense = complementary_mask(ids.flatten()[::2].clone(), torch.tensor([0, 10, 40], dtype=torch.int32),
+                               sample_ids=torch.tensor([7, 9]), **plain)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
+
+
 def test_position_shift_is_uniform_and_bounded():
     shift = position_shift(torch.arange(40_000), jitter=3, seed=5, step=1)
     assert shift.min() >= 0 and shift.max() <= 3

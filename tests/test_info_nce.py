@@ -31,7 +31,7 @@ def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduct
     labels = torch.randint(0, classes, (b,), generator=torch.Generator().manual_seed(seed)) if kind == "labels" else None
     args = (rows(b, d, dtype, seed), rows(b, d, dtype, seed + 1), torch.tensor(tau, dtype=loss_dtype(dtype)), labels,
             "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, reduction, True, True)  # fmt: skip
-    assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
+    assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args, nudges=32)
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -109,6 +109,26 @@ def test_frozen_view_and_learned_temperature(backend, kind):
     sigma.requires_grad_()
     info_nce(w1, w2, temperature=sigma, backend=backend, **kind).backward()
     assert torch.equal(z2.grad, w2.grad) and torch.equal(tau.grad, sigma.grad) and tau.grad != 0 and w1.grad.any()
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("scale", [2.0**11, 2.0**16])
+@pytest.mark.parametrize("kind", ["cross", "nt_xent"])
+def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, kind, scale):
+    b = 24 if backend == "triton" else 256
+    generator = torch.Generator().manual_seed(0)
+    z1, z2 = (torch.randn(b, 32, generator=generator).half().requires_grad_() for _ in range(2))
+    (scale * info_nce(z1, z2, scheme=kind, backend=backend)).backward()
+    exact = [x.detach().double().requires_grad_() for x in (z1, z2)]
+    (scale * info_nce(*exact, scheme=kind, backend="reference")).backward()
+    for x, y in zip((z1, z2), exact, strict=True):
+        assert (x.grad.double() - y.grad).norm() < 0.002 * y.grad.norm()
+
+
+def test_strided_labels_are_labels():
+    z1, z2 = torch.randn(2, 6, 8)
+    labels = torch.tensor([0, 9, 0, 9, 1, 9, 1, 9, 2, 9, 2, 9])[::2]
+    assert torch.equal(info_nce(z1, z2, labels=labels), info_nce(z1, z2, labels=labels.clone()))
 
 
 def test_autocast_multiplies_in_its_dtype_and_returns_float32():

@@ -143,6 +143,29 @@ def test_gradient_can_be_taken_twice_with_other_upstream_gradients(backend):
     assert torch.equal(torch.autograd.grad(loss, query, torch.tensor(1.0))[0], once)
 
 
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("scale", [1.0, 2.0**11, 2.0**16])
+def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, scale):
+    n = 40 if backend == "triton" else 512
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(n, 32, generator=generator).half().requires_grad_() for _ in range(2))
+    (scale * token_contrastive(query, key, torch.arange(n), backend=backend)).backward()
+    exact = [x.detach().double().requires_grad_() for x in (query, key)]
+    token_contrastive(*exact, torch.arange(n), backend="reference").backward()
+    for x, y in zip((query, key), exact, strict=True):
+        expected = scale * y.grad
+        error = (x.grad.double() - expected).norm() / expected.norm()
+        assert error < (0.02 if scale == 1 else 0.002), float(error)  # unscaled, its smallest numbers are float16's own
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_there_is_no_second_derivative_and_it_says_so(backend):
+    query, key = (torch.randn(5, 8, requires_grad=True) for _ in range(2))
+    loss = token_contrastive(query, key, torch.arange(5), backend=backend)
+    with pytest.raises(RuntimeError, match="cmlm_fast::token_contrastive: expected create_graph to be False"):
+        torch.autograd.grad(loss, query, create_graph=True)
+
+
 def test_autocast_multiplies_in_its_dtype_and_returns_float32():
     query, key = rows(20, 32).requires_grad_(), rows(30, 32).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

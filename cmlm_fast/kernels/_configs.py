@@ -123,7 +123,7 @@ def config(chip: str, dtype: torch.dtype, shape: str) -> Config:
         maker = "sm_" if chip.startswith("sm_") else "gfx"
         known = [name for name in entries if name.startswith(maker)]
         older = [name for name in known if _number(name) <= _number(chip)]
-        chip = max(older or known, key=_number)
+        chip = max(older, key=_number) if older else min(known, key=_number)
     return entries[chip][bits][shape]
 
 

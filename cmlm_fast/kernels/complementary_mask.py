@@ -37,6 +37,7 @@ def tokens_at(ids, special, eligible, units, index, inside, position, SPECIAL: t
     unit = position
     if UNITS:
         unit = tl.load(units + index, mask=inside, other=0)
+        can &= unit >= 0  # which other backends refuse; keys of negative units would never part
     return token, can, unit
 
 

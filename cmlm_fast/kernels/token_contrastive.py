@@ -51,8 +51,8 @@ def _run(weight: Tensor | None, query: Tensor, key: Tensor, target: Tensor, tau:
     query_grad, key_grad = query_grad and weight is not None, key_grad and weight is not None
     empty, zero = query.new_empty(0), torch.zeros_like(tau)
     if query.shape[0] == 0 or key.shape[0] == 0:
-        dq = torch.zeros_like(query) if query_grad else empty
-        dk = torch.zeros_like(key) if key_grad else empty.clone()
+        dq = query.new_zeros(query.shape) if query_grad else empty
+        dk = key.new_zeros(key.shape) if key_grad else empty.clone()
         return tau.new_zeros(query.shape[0]), dq, dk, zero
     start, end, *tokens = options
     pairs = Pairs(query, key, tau, normalize, target=target, start=start, end=end, x_token=tokens[0], y_token=tokens[1])

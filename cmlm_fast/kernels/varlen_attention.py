@@ -63,9 +63,9 @@ def attend(q, k, v, cu, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_h
            SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
            PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out [T, H, D] and lse [H, T]."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(cu + sequence)
-    length = tl.load(cu + sequence + 1) - begin
+    sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
+    length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
     sample = sequence.to(tl.int64) * H + head
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     d = tl.arange(0, WIDTH)
@@ -89,7 +89,7 @@ def attend(q, k, v, cu, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_h
         inside = i < length
         weight = tl.where(inside, weight, 1.0)
         at = (begin + i).to(tl.int64)
-        tl.store(lse + head.to(tl.int64) * T + at, largest + tl.log(weight), mask=inside)
+        tl.store(lse + head * T + at, largest + tl.log(weight), mask=inside)
         tl.store(out + (at * H + head)[:, None] * D + d[None, :], (total / weight[:, None]).to(out.dtype.element_ty),
                  mask=inside[:, None] & (d < D)[None, :])  # fmt: skip
 
@@ -113,12 +113,12 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
              window, k0, k1, threshold, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
              BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """dq, dk, dv [T, H, D] of the gradient g of out; delta [H, T] is scratch."""
-    sequence, head = tl.program_id(0), tl.program_id(1)
-    begin = tl.load(cu + sequence)
-    length = tl.load(cu + sequence + 1) - begin
+    sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
+    length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
     sample = sequence.to(tl.int64) * H + head
     g, q, k, v = g + head * g_head, q + head * q_head, k + head * k_head, v + head * v_head
-    lse, delta = lse + head.to(tl.int64) * T, delta + head.to(tl.int64) * T
+    lse, delta = lse + head * T, delta + head * T
     d = tl.arange(0, WIDTH)
     columns = (d < D)[None, :]
     dtype = dq.dtype.element_ty

@@ -250,7 +250,9 @@ def complementary_mask(
     shape, device = input_ids.shape, input_ids.device
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
-        equal_lengths = _equal_lengths.__wrapped__ if torch.compiler.is_compiling() else _equal_lengths
+        # What a graph's capture makes exists only in its replays: nothing to keep for others.
+        once = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        equal_lengths = _equal_lengths.__wrapped__ if once else _equal_lengths
         cu_seqlens = equal_lengths(*shape, device)
     for name, tensor in (("attention_mask", attention_mask), ("eligible", eligible), ("unit_ids", unit_ids)):
         if tensor is not None:
@@ -265,12 +267,12 @@ def complementary_mask(
             special_ids = _special_tensor(tuple(special_ids), device)
     seed &= 2**64 - 1
     args = (
-        input_ids.reshape(-1),
-        cu_seqlens,
-        special_ids,
-        None if eligible is None else eligible.reshape(-1),
-        None if unit_ids is None else unit_ids.reshape(-1),
-        sample_ids,
+        input_ids.reshape(-1).contiguous(),
+        cu_seqlens.contiguous(),
+        special_ids.contiguous(),
+        None if eligible is None else eligible.reshape(-1).contiguous(),
+        None if unit_ids is None else unit_ids.reshape(-1).contiguous(),
+        None if sample_ids is None else sample_ids.contiguous(),
         mask_token_id,
         vocab_size,
         float(rate),

@@ -32,7 +32,7 @@ from ._scores import (
     through_unit_rows,
     unit_rows,
 )
-from .token_contrastive import check_reduction, reduction_weight
+from .token_contrastive import check_reduction, in_forward, reduction_weight
 
 _NAME = "info_nce"
 _INPUTS = "Tensor z1, Tensor z2, Tensor temperature, Tensor? labels, str scheme, bool symmetric, bool normalize"
@@ -256,7 +256,8 @@ def info_nce(
     """
     z1, z2 = autocast_rows(z1, z2)
     tau = as_temperature(_NAME, temperature, z1)
-    recording = torch.is_grad_enabled()
+    recording = torch.is_grad_enabled() and in_forward(z1.dtype)
+    labels = None if labels is None else labels.contiguous()
     args = (z1, z2, tau, labels, scheme, symmetric, normalize, reduction, recording and z1.requires_grad,
             recording and z2.requires_grad)  # fmt: skip
     _check(*args)

@@ -119,6 +119,12 @@ def _check(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, key_
     check_reduction(_NAME, reduction)
 
 
+def in_forward(dtype: torch.dtype) -> bool:
+    """Whether the forward pass makes the gradients, of unit gradient of the loss. float16, whose small numbers would be lost
+    before the loss scale comes, makes them in the backward pass, scaled."""
+    return dtype != torch.float16
+
+
 def check_reduction(op_name: str, reduction: str) -> None:
     """The rule on `reduction`."""
     expect(op_name, reduction in ("none", "mean", "sum"), "reduction", "'mean', 'sum' or 'none'", repr(reduction))
@@ -253,7 +259,7 @@ def token_contrastive(
     """
     query, key = autocast_rows(query, key)
     tau = as_temperature(_NAME, temperature, query)
-    recording = torch.is_grad_enabled()
+    recording = torch.is_grad_enabled() and in_forward(query.dtype)
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,
             recording and query.requires_grad, recording and key.requires_grad)  # fmt: skip
     _check(*args)

@@ -46,6 +46,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, 
     expect(_NAME, window >= 0, "window", ">= 0", window)
 
 
+def row_bytes(x: Tensor) -> int:
+    """Of a head's row in tiles, whose width is a power of 2."""
+    return (1 << (x.shape[-1] - 1).bit_length()) * x.element_size()
+
+
 def _check_values(cu: Tensor, tokens: int) -> None:
     good = cu[0] == 0 and cu[-1] == tokens and not (cu.diff() < 0).any()
     expect_values(_NAME, bool(good), "cu_seqlens", f"non-decreasing from 0 to {tokens}", cu.tolist()[:8])
@@ -193,5 +198,5 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     seed &= 2**64 - 1
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed - 2**64 if seed >= 2**63 else seed, window)
     _check(*args)
-    out: Tensor = resolve(_NAME, query.device, backend)(*args)[0]
+    out: Tensor = resolve(_NAME, query.device, backend, query.dtype, row_bytes(query))(*args)[0]
     return out

@@ -13,6 +13,9 @@
 #include "common/check.h"
 #include "common/dispatch.h"
 #include "common/mask_check.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace cmlm {
 namespace {
@@ -83,6 +86,9 @@ bool mask_range(const MaskArgs& args, int64_t sequences, int64_t begin, int64_t 
       if (from < to) good &= kernel(args, at - cu, from, to, nullptr);
     }
   }
+#if defined(__x86_64__)
+  _mm_sfence();  // stores past the caches are seen by others only after it
+#endif
   return good;
 }
 

@@ -7,17 +7,17 @@
 
 namespace cmlm::CMLM_ISA {
 
-struct MultiplyLanes {
+struct MultiplyWords {
   typedef uint64_t Words __attribute__((vector_size(64)));
   CMLM_HOST_DEVICE Words operator()(Words word, uint32_t factor) const { return (word & 0xffffffff) * factor; }
 };
 
-using Draws = Philox<MultiplyLanes::Words, MultiplyLanes>;
+using Draws = Philox<MultiplyWords::Words, MultiplyWords>;
 
 // keep[j − begin] = 0 where word j is below `below`, else factor; begin and end are multiples of 32.
 template <class M>
 CMLM_INLINE void draw_keep(const Draws& draws, uint32_t below, M factor, int64_t begin, int64_t end, M* keep) {
-  using Words = MultiplyLanes::Words;
+  using Words = MultiplyWords::Words;
   const uint64_t first = begin / 4;
   Words quad = Words{0, 1, 2, 3, 4, 5, 6, 7} + first;
   for (int64_t j = begin; j < end; j += 32, quad += 8) {

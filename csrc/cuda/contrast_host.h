@@ -175,11 +175,12 @@ class ContrastRun {
     }
     if constexpr (in_place) task_.weights = reinterpret_cast<T*>(task_.scores);
     M* part = along ? memory<M>(chunk * x.width) : nullptr;
-    // The other side's gradient grows chunk by chunk: in float, unless it is done with the first.
+    // The other side's gradient grows chunk by chunk: in float, unless it is done with the first. float16 has no room for the sum of
+    // a popular row's weights, before `project` scales it.
     M* sums = nullptr;
     if constexpr (std::is_same_v<T, M>)
       sums = across ? p_.gradient[o][0] : nullptr;
-    else if (across && chunks > 1)
+    else if (across && (chunks > 1 || std::is_same_v<T, Fp16>))
       sums = memory<M>(y.rows * y.width);
     task_.side = s, task_.pitch = pitch, task_.softmax = softmax, task_.weigh = weigh;
     const bool columns_too = softmax && anchors() == 2;
