@@ -27,7 +27,7 @@ BACKENDS = ("reference", "cpp", "cuda", "triton")
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _FLOATING = (*_SIXTEEN_BITS, torch.float32, torch.float64)
-#: Of a head's row: the widest that the tiles of Triton's attention leave room for in every chip's shared memory.
+#: Bytes of a head's row: twice as many would cost Triton's attention 130 KB of shared memory, more than some chips have.
 WIDEST_ROW = 512
 
 

@@ -219,7 +219,9 @@ def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) 
 
 def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
     """Raise ValueError where the tokenizer has ids that the model's embedding has no row for."""
-    rows, ids = model.lm.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values()) + 1
+    from .data import mask_settings
+
+    rows, ids = model.lm.get_input_embeddings().num_embeddings, mask_settings(tokenizer)["vocab_size"]
     expect(ids <= rows, "model", f"one whose tokenizer has at most {rows} ids, the rows of its embedding", ids)
 
 

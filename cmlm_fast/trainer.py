@@ -179,7 +179,7 @@ class CMLMTrainer(ResumableTrainer):
 
     def train(self, *args: Any, **options: Any) -> Any:
         """As the Trainer's, also after `evaluate`."""
-        if self.model_wrapped is self.model:
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)

@@ -105,6 +105,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
+             "tested": trainer.predict(trainer.eval_dataset).metrics,
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
     if fsdp:
         arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", dataloader_pin_memory=False,

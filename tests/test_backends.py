@@ -61,6 +61,24 @@ def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
         assert chosen(dtype, rule.least) == rule.op
 
 
+def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
+    import cmlm_fast.backends as backends
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backends, "load_errors", {})
+    monkeypatch.setattr(backends, "native_kernels", {("info_nce", "CUDA")})
+    monkeypatch.setattr(backends, "_built_for", lambda: ("80-real", "90a-real", "120"))
+    cases = {(7, 5): (False, False), (8, 6): (True, True), (9, 0): (True, True), (11, 0): (False, True), (12, 1): (True, True)}
+    for capability, expected in cases.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda have=capability: have)
+        reasons = cmlm_fast.available("info_nce", "cuda")
+        assert (reasons["cuda"] is None, reasons["triton"] is None) == expected, capability
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    reason = "Triton kernels are there for 80, not for compute capability 7.5"
+    assert cmlm_fast.available("info_nce", "cuda")["triton"] == reason
+
+
 @pytest.mark.parametrize("name", contracts)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_named_backend_runs_or_says_why_not(name, backend):

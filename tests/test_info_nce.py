@@ -31,6 +31,7 @@ def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduct
     labels = torch.randint(0, classes, (b,), generator=torch.Generator().manual_seed(seed)) if kind == "labels" else None
     args = (rows(b, d, dtype, seed), rows(b, d, dtype, seed + 1), torch.tensor(tau, dtype=loss_dtype(dtype)), labels,
             "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, reduction, True, True)  # fmt: skip
+    # At τ = 0.01 scores are 100 times as large as what they are rounded to: 8 draws found too low a floor for 1 input in 300.
     assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args, nudges=32)
 
 
@@ -112,12 +113,12 @@ def test_frozen_view_and_learned_temperature(backend, kind):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("scale", [2.0**11, 2.0**16])
+@pytest.mark.parametrize(("scale", "size"), [(2.0**11, 4096), (2.0**16, 1)])  # of long rows gradients are small
 @pytest.mark.parametrize("kind", ["cross", "nt_xent"])
-def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, kind, scale):
+def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, kind, scale, size):
     b = 24 if backend == "triton" else 256
     generator = torch.Generator().manual_seed(0)
-    z1, z2 = (torch.randn(b, 32, generator=generator).half().requires_grad_() for _ in range(2))
+    z1, z2 = ((size * torch.randn(b, 32, generator=generator)).half().requires_grad_() for _ in range(2))
     (scale * info_nce(z1, z2, scheme=kind, backend=backend)).backward()
     exact = [x.detach().double().requires_grad_() for x in (z1, z2)]
     (scale * info_nce(*exact, scheme=kind, backend="reference")).backward()

@@ -60,6 +60,7 @@ def test_held_out_scores_do_not_depend_on_the_ranks(name, runs):
     for rank in ranks:
         for score in names:
             assert rank["scores"][score] == pytest.approx(one["scores"][score], rel=1e-3, abs=1e-4), score
+        assert rank["tested"]["test_mlm"] == pytest.approx(one["scores"]["eval_mlm"], rel=1e-3)
 
 
 def test_a_run_of_one_process_goes_on_with_two(runs):

@@ -22,7 +22,6 @@ import torch
 
 from ..backends import use_backend
 from ..config import CMLMConfig
-from ..data import tokenize_texts
 from ..options import expect
 from ..output import disk_errors
 from ..post_train import check_length, fast_in_bf16, load_model, load_tokenizer
@@ -78,6 +77,8 @@ class Grid:
         self.bf16 = fast_in_bf16() if experiment.bf16 is None else experiment.bf16
         self.tokenizer, self.start, self.start_id = self._load_start()
         if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
+            from ..data import tokenize_texts
+
             tokenize_texts(train.select_columns("text").select([0]), self.tokenizer, whole_word=True)
         self.cells = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}
 
