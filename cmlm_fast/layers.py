@@ -35,6 +35,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         own = input.device.type == "cpu" and not torch.compiler.is_compiling() and ("dropout", "CPU") in native_kernels
+        own = own and not self.inplace
         if not own or not self.training or not 0.0 < self.p < 1.0:
             return super().forward(input)
         out: Tensor = op("dropout")(input, self.p, int(torch.randint(2**62, ())))
@@ -70,9 +71,10 @@ class TiedEmbedding(nn.Embedding):
 
 
 @contextmanager
-def head_joins(embedding: nn.Module) -> Iterator[Tensor | None]:
+def head_joins(embedding: nn.Module, decoder: Any) -> Iterator[Tensor | None]:
     """A forward pass whose LM head multiplies by the tensor that this gives; None: by its own weight."""
-    if not isinstance(embedding, TiedEmbedding) or embedding.weight.device.type != "cpu" or torch.compiler.is_compiling():
+    here = decoder.weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not isinstance(embedding, TiedEmbedding) or embedding.weight is not decoder.weight or not here:
         yield None
         return
     embedding.weight_of_pass, head = _OneWeight.apply(embedding.weight)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-#: glibc's numbers of the options, and their values: sizes are int32 there.
+#: glibc's numbers of the options, and their values: a size is an int32 there.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-_OWN_MAPPING, _NEVER = 1 << 28, 2**31 - 1
+_OWN_MAPPING, _NEVER = (1 << 28, 1 << 25), 2**31 - 1  # before 2.35 at most the second
 _ENVIRONMENT = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
     """Tell the C library's allocator to keep what is freed; it stays told so for the life of the process.
 
     A step frees its activations and gradients, and glibc returns much of that to the operating system, which clears each page
-    again at its first touch in the next step: 5 % of a step of a small encoder. Sizes above 256 MB are still returned.
+    again at its first touch in the next step: 5 % of a step of a small encoder. Blocks above 256 MB (32 MB before
+    glibc 2.35) are still returned.
 
     Returns:
         Whether it was done: not where an environment variable already says what glibc does, nor with another C library.
@@ -29,4 +30,4 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # no such function; no library of that kind
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _OWN_MAPPING) and mallopt(_TRIM_THRESHOLD, _NEVER))
+    return any(mallopt(_MMAP_THRESHOLD, size) for size in _OWN_MAPPING) and bool(mallopt(_TRIM_THRESHOLD, _NEVER))

@@ -137,7 +137,7 @@ class CMLMModel(nn.Module):
         """
         can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
-        with head_joins(self.lm.get_input_embeddings()) as head_weight:
+        with head_joins(self.lm.get_input_embeddings(), self.lm.get_output_embeddings()) as head_weight:
             if cu_seqlens is None or lengths is None:
                 if attention_mask is None:
                     raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")

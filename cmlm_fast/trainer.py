@@ -182,6 +182,7 @@ class CMLMTrainer(ResumableTrainer):
         """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
         if self.args.device.type == "cpu":
             keep_freed_memory()
+        self._sums = _Sums()  # of another training
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)

@@ -16,7 +16,7 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
 from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
 from cmlm_fast.gradient_cache import GradientCache
-from cmlm_fast.layers import TiedEmbedding, head_joins
+from cmlm_fast.layers import TiedEmbedding, head_joins, use_fast_layers
 from cmlm_fast.ops import _linear
 
 
@@ -225,10 +225,29 @@ def test_an_encoder_trained_on_alone_has_dense_gradients():
     assert embedding.weight.grad.layout is torch.strided
     torch.optim.AdamW(model.lm.base_model.parameters()).step()  # refuses sparse gradients
     embedding.weight.grad = None
-    with head_joins(embedding) as head:
+    with head_joins(embedding, model.lm.get_output_embeddings()) as head:
         model.lm.base_model(input_ids=torch.arange(5, 17)[None]).last_hidden_state.sum().backward()
     assert head.shape == embedding.weight.shape and embedding.weight.grad.layout is torch.strided  # no part of the head
     assert embedding.weight.grad[5:17].any() and not embedding.weight.grad[17:].any()
+
+
+def test_a_decoder_untied_after_the_start_is_trained_by_itself():
+    model = CMLMModel(make_lm(), CMLMConfig(token_weight=0.0, sequence_weight=0.0))
+    decoder, embedding = model.lm.get_output_embeddings(), model.lm.get_input_embeddings()
+    decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
+    with head_joins(embedding, decoder) as head:
+        assert head is None
+    assert isinstance(embedding, TiedEmbedding) and decoder.weight is not embedding.weight
+
+
+def test_layers_take_what_torch_takes():
+    vector, dropped = torch.randn(4, requires_grad=True), torch.ones(1000)
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.Dropout(0.5, inplace=True))
+    use_fast_layers(plain)
+    plain[0](vector).sum().backward()
+    torch.testing.assert_close(vector.grad, plain[0].weight.sum(0))
+    plain[1](dropped)
+    assert 300 < (dropped == 0).sum() < 700  # in place
 
 
 @pytest.mark.skipif(("dropout", "CPU") not in native_kernels, reason="no compiled kernels")

@@ -70,6 +70,15 @@ def test_accumulation_equals_one_large_batch(pieces, tmp_path, tiny_rows, tiny_t
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5) and runs[0][2] == pytest.approx(runs[1][2], rel=1e-5)
 
 
+def test_a_second_training_logs_nothing_of_the_first(tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_steps=3, logging_steps=2)
+    trainer.train()
+    assert trainer._sums.values  # step 3, which no log has
+    trainer._sums.add({"mlm": torch.tensor([1e9, 1.0])})
+    trainer.train()
+    assert 0 < history(trainer, "mlm")[0] < 100
+
+
 def test_packed_and_padded_training_are_one_trajectory(tmp_path, tiny_rows, tiny_tokenizer):
     runs = []
     for packed in (True, False):

@@ -56,6 +56,14 @@ def test_any_strides_give_the_same_bits(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), CASES)
+def test_a_window_of_any_size_is_none(backend, device):
+    q = torch.randn(7, 2, 8, device=device)
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    whole = varlen_attention(q, q, q, cu, backend=backend)
+    assert torch.equal(varlen_attention(q, q, q, cu, window=2**63 - 1, backend=backend), whole)
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
 @pytest.mark.parametrize("window", [0, 20])
 def test_long_sequences(window, backend, device):
     # Beyond every tile: the sums go over several.

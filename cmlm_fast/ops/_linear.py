@@ -51,7 +51,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`."""
-    own = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32
+    own = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() >= 2
     if not own or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)

@@ -75,7 +75,7 @@ VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
   args.lse = static_cast<math_t<T>*>(const_cast<void*>(lse.const_data_ptr()));
   args.cu_seqlens = call.cu.const_data_ptr<int32_t>();
   args.tokens = call.query.size(0), args.heads = call.query.size(1), args.width = call.query.size(2);
-  args.window = call.window;
+  args.window = call.window < call.longest ? call.window : 0;  // none: i + window must not overflow
   args.scale = static_cast<math_t<T>>(call.scale);
   args.keep_factor = static_cast<math_t<T>>(1 / (1 - call.dropout));
   args.seed = static_cast<uint64_t>(call.seed);

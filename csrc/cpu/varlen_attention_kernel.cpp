@@ -33,7 +33,7 @@ struct Vector {
   static constexpr int kWidth = kBytes / sizeof(M);
 };
 
-// Lanes of __builtin_shuffle for each distance 1, 2, 4, ..., as constants: written lane by lane they would be made at run time.
+// Lanes of `shuffle` for each distance 1, 2, 4, ..., as constants: written lane by lane they would be made at run time.
 template <class M>
 struct Lanes {
   static constexpr int kWidth = Vector<M>::kWidth;
@@ -50,9 +50,18 @@ struct Lanes {
 template <class M>
 constexpr Lanes<M> kLaneOf;
 
+// Lane l of the result is lane index[l] of a and b, one behind the other.
 template <class M>
-CMLM_INLINE typename Vector<M>::indices lanes_of(const typename Vector<M>::Index* from) {
-  return *reinterpret_cast<const typename Vector<M>::indices*>(from);
+CMLM_INLINE typename Vector<M>::type shuffle(typename Vector<M>::type a, typename Vector<M>::type b,
+                                             const typename Vector<M>::Index* index) {
+#if defined(__clang__)
+  typename Vector<M>::type out;
+  for (int lane = 0; lane < Vector<M>::kWidth; ++lane)
+    out[lane] = index[lane] < Vector<M>::kWidth ? a[index[lane]] : b[index[lane] - Vector<M>::kWidth];
+  return out;
+#else
+  return __builtin_shuffle(a, b, *reinterpret_cast<const typename Vector<M>::indices*>(index));
+#endif
 }
 
 // A strided matrix: element (i, k) stands at data[i * row + k * column].
@@ -71,8 +80,8 @@ CMLM_INLINE void transpose(typename Vector<M>::type* x) {
     for (int i = 0; i < Vector<M>::kWidth; ++i) {
       if (i & far) continue;
       const auto a = x[i], b = x[i + far];
-      x[i] = __builtin_shuffle(a, b, lanes_of<M>(kLaneOf<M>.low[far]));
-      x[i + far] = __builtin_shuffle(a, b, lanes_of<M>(kLaneOf<M>.high[far]));
+      x[i] = shuffle<M>(a, b, kLaneOf<M>.low[far]);
+      x[i + far] = shuffle<M>(a, b, kLaneOf<M>.high[far]);
     }
 }
 
@@ -225,7 +234,7 @@ CMLM_INLINE M fold(const M* lanes, Pair pair) {
     for (int i = 0; i < half; ++i) x[i] = pair(x[i], x[i + half]);
 #pragma GCC unroll 4
   for (int far = Vector<M>::kWidth / 2; far > 0; far /= 2)
-    x[0] = pair(x[0], __builtin_shuffle(x[0], lanes_of<M>(kLaneOf<M>.other[far])));
+    x[0] = pair(x[0], shuffle<M>(x[0], x[0], kLaneOf<M>.other[far]));
   return x[0][0];
 }
 
