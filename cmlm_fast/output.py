@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from .checkpoints import STAGING, checkpoints, newest_whole
 
@@ -70,9 +71,7 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
-            for begin in range(0, size, len(_CHUNK)):
-                trial.write(_CHUNK[: size - begin])
-            trial.flush()
+            _fill(trial, size)
     except OSError as error:
         for path in created:
             if path.exists():
@@ -82,10 +81,23 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     for path in folder.glob(f"{STAGING}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if fresh:
-        for path in folder.glob("checkpoint-*"):
+        for path in checkpoints(folder):
             shutil.rmtree(path)
         for name in ("metrics.jsonl", "settings.json"):
             (folder / name).unlink(missing_ok=True)
+
+
+def _fill(file: IO[bytes], size: int) -> None:
+    """Take `size` bytes of the disk: at once where the system can, else by writing them."""
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            return os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot
+                raise
+    for begin in range(0, size, len(_CHUNK)):
+        file.write(_CHUNK[: size - begin])
+    file.flush()
 
 
 @contextmanager
@@ -104,8 +116,8 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write inside the block into a DiskError that says what is kept."""
+def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
+    """Turn a failed write inside the block into a DiskError that says what is kept; default: `what_is_kept`."""
     try:
         yield
     except DiskError:
@@ -114,7 +126,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         reason = _disk_reason(error)
         if reason is None:
             raise
-        raise DiskError(f"could not write to {folder}: {reason}; {what_is_kept(folder)}") from error
+        raise DiskError(f"could not write to {folder}: {reason}; {kept or what_is_kept(folder)}") from error
 
 
 def what_is_kept(folder: Path) -> str:

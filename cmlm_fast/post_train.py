@@ -131,8 +131,12 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     options, folder = prepared.options, Path(prepared.options.output_dir)
     prepared.checkpoint = ranks.of_main(prepared.checkpoint)
     size = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
-    # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps.
-    copies = 1 + (3 * (options.save_total_limit + 1) if options.save_steps else 0)
+    # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps, but no more than it
+    # writes. Those of an earlier leg are there already.
+    saved = 1 if prepared.checkpoint else options.save_total_limit + 1
+    if options.save_steps and options.max_steps > 0:
+        saved = min(saved, -(-options.max_steps // options.save_steps))
+    copies = 1 + (3 * saved if options.save_steps else 0)
     fresh = prepared.checkpoint is None
     ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ from cmlm_fast.data import load_labelled
 from cmlm_fast.fewshot import FewShotExperiment, draw
 from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
-from cmlm_fast.fewshot.tables import interval, markdown, rows_of, write_tables
+from cmlm_fast.fewshot.tables import interval, rows_of, write_tables
+from cmlm_fast.output import DivergedError
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
 
@@ -141,7 +143,7 @@ def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
 def made_up(accuracy, method, d, dataset="a", shots=4):
     return {"dataset": dataset, "method": method, "shots": shots, "draw": d, "accuracy": accuracy, "macro_f1": accuracy / 2,
             "fine_tune_seconds": 1.0, "post_train_seconds": 2.0, "encoder_tokens": 3, "setup_id": "s",
-            "method_id": method}  # fmt: skip
+            "method_id": method, "device": "cpu", "torch": "2.13.0"}  # fmt: skip
 
 
 def test_differences_are_paired_and_have_their_interval():
@@ -164,6 +166,67 @@ def test_differences_are_paired_and_have_their_interval():
     # The same name with another objective is a row of its own.
     names = [row.method for row in rows_of([*cells[:10], {**made_up(0.9, "cmlm", 0), "method_id": "other"}])]
     assert names == ["ft", "cmlm #cmlm", "cmlm #other"]
+    # Schedules that differ are told apart beside one another; a condition of two setups is in no mean over all.
+    tapt, cmlm = ({**made_up(0.9, name, 0), "schedule": {"epochs": n}} for n, name in enumerate(("tapt", "cmlm")))
+    assert [row.method for row in rows_of([cells[0], tapt, cmlm])] == ["ft", "tapt #tapt", "cmlm #cmlm"]
+    assert [row.dataset for row in rows_of([cells[0], {**cells[0], "setup_id": "t"}, cells[10]])] == ["a", "a", "b"]
+
+
+def test_the_tables_say_where_cells_of_several_machines_are_mixed(tmp_path):
+    cells = [made_up(0.5, "ft", 0), made_up(0.6, "cmlm", 0)]
+    write_tables(tmp_path, cells)
+    assert "A difference may be" not in (tmp_path / "results.md").read_text(encoding="utf-8")
+    write_tables(tmp_path, [cells[0], {**cells[1], "device": "NVIDIA H100"}])
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "Cells: 1 on cpu with torch 2.13.0, 1 on NVIDIA H100 with torch 2.13.0." in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.md", "results.png"]
+
+
+def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoint, files, tmp_path):
+    said, options = [], {"shots": (2,), "draws": 1}
+    experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt",), **options).run()
+    names = ("tapt", "tapt:mlm_weight=1")
+    both = experiment(tiny_checkpoint, files, tmp_path / "out", methods=names, **options).run(said.append)
+    assert [c["method"] for c in both] == ["tapt", "tapt:mlm_weight=1"] and both[0]["key"] == both[1]["key"]
+    assert both[0]["accuracy"] == both[1]["accuracy"] and not any("post-training" in line for line in said)
+    assert "| tapt:mlm_weight=1 | 1 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_one_method_that_diverges_leaves_the_others(tiny_checkpoint, files, tmp_path):
+    broken = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt", "ft", "cmlm:token_temperature=1e-30"),
+                        shots=(2,), draws=1, learning_rate=1e30)  # fmt: skip
+    with pytest.raises(DivergedError, match="texts: all but 2 done; tapt, draw 0: "):
+        broken.run()
+    assert [c["method"] for c in read_cells(tmp_path / "out" / "cells.jsonl")] == ["ft"]
+    assert "| ft | 1 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_another_tokenizer_or_configuration_is_another_start(tiny_checkpoint, files, tmp_path):
+    def start_id():
+        return experiment(str(other), files, tmp_path / "out").check().start_id
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    first = start_id()
+    assert first == experiment(tiny_checkpoint, files, tmp_path / "out").check().start_id
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
+    second = start_id()
+    words = (other / "tokenizer.json").read_text()
+    assert '"lowercase":true' in words.replace(" ", "").replace("\n", "")
+    (other / "tokenizer.json").write_text(json.dumps({**json.loads(words), "normalizer": None}))
+    assert len({first, second, start_id()}) == 3
+
+
+def test_models_that_were_kept_stay(tiny_checkpoint, files, tmp_path):
+    def models():
+        return {path.name for path in (tmp_path / "out" / "models").iterdir()}
+
+    options = {"methods": ("tapt",), "draws": 1}
+    experiment(tiny_checkpoint, files, tmp_path / "out", shots=(2,), keep_models=True, **options).run()
+    before = models()
+    experiment(tiny_checkpoint, files, tmp_path / "out", shots=(2, 4), **options).run()
+    assert len(before) == 2 and models() == before
 
 
 def test_cells_of_other_texts_are_not_compared(tiny_checkpoint, files, tmp_path, caplog):
@@ -295,5 +358,7 @@ RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("fe
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
-def test_committed_tables_are_made_of_the_committed_cells(path):
-    assert (path.parent / "results.md").read_text(encoding="utf-8") == markdown(rows_of(read_cells(path)), "ft")
+def test_committed_tables_are_made_of_the_committed_cells(path, tmp_path):
+    write_tables(tmp_path, read_cells(path))
+    for name in ("results.md", "results.csv"):
+        assert (path.parent / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8")

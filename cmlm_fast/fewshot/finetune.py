@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..output import DivergedError
 from .draws import classes_of
 from .methods import Contrast
 
@@ -56,6 +57,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
 
     Raises:
         ValueError: sizes that differ, no text, fewer than two classes, or a test label that was not trained.
+        DivergedError: NaN scores.
     """
     import torch
     from sklearn.metrics import accuracy_score, f1_score
@@ -93,9 +95,10 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
         predicted = trainer.predict(test)
     truth, guess = predicted.label_ids, np.argmax(predicted.predictions, axis=-1)
     if not math.isfinite(float(np.sum(predicted.predictions))):
-        raise ValueError(f"fine_tune: expected learning_rate to be one that training survives, got {learning_rate}: NaN scores")
-    return FewShotScore(float(accuracy_score(truth, guess)), float(f1_score(truth, guess, average="macro")),
-                        time.perf_counter() - begin)  # fmt: skip
+        rule = f"expected learning_rate to be one that training survives, got {learning_rate}"
+        raise DivergedError(f"fine_tune: {rule}: NaN scores")
+    f1 = f1_score(truth, guess, average="macro", labels=np.unique(truth), zero_division=0)  # of the classes that are tested
+    return FewShotScore(float(accuracy_score(truth, guess)), float(f1), time.perf_counter() - begin)
 
 
 def _check(train_texts: Sequence[Text], train_labels: Sequence[Hashable], test_texts: Sequence[Text],

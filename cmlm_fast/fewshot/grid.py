@@ -1,7 +1,7 @@
 """A checked experiment at work: it resumes where it stopped and never repeats a finished cell.
 
 The order is breadth first, draw by draw: stop it at any time and what is there is a fair table. A cell's key is a
-fingerprint of all that its number depends on: start weights, texts and labels, method, schedule, fine-tuning, draw.
+fingerprint of all that its number depends on: the start, texts and labels, method, schedule, fine-tuning, draw.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..backends import use_backend
+from ..checkpoints import discard
 from ..config import CMLMConfig
 from ..options import expect
-from ..output import disk_errors
-from ..post_train import check_length, fast_in_bf16, load_model, load_tokenizer
+from ..output import DivergedError, disk_errors
+from ..post_train import check_length, check_vocabulary, fast_in_bf16, load_model, load_tokenizer
 from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells
 from .draws import classes_of, draw
 from .finetune import Text, fine_tune
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MODELS = "models"
+_OF_THE_FILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 _PROTOCOL = 1  # part of every key; raise it when the same settings give another number
 
 
@@ -80,35 +81,54 @@ class Grid:
             from ..data import tokenize_texts
 
             tokenize_texts(train.select_columns("text").select([0]), self.tokenizer, whole_word=True)
-        self.cells = {cell["key"]: cell for cell in read_cells(self.folder / CELLS)}
+        self.cells = {(cell["key"], cell["method"]): cell for cell in read_cells(self.folder / CELLS)}
 
     def run(self, report: Callable[[str], None]) -> list[Cell]:
         """As `FewShotExperiment.run`."""
         grid = [(d, name) for d in range(self.options.draws) for name in self.methods]
-        wanted = [self.facts(name, shots, d) for d, name in grid for shots in self.shots]
-        keys = [fingerprint(facts) for facts in wanted]
-        report(f"{self.name}: {len(keys)} cells, {sum(key in self.cells for key in keys)} of them done before")
+        wanted = [self._id(name, shots, d) for d, name in grid for shots in self.shots]
+        report(f"{self.name}: {len(wanted)} cells, {sum(one in self.cells for one in wanted)} of them done before")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with disk_errors(self.folder), use_backend(self.options.backend), _same_bits_every_time():
-            for d, name in grid:
-                self._cells_of(name, d, report)
-            # Read again: other runs may have added to the file in the meantime.
-            write_tables(self.folder, read_cells(self.folder / CELLS), self.options.baseline)
-        return [self.cells[key] for key in keys]
+        failed, kept = [], "the finished cells are kept"
+        with disk_errors(self.folder, kept), use_backend(self.options.backend), _same_bits_every_time():
+            try:
+                for d, name in grid:
+                    try:
+                        self._cells_of(name, d, report)
+                    except DivergedError as error:  # of this method alone
+                        failed.append(f"{name}, draw {d}: {error}")
+                        report(f"{self.name}, draw {d}, {name}: failed, {error}")
+            finally:
+                if cells := read_cells(self.folder / CELLS):  # other runs may have added to the file in the meantime
+                    write_tables(self.folder, cells, self.options.baseline)
+        if failed:
+            raise DivergedError(f"{self.name}: all but {len(failed)} done; {failed[0]}")
+        return [self.cells[one] for one in wanted]
+
+    def _id(self, name: str, shots: int, d: int) -> tuple[str, str]:
+        """A cell's key, and the method's name: what two names say in different words is done once, and has a row for each."""
+        return fingerprint(self.facts(name, shots, d)), name
 
     def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> None:
-        todo = [shots for shots in self.shots if fingerprint(self.facts(name, shots, d)) not in self.cells]
+        todo = [shots for shots in self.shots if self._id(name, shots, d) not in self.cells]
+        done = {key: cell for (key, _), cell in self.cells.items()}
+        for shots in todo:
+            if twin := done.get(self._id(name, shots, d)[0]):
+                self._add({**twin, "method": name}, report)
+        todo = [shots for shots in todo if self._id(name, shots, d) not in self.cells]
         if not todo:
             return
-        checkpoint, facts = self._checkpoint(name, d, report)
+        checkpoint, facts, made = self._checkpoint(name, d, report)
         for shots in todo:
-            cell = self._cell(name, shots, d, checkpoint, facts)
-            append_cell(self.folder / CELLS, cell)
-            self.cells[cell["key"]] = cell
-            report(f"{self.name}, {shots} a class, draw {d}, {name}: accuracy {cell['accuracy']:.4f}, macro-F1 "
-                   f"{cell['macro_f1']:.4f}, {cell['fine_tune_seconds']:.0f} s")  # fmt: skip
-        if self.methods[name].objective is not None and not self.options.keep_models:
-            shutil.rmtree(checkpoint, ignore_errors=True)
+            self._add(self._cell(name, shots, d, checkpoint, facts), report)
+        if made and not self.options.keep_models:
+            discard(checkpoint)
+
+    def _add(self, cell: Cell, report: Callable[[str], None]) -> None:
+        append_cell(self.folder / CELLS, cell)
+        self.cells[cell["key"], cell["method"]] = cell
+        report(f"{self.name}, {cell['shots']} a class, draw {cell['draw']}, {cell['method']}: accuracy {cell['accuracy']:.4f}, "
+               f"macro-F1 {cell['macro_f1']:.4f}, {cell['fine_tune_seconds']:.0f} s")  # fmt: skip
 
     def facts(self, name: str, shots: int, d: int) -> dict[str, Any]:
         """All that the number of one cell depends on."""
@@ -132,18 +152,19 @@ class Grid:
         """What cells must have in common to be compared."""
         options = self.options
         fine_tuning = {field: getattr(options, f"fine_tune_{field}") for field in ("epochs", "batch_size", "learning_rate")}
-        return {"model": Path(options.model).name, "start": self.start_id, "data": self._data_id, "fine_tuning": fine_tuning,
-                "max_length": options.max_length, "bf16": self.bf16, "seed": options.seed}  # fmt: skip
+        return {"protocol": _PROTOCOL, "model": Path(options.model).name, "start": self.start_id, "data": self._data_id,
+                "fine_tuning": fine_tuning, "max_length": options.max_length, "bf16": self.bf16,
+                "seed": options.seed}  # fmt: skip
 
-    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint to fine-tune, made where it is not there yet, and what was done for it."""
+    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any], bool]:
+        """The checkpoint to fine-tune, what was done for it, and whether it was post-trained here and now."""
         from .post_training import FACTS, post_train, save
 
         models = Path(self.options.cache_dir) if self.options.cache_dir else self.folder / _MODELS
         start = models / f"start-{self.start_id}"
         if not start.exists():
             save(self.start, self.tokenizer, {"steps": 0, "encoder_tokens": 0, "seconds": 0.0}, start)
-        folder, method = start, self.methods[name]
+        folder, method, made = start, self.methods[name], False
         if method.objective is not None:
             folder = models / fingerprint(self._post_training_facts(name, d))
             if not folder.exists():
@@ -151,8 +172,9 @@ class Grid:
                 done = post_train(start, self._unlabelled, method, self._schedule, seed=self.options.seed + d, bf16=self.bf16,
                                   folder=folder)  # fmt: skip
                 report(f"{self.name}, draw {d}, {name}: post-trained, {done['steps']} steps, {done['seconds']:.0f} s")
+                made = True
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-        return folder, facts
+        return folder, facts, made
 
     def _cell(self, name: str, shots: int, d: int, checkpoint: Path, done: dict[str, Any]) -> Cell:
         options = self.options
@@ -209,14 +231,19 @@ class Grid:
 
     def _load_start(self) -> tuple[Any, Any, str]:
         """Tokenizer, model, and a fingerprint of both. A head that the checkpoint lacks is made from the seed."""
+        # Of the tokenizer all that it does, of the configuration all but where it comes from.
         from transformers import set_seed
 
         tokenizer = load_tokenizer(self.options.model)
         set_seed(self.options.seed)
         model = load_model(self.options.model, CMLMConfig())
+        check_vocabulary(model, tokenizer)
         objectives = [method.objective for method in self.methods.values() if method.objective]
         check_length(model, self.options.max_length, max((each.position_jitter for each in objectives), default=0))
-        digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+        digest = hashlib.sha256(json.dumps([config, words], sort_keys=True, default=str).encode())
         for name, value in sorted(model.lm.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

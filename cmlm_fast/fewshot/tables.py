@@ -10,13 +10,16 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .cells import CELLS, Cell, read_cells
+from .cells import CELLS, Cell, fingerprint, read_cells
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +70,13 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 def rows_of(cells: Iterable[Cell], baseline: str = "ft") -> list[Row]:
     """A row for each condition and method, then, where there are several conditions, one "all" for each method that has all.
 
-    A method that was run with more than one objective or schedule has a row for each, told apart by its fingerprint.
+    A method that was run with more than one objective has a row for each, told apart by its fingerprint; so has each that is
+    post-trained, where schedules differ. There is no "all" where a data set and number of shots were run with several setups.
     """
     found = _by_condition(cells)
     rows = [_row(condition, name, [draws], [methods.get(baseline, {})], name == baseline)
             for condition, methods in found.items() for name, draws in methods.items()]  # fmt: skip
-    if len(found) > 1:
+    if len(found) > 1 and len({condition[:2] for condition in found}) == len(found):
         for name in dict.fromkeys(name for methods in found.values() for name in methods):
             if all(name in methods for methods in found.values()):
                 own, base = [m[name] for m in found.values()], [m.get(baseline, {}) for m in found.values()]
@@ -88,13 +92,31 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
     if all(row.method != baseline for row in rows):
         names = ", ".join(dict.fromkeys(row.method for row in rows))
         logger.warning("no differences: baseline %s is not among the methods of the cells, %s", baseline, names)
-    (folder / "results.md").write_text(markdown(rows, baseline), encoding="utf-8")
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+    machines = Counter(f"{cell['device']} with torch {cell['torch']}" for cell in cells if "device" in cell)
+    with _whole(folder / "results.md") as path:
+        path.write_text(markdown(rows, baseline) + _mixture(machines), encoding="utf-8")
+    with _whole(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(rows)
-    plot_differences(rows, baseline, folder / "results.png")
+    with _whole(folder / "results.png") as path:
+        plot_differences(rows, baseline, path)
     return rows
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` at once: several runs may share the folder."""
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    yield draft
+    os.replace(draft, path)
+
+
+def _mixture(machines: Mapping[str, int]) -> str:
+    if len(machines) < 2:
+        return ""
+    cells = ", ".join(f"{count} on {machine}" for machine, count in machines.items())
+    return f"\nCells: {cells}. A difference may be of two cells from different ones, which no random numbers pair.\n"
 
 
 def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
@@ -102,7 +124,7 @@ def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
     cells = read_cells(folder / CELLS)
     if not cells:
         raise ValueError(f"expected output_dir to be a folder with a {CELLS} that holds cells, got {folder}")
-    known = sorted({cell["method"] for cell in cells})
+    known = sorted({row.method for row in rows_of(cells, baseline)})
     if baseline not in known:
         raise ValueError(f"expected baseline to be among the methods of the cells, {', '.join(known)}, got {baseline}")
     return write_tables(folder, cells, baseline)
@@ -139,9 +161,10 @@ def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, 
     kinds: dict[str, set[str]] = {}
     for cell in cells:
         kinds.setdefault(cell["method"], set()).add(cell["method_id"])
+    schedules = {fingerprint(cell["schedule"]) for cell in cells if cell.get("schedule") is not None}
     for cell in cells:
         condition = (cell["dataset"], cell["shots"], cell["setup_id"])
-        several = len(kinds[cell["method"]]) > 1
+        several = len(kinds[cell["method"]]) > 1 or (cell.get("schedule") is not None and len(schedules) > 1)
         name = cell["method"] + (f" #{cell['method_id'][:6]}" if several else "")
         found.setdefault(condition, {}).setdefault(name, {})[cell["draw"]] = cell
     return dict(sorted(found.items()))
