@@ -16,11 +16,13 @@ _COLUMNS = 4
 
 def plot_differences(rows: Sequence[Row], baseline: str, path: Path) -> None:
     """Draw points with 95 % intervals; a method without a difference to the baseline has none."""
-    panels = list(dict.fromkeys(row[:3] for row in rows))
+    compared = [row for row in rows if row.difference is not None] or rows
+    panels = list(dict.fromkeys(row[:3] for row in compared))
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name != baseline]
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    figure, pyplot = new_figure(lines, columns, width=3.0 + 0.06 * max(map(len, methods), default=0), height=1.4 + 0.28 * max(1, len(methods)))
+    longest = max(map(len, methods), default=0)
+    figure, pyplot = new_figure(lines, columns, width=3.0 + 0.06 * longest, height=1.4 + 0.28 * max(1, len(methods)))
     several = len({row.setup for row in rows if row.setup}) > 1
     for axes, panel in zip(figure.axes, panels, strict=False):
         found = {row.method: row for row in rows if row[:3] == panel}
