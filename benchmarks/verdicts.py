@@ -71,8 +71,8 @@ def page(found: Results) -> str:
         f"not ours, both timed in turns in one run, after their answers were checked. A tie is within {EVEN - 1:.0%}.",
         f"{m['device']}, {m['threads']} threads, {m['instruction set']}, torch {found.versions['torch']}, {found.date}, commit "
         f"{found.commit}. Measured in the run: {tops}. A ceiling is a row's products by `torch.matmul`, or a copy of "
-        "its bytes: more than 100 % is a faster library's product, or data that the caches still held. Nothing has been timed "
-        "on a GPU.",
+        "its bytes: more than 100 % is a faster library's product, or data that the caches still held. GPUs have "
+        "[a page of their own](tuning.md).",
         "![Ours beside the fastest other](benchmarks-ratios.png)",
     ]
     for op in OPS:
