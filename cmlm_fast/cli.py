@@ -11,6 +11,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import fields
 from enum import Enum
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ import typer
 from . import ranks
 from .cli_errors import one_line_errors, quiet
 from .cli_fewshot import register
-from .options import PostTrainOptions
+from .options import PostTrainOptions, default
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -37,8 +38,7 @@ class Preset(str, Enum):
     simcse = "simcse"
 
 
-def _default(name: str) -> Any:
-    return next(field.default for field in fields(PostTrainOptions) if field.name == name)
+_default = partial(default, PostTrainOptions)
 
 
 def _option(text: str, *names: str, **extra: Any) -> Any:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .cli_errors import one_line_errors, quiet
+from .fewshot import FewShotExperiment
 from .fewshot.methods import METHODS
-from .options import PostTrainOptions
+from .options import PostTrainOptions, default
 
 
 def _option(text: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
+_default, _few = partial(default, PostTrainOptions), partial(default, FewShotExperiment)
 _POST, _FINE, _OTHER = "Post-training", "Fine-tuning", "Other"
 
 
@@ -25,30 +27,30 @@ def few_shot_command(
     train: Annotated[str, typer.Option(help=".csv, .tsv, .jsonl, .json, .parquet, or a saved datasets folder, with labels")],
     output_dir: Annotated[str, typer.Option(help="cells.jsonl, results.md, .csv and .png; a run goes on from what is there")],
     test: Annotated[str | None, typer.Option(help="texts to score, with the columns of --train")] = None,
-    validation: Annotated[int, typer.Option(help="instead of --test: score so many texts held out of --train")] = 0,
+    validation: Annotated[int, typer.Option(help="instead of --test: score so many of the train texts")] = _few("validation"),
     name: Annotated[str | None, typer.Option(help="in the tables; default: the file's, or of a train.* its folder's")] = None,
-    label_column: Annotated[str, typer.Option(help="column of the classes")] = "label",
+    label_column: Annotated[str, typer.Option(help="column of the classes")] = _few("label_column"),
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
     paraphrase_column: Annotated[str | None, typer.Option(help="column of each text's paraphrase, for cssl")] = None,
-    methods: Annotated[str, typer.Option(help=f"names between commas: {', '.join(METHODS)}")] = "ft,tapt,cmlm",
-    shots: Annotated[str, typer.Option(help="labelled texts a class, numbers between commas")] = "16",
-    draws: Annotated[int, typer.Option(help="draws of the labelled texts")] = 5,
-    baseline: Annotated[str, typer.Option(help="the method that the others are compared with")] = "ft",
-    epochs: Annotated[float, _option("times through the texts", _POST)] = 2.0,
-    max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs", _POST)] = -1,
-    batch_size: Annotated[int, _option("sequences a step", _POST)] = 32,
-    learning_rate: Annotated[float, _option("peak of the schedule", _POST)] = 5e-5,
-    warmup: Annotated[float, _option("share of the steps, below 1, or their number", _POST)] = 0.06,
-    fine_tune_epochs: Annotated[float, _option("times through the labelled texts", _FINE)] = 10.0,
-    fine_tune_batch_size: Annotated[int, _option("texts a step", _FINE)] = 16,
-    fine_tune_learning_rate: Annotated[float, _option("start of the linear decay", _FINE)] = 2e-4,
-    max_length: Annotated[int, _option("most tokens of a sequence", _OTHER)] = 128,
+    methods: Annotated[str, typer.Option(help=f"names between commas: {', '.join(METHODS)}")] = ",".join(_few("methods")),
+    shots: Annotated[str, typer.Option(help="labelled texts a class, between commas")] = ",".join(map(str, _few("shots"))),
+    draws: Annotated[int, typer.Option(help="draws of the labelled texts")] = _few("draws"),
+    baseline: Annotated[str, typer.Option(help="the method that the others are compared with")] = _few("baseline"),
+    epochs: Annotated[float, _option("times through the texts", _POST)] = _few("epochs"),
+    max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs", _POST)] = _few("max_steps"),
+    batch_size: Annotated[int, _option("sequences a step", _POST)] = _few("batch_size"),
+    learning_rate: Annotated[float, _option("peak of the schedule", _POST)] = _few("learning_rate"),
+    warmup: Annotated[float, _option("share of the steps, below 1, or their number", _POST)] = _few("warmup"),
+    fine_tune_epochs: Annotated[float, _option("times through the labelled texts", _FINE)] = _few("fine_tune_epochs"),
+    fine_tune_batch_size: Annotated[int, _option("texts a step", _FINE)] = _few("fine_tune_batch_size"),
+    fine_tune_learning_rate: Annotated[float, _option("start of the linear decay", _FINE)] = _few("fine_tune_learning_rate"),
+    max_length: Annotated[int, _option("most tokens of a sequence", _OTHER)] = _few("max_length"),
     bf16: Annotated[bool | None, _option("bfloat16 autocast; default: where the hardware is fast in it", _OTHER)] = None,
-    seed: Annotated[int, _option("of everything random; draw d takes seed + d", _OTHER)] = 0,
+    seed: Annotated[int, _option("of everything random; draw d takes seed + d", _OTHER)] = _few("seed"),
     cache_dir: Annotated[str | None, _option("where checkpoints are kept; default: in --output-dir", _OTHER)] = None,
-    keep_models: Annotated[bool, _option("keep the checkpoints of finished cells", _OTHER, "--keep-models")] = False,
-    backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton", _OTHER)] = "auto",
+    keep_models: Annotated[bool, _option("keep finished checkpoints", _OTHER, "--keep-models")] = _few("keep_models"),
+    backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton", _OTHER)] = _few("backend"),
 ) -> None:
     """Does post-training help? Post-train on unlabelled texts, fine-tune on a few labels, compare methods draw by draw.
 
@@ -59,9 +61,6 @@ def few_shot_command(
         given["methods"] = tuple(part.strip() for part in methods.split(",") if part.strip())
         given["shots"] = _numbers("shots", shots)
         quiet()
-
-        from .fewshot import FewShotExperiment
-
         FewShotExperiment(**given).run(lambda line: print(line, flush=True))
         print(Path(output_dir, "results.md").read_text(encoding="utf-8"))  # as it is: a wrapped row is no Markdown
 
@@ -75,10 +74,6 @@ def few_shot_table_command(
         from .fewshot.tables import markdown, tables_of
 
         print(markdown(tables_of(output_dir, baseline), baseline))
-
-
-def _default(name: str) -> Any:
-    return next(field.default for field in fields(PostTrainOptions) if field.name == name)
 
 
 def warm_head_command(
