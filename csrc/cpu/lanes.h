@@ -6,24 +6,15 @@
 #include <cstring>
 
 #include "common/philox.h"
+#include "cpu/width.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
-#ifndef CMLM_ISA
-#define CMLM_ISA baseline
-#endif
-
 namespace cmlm::CMLM_ISA {
 
-#if defined(CMLM_ISA_avx512)
-constexpr int kWidth = 8;
-#elif defined(CMLM_ISA_avx2)
-constexpr int kWidth = 4;
-#else
-constexpr int kWidth = 2;
-#endif
+constexpr int kWidth = kBytes / 8;
 
 typedef int64_t Lanes __attribute__((vector_size(8 * kWidth)));  // a comparison gives -1 or 0 in each lane
 typedef uint64_t Words __attribute__((vector_size(8 * kWidth)));

@@ -5,16 +5,9 @@
 #include <type_traits>
 
 #include "cpu/vec.h"
+#include "cpu/width.h"
 
 namespace cmlm::CMLM_ISA {
-
-#if defined(CMLM_ISA_avx512)
-constexpr int64_t kBytes = 64;
-#elif defined(CMLM_ISA_avx2)
-constexpr int64_t kBytes = 32;
-#else
-constexpr int64_t kBytes = 16;
-#endif
 
 template <class M>
 struct Vector {
