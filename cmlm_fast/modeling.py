@@ -143,9 +143,8 @@ class CMLMModel(nn.Module):
                     raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
                 can = can & attention_mask.bool()
                 hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
-                batch, length = input_ids.shape
-                cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
-                first = cu_seqlens[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
+                batch = len(input_ids)
+                cu_seqlens, first = row_bounds(attention_mask)
             else:
                 hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
                 batch, first = len(lengths), cu_seqlens[:-1].long()
@@ -309,6 +308,13 @@ class CMLMModel(nn.Module):
         held = {id(names[name]): value for name, value in state_dict.items() if name in names}
         tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}
         return super().load_state_dict({**tied, **state_dict}, strict=strict, assign=assign)
+
+
+def row_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a padded batch [B, L], seen as one row of B·L: where each sequence's begins, int32 [B + 1], and its first token."""
+    batch, length = attention_mask.shape
+    begins = torch.arange(batch + 1, dtype=torch.int32, device=attention_mask.device) * length
+    return begins, begins[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
 
 
 def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:

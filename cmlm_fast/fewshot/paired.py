@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention import Packing
 from ..data import CMLMDataCollator
 from ..losses import CMLMLoss, Views
-from ..modeling import CMLMModel, CMLMOutput
+from ..modeling import CMLMModel, CMLMOutput, row_bounds
 
 
 class PairCollator:
@@ -73,9 +73,7 @@ class PairedModel(CMLMModel):
         elif attention_mask is not None:
             can = can & attention_mask.bool()
             encoded = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
-            batch, length = input_ids.shape
-            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=input_ids.device) * length
-            first = cu_seqlens[:-1] + attention_mask.long().argmax(1)
+            cu_seqlens, first = row_bounds(attention_mask)
         else:
             raise ValueError("PairedModel: expected attention_mask to be given with a padded batch, got None")
         hidden = encoded.last_hidden_state.flatten(0, 1)
