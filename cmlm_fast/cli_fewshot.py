@@ -79,7 +79,7 @@ def few_shot_table_command(
 def warm_head_command(
     model: Annotated[str, typer.Option(help="folder or hub id of the encoder")],
     output_dir: Annotated[str, typer.Option(help="new or empty folder")],
-    train_file: Annotated[str, typer.Option(help="general text; default: the IMDb reviews of the extra [demo]")] = "",
+    train_file: Annotated[str, typer.Option(help="general text; default: 25,000 IMDb reviews, of the extra [demo]")] = "",
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     train_encoder: Annotated[bool, typer.Option("--train-encoder", help="train the whole masked LM")] = False,
     epochs: Annotated[float, typer.Option(help="times through the texts")] = 1.0,
@@ -87,7 +87,7 @@ def warm_head_command(
     batch_size: Annotated[int, typer.Option(help="sequences a step and device")] = _default("batch_size"),
     learning_rate: Annotated[float | None, typer.Option(help="default: 1e-3, with --train-encoder 1e-4")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens a sequence; default: 128 or fewer")] = None,
-    eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = 0.02,
+    eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = 0.005,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast; default: where the hardware is fast in it")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = _default("seed"),
     save_steps: Annotated[int, typer.Option(help="steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),

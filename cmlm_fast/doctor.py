@@ -36,7 +36,7 @@ def diagnose() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "bfloat16 in hardware": bfloat16_hardware(),
             "kernels' instruction set": _isa(),
-            "CMLM_FAST_BACKEND": os.environ.get("CMLM_FAST_BACKEND") or "auto",
+            "CMLM_FAST_BACKEND": _backend(),
             "Triton tile sizes": _tiles(),
             "devices": _devices(),
         },
@@ -44,6 +44,11 @@ def diagnose() -> dict[str, Any]:
         "build": _build_info(),
         "ops": {op: {device: available(op, device) for device in _device_types()} for op in _library.contracts},
     }
+
+
+def _backend() -> str:
+    name = os.environ.get("CMLM_FAST_BACKEND") or "auto"
+    return name if name in ("auto", *BACKENDS) else f"{name}: no such backend, every op will say so"
 
 
 def print_report(console: Console) -> None:

@@ -19,6 +19,7 @@ from typing import IO
 from .checkpoints import STAGING, checkpoints, newest_whole
 
 _CHUNK = bytes(1 << 20)
+_BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # safetensors and torch.save report a failed write as an exception of their own, with these words.
 _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
@@ -56,7 +57,7 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
         if checkpoint is None:
             raise ValueError(f"expected output_dir to hold a whole checkpoint-N to resume from, got {folder}")
         return checkpoint
-    if not overwrite and folder.exists() and any(folder.iterdir()):
+    if not overwrite and folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
 
@@ -83,7 +84,7 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     if fresh:
         for path in checkpoints(folder):
             shutil.rmtree(path)
-        for name in ("metrics.jsonl", "settings.json"):
+        for name in _BEGUN:
             (folder / name).unlink(missing_ok=True)
 
 

@@ -99,7 +99,8 @@ def prepare(options: PostTrainOptions) -> Prepared:
         held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     if options.max_tokens is not None:  # its rules are those of the sampler
         TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
-    settings = _settings(options, config, arguments) | {"train_file": _fingerprint(train), "held-out texts": _fingerprint(held)}
+    settings = _settings(options, config, arguments) | {"max_length": length, "eval_share": options.eval_share}
+    settings |= {"model": start_of(model), "train_file": _fingerprint(train), "held-out texts": _fingerprint(held)}
     if checkpoint is not None:
         check_settings(Path(options.output_dir), settings)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments, settings)
@@ -252,6 +253,15 @@ def _settings(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrai
     batch = 1 if options.max_tokens is not None else options.batch_size
     name = "ranks × batch_size × gradient_accumulation"
     return {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
+
+
+def start_of(model: CMLMModel, settings: str = "") -> str:
+    """A fingerprint of all weights of the masked LM, and of what else it depends on."""
+    digest = hashlib.sha256(settings.encode())
+    for name, value in sorted(model.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _fingerprint(rows: Dataset | None) -> str | None:

@@ -36,14 +36,14 @@ def print_table(console: Console, title: str, rows: Mapping[str, object], headin
 def show(value: object) -> str:
     """A value as the tables print it: thousands apart, four significant digits, a dash for what was not measured.
 
-    >>> show(8530), show(0.123456), show(None)
-    ('8,530', '0.1235', '–')
+    >>> show(8530), show(8530.4), show(0.123456), show(None)
+    ('8,530', '8,530', '0.1235', '–')
     """
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    if isinstance(value, int) or abs(value) >= 10_000:
+    if isinstance(value, int) or abs(value) >= 1_000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
 

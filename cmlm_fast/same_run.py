@@ -13,6 +13,7 @@ from typing import Any
 from .output import STAGING
 
 _NAME = "settings.json"
+_CONTENTS = ("model", "train_file", "held-out texts")  # whose values are fingerprints
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
@@ -29,5 +30,9 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"expected output_dir to hold {_NAME} of the run to resume, got {folder} without it")
     before = json.loads(path.read_text(encoding="utf-8"))
     for name, value in json.loads(json.dumps(settings)).items():
-        if before.get(name) != value:
-            raise ValueError(f"expected {name} to be {before.get(name)}, as in the run to resume, got {value}")
+        if before.get(name) == value:
+            continue
+        if name in _CONTENTS:
+            rule = f"what it was in the run to resume, fingerprint {before.get(name)}"
+            raise ValueError(f"expected {name} to be {rule}, got another, {value}")
+        raise ValueError(f"expected {name} to be {before.get(name)}, as in the run to resume, got {value}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from conftest import make_lm
 from typer.testing import CliRunner
 
+from cmlm_fast import CMLMModel
 from cmlm_fast.cli import app
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import DiskError
@@ -55,6 +57,14 @@ def test_post_train_writes_a_model_scores_and_curves(tiny_checkpoint, sentence_f
     assert not list(folder.glob(".saving*")) and "perplexity" in result.output
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tiny_checkpoint, sentence_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("settings.json", "metrics.jsonl"):
+        (tmp_path / "out" / name).write_text("{}\n")
+    assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out").exit_code == 0
+    assert all("step" in line for line in lines(tmp_path / "out"))
+
+
 def test_resume_goes_on_and_ends_like_a_run_that_was_not_cut(tiny_checkpoint, sentence_file, tmp_path):
     from safetensors.torch import load_file
 
@@ -79,9 +89,20 @@ app({["post-train", "--model", tiny_checkpoint, "--train-file", sentence_file, "
     assert refused.exit_code == 2 and "new or empty (or give --overwrite or --resume)" in refused.output
     for options, words in ((("--seed", "1"), "expected seed to be 42, as in the run to resume, got 1"),
                            (("--gradient-accumulation", "2"), "expected ranks × batch_size × gradient_accumulation to be "),
-                           (("--eval-share", "0.3"), "expected train_file to be ")):  # fmt: skip
+                           (("--eval-share", "0.3"), "expected eval_share to be "),
+                           (("--max-length", "20"), "expected max_length to be ")):  # fmt: skip
         other = post_train(tiny_checkpoint, sentence_file, cut, "--resume", *options)
         assert other.exit_code == 2 and words in other.stderr.replace("\n", " "), (options, other.stderr)
+    turned = tmp_path / "turned.txt"
+    turned.write_text("\n".join(reversed(Path(sentence_file).read_text().splitlines())) + "\n")
+    model = CMLMModel.from_pretrained(tiny_checkpoint)
+    with torch.no_grad():
+        model.lm.get_input_embeddings().weight.mul_(1.01)
+    shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    for name, start, texts in (("train_file", tiny_checkpoint, turned), ("model", tmp_path / "other", sentence_file)):
+        other = post_train(start, texts, cut, "--resume")
+        assert f"expected {name} to be what it was in the run to resume" in other.stderr.replace("\n", " "), other.stderr
     result = post_train(tiny_checkpoint, sentence_file, cut, "--resume")
     assert result.exit_code == 0, result.output
     a, b = (load_file(folder / "model.safetensors") for folder in (whole, cut))

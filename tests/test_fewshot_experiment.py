@@ -22,7 +22,7 @@ from cmlm_fast.data import load_labelled
 from cmlm_fast.fewshot import FewShotExperiment, draw
 from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
-from cmlm_fast.fewshot.tables import interval, rows_of, write_tables
+from cmlm_fast.fewshot.tables import interval, markdown, rows_of, write_tables
 from cmlm_fast.output import DivergedError
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
@@ -88,6 +88,7 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
     (cut / "cells.jsonl").write_text(before + '{"dataset": "te')  # as a crash would leave it
     said = []
     again = experiment(tiny_checkpoint, files, cut, **options).run(said.append)
+    assert [path.name[:6] for path in (cut / "models").iterdir()] == ["start-"]  # also what the first run left behind
     assert said[0] == "texts: 12 cells, 3 of them done before"
     assert not any("draw 0, cmlm: post-trained" in line for line in said)  # kept from before the stop
     assert (cut / "cells.jsonl").read_text().startswith(before) and scores(again) == scores(whole)
@@ -163,6 +164,9 @@ def test_differences_are_paired_and_have_their_interval():
     last = rows_of(cells)[-1]
     assert (last.dataset, last.method, last.draws) == ("all", "cmlm", 3)
     assert last.accuracy == pytest.approx(cmlm[:3].mean() + 0.05) and last.difference == pytest.approx((cmlm - ft)[:3].mean())
+    noise = [made_up(x, name, 0, data) for data, pair in (("a", (0.1, 0.3)), ("b", (0.3, 0.1)))
+             for name, x in zip(("ft", "cmlm"), pair, strict=True)]  # fmt: skip
+    assert rows_of(noise)[-1].ahead == 0 and "| -0.0 |" not in markdown(rows_of(noise), "ft")
     # The same name with another objective is a row of its own.
     names = [row.method for row in rows_of([*cells[:10], {**made_up(0.9, "cmlm", 0), "method_id": "other"}])]
     assert names == ["ft", "cmlm #cmlm", "cmlm #other"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmlm_fast import mlm_cross_entropy
+from cmlm_fast import mlm_cross_entropy, token_contrastive
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -43,3 +43,16 @@ def test_nothing_to_predict_gives_zero_not_nan(reduction, rows):
 def test_target_outside_the_vocabulary():
     with pytest.raises(RuntimeError, match=r"expected target to be in \[0, V = 20\) or -100, got \[1, 20\]"):
         mlm_cross_entropy(torch.randn(3, 8), torch.randn(20, 8), None, torch.tensor([1, 20, -100]))
+
+
+def test_two_dtypes_are_one_too_many_outside_autocast():
+    hidden, weight, target = torch.randn(3, 8), torch.randn(9, 8, dtype=torch.bfloat16), torch.tensor([1, 2, 8])
+    with pytest.raises(ValueError, match=r"weight to be torch.float32, as hidden, got torch.bfloat16"):
+        mlm_cross_entropy(hidden, weight, None, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mlm_cross_entropy(hidden, weight, None, target).isfinite()
+
+
+def test_what_is_no_tensor_says_so():
+    with pytest.raises(TypeError, match="expected rows to be a tensor, got ndarray"):
+        token_contrastive(torch.randn(2, 4).numpy(), torch.randn(3, 4).numpy(), torch.tensor([0, 1]))

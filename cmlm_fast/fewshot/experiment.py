@@ -95,6 +95,10 @@ class FewShotExperiment:
         expect(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", self.max_steps)
         expect(math.isfinite(self.warmup) and self.warmup >= 0, "warmup", "finite and >= 0", self.warmup)
         expect(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        for name in ("methods", "shots"):
+            value = getattr(self, name)
+            several = isinstance(value, Sequence) and not isinstance(value, str)
+            expect(several, name, 'a sequence, ("ft",) or (16,), say', repr(value))
         expect(bool(self.methods), "methods", "at least one", self.methods)
         expect(bool(self.shots) and min(self.shots) >= 1, "shots", "at least one number, all >= 1", self.shots)
         methods = {name: find_method(name) for name in dict.fromkeys(self.methods)}

@@ -6,7 +6,6 @@ fingerprint of all that its number depends on: the start, texts and labels, meth
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from ..checkpoints import discard
 from ..config import CMLMConfig
 from ..options import expect
 from ..output import DivergedError, disk_errors
-from ..post_train import check_length, check_vocabulary, fast_in_bf16, load_model, load_tokenizer
+from ..post_train import check_length, check_vocabulary, fast_in_bf16, load_model, load_tokenizer, start_of
 from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells
 from .draws import classes_of, draw
 from .finetune import Text, fine_tune
@@ -118,10 +117,10 @@ class Grid:
         todo = [shots for shots in todo if self._id(name, shots, d) not in self.cells]
         if not todo:
             return
-        checkpoint, facts, made = self._checkpoint(name, d, report)
+        checkpoint, facts = self._checkpoint(name, d, report)
         for shots in todo:
             self._add(self._cell(name, shots, d, checkpoint, facts), report)
-        if made and not self.options.keep_models:
+        if facts.get("passing") and not self.options.keep_models:
             discard(checkpoint)
 
     def _add(self, cell: Cell, report: Callable[[str], None]) -> None:
@@ -156,25 +155,24 @@ class Grid:
                 "fine_tuning": fine_tuning, "max_length": options.max_length, "bf16": self.bf16,
                 "seed": options.seed}  # fmt: skip
 
-    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any], bool]:
-        """The checkpoint to fine-tune, what was done for it, and whether it was post-trained here and now."""
+    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint to fine-tune, made where it is not there yet, and what was done for it."""
         from .post_training import FACTS, post_train, save
 
         models = Path(self.options.cache_dir) if self.options.cache_dir else self.folder / _MODELS
         start = models / f"start-{self.start_id}"
         if not start.exists():
             save(self.start, self.tokenizer, {"steps": 0, "encoder_tokens": 0, "seconds": 0.0}, start)
-        folder, method, made = start, self.methods[name], False
+        folder, method = start, self.methods[name]
         if method.objective is not None:
             folder = models / fingerprint(self._post_training_facts(name, d))
             if not folder.exists():
                 report(f"{self.name}, draw {d}, {name}: post-training")
                 done = post_train(start, self._unlabelled, method, self._schedule, seed=self.options.seed + d, bf16=self.bf16,
-                                  folder=folder)  # fmt: skip
+                                  folder=folder, passing=not self.options.keep_models)  # fmt: skip
                 report(f"{self.name}, draw {d}, {name}: post-trained, {done['steps']} steps, {done['seconds']:.0f} s")
-                made = True
         facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-        return folder, facts, made
+        return folder, facts
 
     def _cell(self, name: str, shots: int, d: int, checkpoint: Path, done: dict[str, Any]) -> Cell:
         options = self.options
@@ -243,11 +241,8 @@ class Grid:
         config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-        digest = hashlib.sha256(json.dumps([config, words], sort_keys=True, default=str).encode())
-        for name, value in sorted(model.lm.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return tokenizer, model, digest.hexdigest()[:16]
+        settings = json.dumps([config, words], sort_keys=True, default=str)
+        return tokenizer, model, start_of(model, settings)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def find_method(text: str) -> Method:
     """
     name, *changes = text.split(":")
     if name not in METHODS:
-        raise ValueError(f"expected methods to be among {', '.join(METHODS)}, got {name!r}")
+        raise ValueError(f"expected methods to be among {', '.join(METHODS)}, each also with :field=value, got {name!r}")
     method = METHODS[name]
     if not changes:
         return method

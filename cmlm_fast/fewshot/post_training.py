@@ -100,8 +100,10 @@ class CountingTrainer(CMLMTrainer):
 
 
 def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Schedule, *, seed: int, bf16: bool,
-               folder: Path) -> dict[str, Any]:  # fmt: skip
+               folder: Path, passing: bool = False) -> dict[str, Any]:  # fmt: skip
     """Post-train `start` by `method` and write `folder`, a plain checkpoint, all of it or nothing; returns its FACTS.
+
+    `passing` stands in them: the folder is to go when its cells are done, also by a later run.
 
     Raises `output.DivergedError` where the loss is not finite.
 
@@ -135,7 +137,7 @@ def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Sc
     trainer.remove_callback(PrinterCallback)
     result = trainer.train()
     facts = {"steps": result.global_step, "encoder_tokens": trainer.encoder_tokens,
-             "seconds": round(time.perf_counter() - begin, 2)}  # fmt: skip
+             "seconds": round(time.perf_counter() - begin, 2), "passing": passing}  # fmt: skip
     save(model, texts.tokenizer, facts, folder)
     return facts
 

@@ -135,7 +135,7 @@ def markdown(rows: Sequence[Row], baseline: str) -> str:
     setups: dict[tuple[str, int | None], set[str]] = {}
     for row in rows:
         setups.setdefault((row.dataset, row.shots), set()).add(row.setup)
-    parts = [f"""Test accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
+    parts = [f"""Accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
 on the same draws, with the 95 % t interval of its mean. Seconds a draw: post-training + fine-tuning and scoring. Tokens:
 what passed the encoder in post-training, both views."""]
     last = None
@@ -190,7 +190,7 @@ def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], b
     return Row(
         condition[0], condition[1] or None, condition[2], method, len(draws), float(np.mean(accuracy)) if draws else nan,
         sd(accuracy), float(np.mean(f1)) if draws else nan, sd(f1), float(np.mean(apart)) if apart else None, low, high,
-        sum(value > 0 for value in apart), len(apart),
+        sum(value > 1e-9 for value in apart), len(apart),  # a mean over conditions is never equal to the last bit
         *(float(np.mean(mean(own, field))) if draws else nan
           for field in ("post_train_seconds", "fine_tune_seconds", "encoder_tokens")),
     )  # fmt: skip
@@ -203,5 +203,9 @@ def _spread(mean: float, sd: float | None) -> str:
 def _difference(row: Row) -> str:
     if row.difference is None:
         return ""
-    text = f"{100 * row.difference:+.1f}"
-    return text if row.low is None or row.high is None else f"{text} [{100 * row.low:+.1f}, {100 * row.high:+.1f}]"
+    text = _points(row.difference)
+    return text if row.low is None or row.high is None else f"{text} [{_points(row.low)}, {_points(row.high)}]"
+
+
+def _points(difference: float) -> str:
+    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # + 0.0: there is no -0.0

@@ -94,6 +94,9 @@ def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes:
 
 def autocast_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
+    for given in tensors:
+        if not isinstance(given, Tensor):
+            raise TypeError(f"expected rows to be a tensor, got {type(given).__name__}")
     device_type = tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors

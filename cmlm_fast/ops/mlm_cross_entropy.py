@@ -48,6 +48,8 @@ def mlm_cross_entropy(
     expect(_NAME, hidden.dim() == 2, "hidden", "of shape [N, D]", list(hidden.shape))
     n, d = hidden.shape
     expect(_NAME, weight.dim() == 2 and weight.shape[1] == d, "weight", f"of shape [V, D = {d}]", list(weight.shape))
+    if not torch.is_autocast_enabled(hidden.device.type):
+        expect(_NAME, weight.dtype == hidden.dtype, "weight", f"{hidden.dtype}, as hidden", weight.dtype)
     if bias is not None:
         expect(_NAME, bias.shape == weight.shape[:1], "bias", f"of shape [V = {weight.shape[0]}]", list(bias.shape))
     expect(_NAME, target.shape == (n,), "target", f"of shape [N = {n}]", list(target.shape))
