@@ -243,6 +243,8 @@ def _serve(connection: Any, provider: str, dtype: torch.dtype, threads: int) -> 
             one.step(batch)
         connection.send(None)
         while connection.recv() == "run":
+            for batch in work[:2]:  # an idle process's memory may have been reclaimed, and its threads are asleep
+                one.step(batch)
             begin = time.perf_counter()
             for batch in work:
                 one.step(batch)
