@@ -290,25 +290,25 @@ def main() -> None:
     parser.add_argument("--provider", action="append", choices=TIMED, help="only these; `ours` is needed")
     parser.add_argument("--output", type=Path, default=Path("out/bench_train.json"))
     options = parser.parse_args()
+    machine = describe(torch.device("cpu"))
     result = Table(title="one optimizer step, 32 sentences")
     for column in ("dtype", "ours ms", *TIMED[1:], "floor ms", "share of floor"):
         result.add_column(column, justify="right")
     for name in options.dtype or ("float32", "bfloat16"):
         row = measure(getattr(torch, name), options.rounds, options.provider or TIMED)
         print(json.dumps(row), flush=True)
-        save(row, options.output)
+        save(row, machine, options.output)
         ms, speedup = row["ms"], row["speedup"]
         others = [f"{ms[other]} ({speedup[other]} x)" if other in ms else "" for other in TIMED[1:]]
         result.add_row(name, f"{ms['ours']}", *others, f"{row['floor']['ms']}", f"{row['share of floor']:.0%}")
     Console(width=120).print(result)
 
 
-def save(row: dict[str, Any], path: Path) -> None:
-    """Write a row over the earlier one of its case."""
+def save(row: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
+    """Write a row over the earlier one of its case; `machine` as it was before the run."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [*(old for old in rows if old["case"] != row["case"]), row]
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = describe(torch.device("cpu"))
     path.write_text(json.dumps({"machine": machine, "rows": sorted(rows, key=lambda r: r["case"])}, indent=1) + "\n")
 
 
