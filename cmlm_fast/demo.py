@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from .config import CMLMConfig
 from .demo_assets import demo_model_path, demo_texts
 from .fewshot import draw, fine_tune
 from .options import PostTrainOptions
 from .output import disk_errors, open_output
-from .post_train import fast_in_bf16, load_model, load_tokenizer, prepare, run
+from .post_train import fast_in_bf16, prepare, run
 from .report import plot_demo, print_summary, print_table
 
 #: Fine-tuning, chosen on texts that are neither trained on nor tested on here.
@@ -44,14 +43,14 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
         learning_rate=5e-5, save_steps=0, overwrite=True,
     )  # fmt: skip
     console.print(f"Post-training all-MiniLM-L6-v2 on {len(train):,} unlabelled sentences")
-    summary = run(prepare(options))
-    print_summary(summary)
-    console.print(f"Fine-tuning on {shots} labels a class, {draws} draws, tested on {len(test):,} other sentences")
-    with TemporaryDirectory() as same:  # the start without its pooler: fine-tuning gives both a new one
-        before = Path(same)
-        load_model(str(start), CMLMConfig()).save_pretrained(before)
-        load_tokenizer(str(start)).save_pretrained(before)
-        accuracy = _few_shot(before, folder / "model", train, test, shots, draws)
+    prepared = prepare(options)
+    with TemporaryDirectory() as before:  # the start without its pooler, which a masked LM has not: fine-tuning makes both one
+        prepared.model.save_pretrained(before)
+        prepared.tokenizer.save_pretrained(before)
+        summary = run(prepared)
+        print_summary(summary)
+        console.print(f"Fine-tuning on {shots} labels a class, {draws} draws, tested on {len(test):,} other sentences")
+        accuracy = _few_shot(Path(before), folder / "model", train, test, shots, draws)
     result = {"shots": shots, "draws": draws, "few_shot": accuracy}
     result["held_out_before_after"] = summary["held_out_before_after"]
     _print(console, result)
