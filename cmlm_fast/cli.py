@@ -21,7 +21,7 @@ import typer
 from . import ranks
 from .cli_errors import one_line_errors, quiet
 from .cli_fewshot import register
-from .options import PostTrainOptions, default
+from .options import PostTrainOptions
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -38,7 +38,7 @@ class Preset(str, Enum):
     simcse = "simcse"
 
 
-_default = partial(default, PostTrainOptions)
+_default = partial(getattr, PostTrainOptions)
 
 
 def _option(text: str, *names: str, **extra: Any) -> Any:

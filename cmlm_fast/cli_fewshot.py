@@ -11,14 +11,14 @@ import typer
 from .cli_errors import one_line_errors, quiet
 from .fewshot import FewShotExperiment
 from .fewshot.methods import METHODS
-from .options import PostTrainOptions, default
+from .options import PostTrainOptions
 
 
 def _option(text: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=text, rich_help_panel=panel)
 
 
-_default, _few = partial(default, PostTrainOptions), partial(default, FewShotExperiment)
+_default, _few = partial(getattr, PostTrainOptions), partial(getattr, FewShotExperiment)
 _POST, _FINE, _OTHER = "Post-training", "Fine-tuning", "Other"
 
 

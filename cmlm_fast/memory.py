@@ -15,8 +15,7 @@ def keep_freed_memory() -> bool:
     """Tell the C library's allocator to keep what is freed; it stays told so for the life of the process.
 
     A step frees its activations and gradients, and glibc returns much of that to the operating system, which clears each page
-    again at its first touch in the next step: 5 % of a step of a small encoder. Blocks above 256 MB (32 MB before
-    glibc 2.35) are still returned.
+    again at its first touch in the next step. Blocks above 256 MB (32 MB before glibc 2.35) are still returned.
 
     Returns:
         Whether it was done: not where an environment variable already says what glibc does, nor with another C library.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -72,11 +72,6 @@ class PostTrainOptions:
     report_to: str = "none"
     trust_remote_code: bool = False
     backend: str = "auto"
-
-
-def default(options: Any, name: str) -> Any:
-    """The default of a field of a dataclass."""
-    return next(field.default for field in fields(options) if field.name == name)
 
 
 def expect(condition: bool, argument: str, rule: str, value: object) -> None:
