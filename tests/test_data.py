@@ -102,6 +102,9 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
     assert load_texts(write(tmp_path / "b.csv", "review,n\nfine,1\n"))["text"][:] == ["fine"]
     rest = load_texts(write(tmp_path / "c.csv", "q,a\nx,y\n"), text_pair_column="a")
     assert rest[0] == {"text": "x", "text_pair": "y"}
+    late = write(tmp_path / "d.csv", "q,a\n" + "x,\n" * 1000 + "x,y\n")  # a column that begins after the rows looked at
+    assert load_texts(late)["text"][:2] == ["x", "x"]
+    assert load_texts(late, text_pair_column="a")["text_pair"][999:] == ["", "y"]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 TEXT_TYPES = ("string", "large_string", "string_view")
+_BLANK = "blank"  # a column of a .csv whose first rows hold nothing: text where it is asked for, never chosen by itself
 
 
 def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
@@ -95,7 +96,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
 def _check_column(types: Mapping[str, str], argument: str, name: str) -> str:
     if name not in types:
         raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(name))
-    if types[name] not in TEXT_TYPES:
+    if types[name] not in (*TEXT_TYPES, _BLANK):
         raise fail("load_texts", argument, "a column of text", f"{name!r} of type {types[name]}; columns {dict(types)}")
     return name
 
@@ -155,8 +156,13 @@ def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
                        na_values=[""], quoting=options.get("quoting", csv.QUOTE_MINIMAL))  # fmt: skip
     if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
         raise ValueError(f"the header has {head.shape[1]} fields, the first row more; is a comma in it not quoted?")
-    is_text = pd.api.types.is_string_dtype
-    return {str(name): "string" if is_text(kind) else str(kind) for name, kind in head.dtypes.items()}
+    return {str(name): _csv_type(head[name]) for name in head.columns}
+
+
+def _csv_type(column: pd.Series) -> str:
+    if column.isna().all():
+        return _BLANK
+    return "string" if pd.api.types.is_string_dtype(column.dtype) else str(column.dtype)
 
 
 def _uses_quotes(path: Path) -> bool:
