@@ -15,6 +15,7 @@ from .attention import Packing, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
+from .heads import lm_transform
 from .layers import head_joins, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
@@ -46,7 +47,7 @@ class CMLMModel(nn.Module):
         config: the objective.
 
     Raises:
-        ValueError: a masked LM whose head is of no known kind.
+        ValueError: a masked LM whose head is of no known kind, or one that PEFT has wrapped.
 
     Example:
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
@@ -63,6 +64,9 @@ class CMLMModel(nn.Module):
 
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
+        if getattr(lm, "peft_config", None) or getattr(lm, "_hf_peft_config_loaded", False):  # their checkpoints hold no model
+            rule = "a plain masked LM (adapters that peft.inject_adapter_in_model puts into one are part of it)"
+            raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         self.lm = lm
         self.cmlm = config or CMLMConfig()
         self.loss = CMLMLoss(self.cmlm)
@@ -81,13 +85,16 @@ class CMLMModel(nn.Module):
         """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings.
 
         Args:
-            path: folder or hub id.
+            path: folder or hub id. Of a folder that `save_pretrained` wrote also the projection and learned temperatures.
             config: the objective; the default is the preset "balanced".
-            options: as for `AutoModelForMaskedLM.from_pretrained`.
+            options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
+                optimizer steps are lost in 16 bits.
         """
         from transformers import AutoModelForMaskedLM
         from transformers.utils import logging as hf_logging
 
+        if "torch_dtype" not in options:
+            options.setdefault("dtype", torch.float32)
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # its table of missing weights says in 20 lines what follows in one
         try:
@@ -96,7 +103,9 @@ class CMLMModel(nn.Module):
             hf_logging.set_verbosity(verbosity)
         if fresh := sorted(report["missing_keys"]):
             logger.warning("%s has no LM head: made one, its decoder tied to the embeddings (new: %s)", path, ", ".join(fresh))
-        return cls(lm, config)
+        model = cls(lm, config)
+        model.load_contrast(path)
+        return model
 
     def tie_weights(self) -> None:
         """As the masked LM's; called where a model was moved in a way that makes two of a shared weight."""
@@ -145,6 +154,9 @@ class CMLMModel(nn.Module):
                 hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
                 batch = len(input_ids)
                 cu_seqlens, first = row_bounds(attention_mask)
+            elif not self.takes_packed:
+                rule = f"a padded batch, all that {type(self.lm).__name__} takes"
+                raise ValueError(f"CMLMModel: expected input_ids to be {rule}, got one with cu_seqlens")
             else:
                 hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
                 batch, first = len(lengths), cu_seqlens[:-1].long()
@@ -166,8 +178,10 @@ class CMLMModel(nn.Module):
         inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
+        table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
+        first = self._first_position(attention_mask.shape[1]) if table is not None or jitter is not None else 0
         if jitter is not None:
-            position = (attention_mask.cumsum(1) - 1).clamp_min(0) + self._first_position(attention_mask.shape[1])
+            position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
             inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
         hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
         hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
@@ -285,18 +299,29 @@ class CMLMModel(nn.Module):
 
         state = self.state_dict() if state_dict is None else dict(state_dict)
         lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
-        self.lm.save_pretrained(path, state_dict=lm)
+        # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
+        # a checkpoint is read back by these.
+        self.lm.save_pretrained(path, state_dict=lm, save_original_format=False)
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
         if rest:
             save_file(rest, Path(path) / _CONTRAST)
 
     def load_contrast(self, path: str | Path) -> None:
-        """Take projection and learned temperatures from a folder that `save_pretrained` wrote."""
+        """Take projection and learned temperatures from a folder that `save_pretrained` wrote.
+
+        Raises:
+            ValueError: the projection there has another width.
+        """
         from safetensors.torch import load_file
 
         file = Path(path) / _CONTRAST
-        if file.exists():
+        if not file.exists():
+            return
+        try:
             super().load_state_dict(load_file(file), strict=False)
+        except RuntimeError as error:
+            rule = f"as wide as in {file}, or that file deleted"
+            raise ValueError(f"CMLMModel: expected projection to be {rule}, got {self.cmlm.projection}") from error
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take this module's own state, or that of a plain Hugging Face checkpoint: of the masked LM alone."""
@@ -315,28 +340,3 @@ def row_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     batch, length = attention_mask.shape
     begins = torch.arange(batch + 1, dtype=torch.int32, device=attention_mask.device) * length
     return begins, begins[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left
-
-
-def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
-    """What a masked LM's head does to hidden rows [n, D] before its decoder; without rows, only whether it is known."""
-    predictions: Any = getattr(getattr(lm, "cls", lm), "predictions", None)
-    head: Any = getattr(lm, "lm_head", None)
-    gelu = nn.functional.gelu
-    if hasattr(predictions, "transform"):  # BERT and its kin
-        steps = [predictions.transform]
-    elif hasattr(predictions, "LayerNorm"):  # ALBERT
-        steps = [predictions.dense, predictions.activation, predictions.LayerNorm]
-    elif hasattr(head, "layer_norm") and hasattr(head, "dense"):  # RoBERTa, XLM-R, CamemBERT, MPNet
-        steps = [head.dense, gelu, head.layer_norm]
-    elif hasattr(lm, "vocab_transform"):  # DistilBERT
-        steps = [lm.vocab_transform, lm.activation, lm.vocab_layer_norm]
-    elif hasattr(lm, "generator_predictions"):  # ELECTRA
-        steps = [lm.generator_predictions]
-    elif hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
-        steps = [lm.head]
-    else:
-        kinds = "BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT"
-        raise ValueError(f"CMLMModel: expected lm to be a masked LM of the kind of {kinds}, got {type(lm).__name__}")
-    for step in steps if hidden is not None else ():
-        hidden = step(hidden)
-    return hidden

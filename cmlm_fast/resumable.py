@@ -53,6 +53,13 @@ class ResumableTrainer(Trainer):
     def resume_from(self, checkpoint: str) -> None:
         """Called with a whole checkpoint, before the Trainer loads what it knows of from it."""
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer's; weights that a checkpoint lacks would stay what they were before it."""
+        if missing := load_result.missing_keys:
+            rule = "a checkpoint with all of the model's weights"
+            raise ValueError(f"{type(self).__name__}: expected {rule}, got one without {', '.join(sorted(missing)[:5])}")
+        super()._issue_warnings_after_load(load_result)
+
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         """As the Trainer's; remembers, on the device, when a loss was not finite for the first time."""
         loss = super().training_step(*args, **options)

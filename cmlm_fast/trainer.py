@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,9 +17,9 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from accelerate.utils import DynamoBackend, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, set_seed
 
+from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
 from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
 from .gradient_cache import GradientCache
@@ -37,47 +37,6 @@ EVALUATION_STEP = 2**32 - 1
 
 #: What the seed of view 2's masks differs by where the views are masked independently.
 INDEPENDENT = 0x9E3779B97F4A7C15
-
-
-@dataclass
-class CMLMTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` and the seed of the masks.
-
-    Attributes:
-        mask_seed: 64-bit seed of the masks; None takes `seed`.
-        packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
-        max_tokens: training batches are filled up to so many tokens of the texts instead of `per_device_train_batch_size`
-            sequences; see `data.TokenBudgetSampler`.
-        contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
-            `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
-            caching, which costs one more forward pass; the token part keeps to its batch.
-        torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
-            torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
-            a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
-    """
-
-    mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
-    packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
-
-    max_tokens: int | None = field(default=None, metadata={"help": "tokens a batch, instead of sequences a batch"})
-    contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.contrastive_batch_size is not None:
-            batches = self.contrastive_batch_size // self.per_device_train_batch_size
-            whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
-            if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
-                rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
-                        f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
-                given = self.contrastive_batch_size
-                raise ValueError(f"CMLMTrainingArguments: expected contrastive_batch_size to be {rule}, got {given}")
-        # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
-        self.remove_unused_columns = False
-        self.logging_nan_inf_filter = False
-        if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
-            logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
-            self._n_gpu = 1
 
 
 class _Sums:
@@ -108,19 +67,20 @@ class CMLMTrainer(ResumableTrainer):
     """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
-        model: a `CMLMModel`.
+        model: a `CMLMModel`; None with `model_init`, which makes one before each training.
         args: `CMLMTrainingArguments`.
         train_dataset, eval_dataset: rows of `data.tokenize_texts`.
         processing_class: the tokenizer.
         data_collator: default `CMLMDataCollator(processing_class)`.
-        options: everything else `transformers.Trainer` takes.
+        model_init: a function of no argument, or of a trial of `hyperparameter_search`.
+        options: everything else `transformers.Trainer` takes, but for what would look at predictions and labels of its own.
 
     The masks of a sequence depend on (mask_seed, optimizer step, sample id) alone. Logged besides the loss: its parts (mlm,
     token, sequence), temperatures, and for the logged step masked_accuracy, token_retrieval, positive_similarity,
     negative_similarity, sequence_retrieval, alignment and uniformity; `evaluate` gives all of them and the perplexity.
 
     Raises:
-        ValueError: no CMLMModel, no tokenizer, or one that does not fit the model.
+        ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed.
 
     Example:
         >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)
@@ -128,10 +88,13 @@ class CMLMTrainer(ResumableTrainer):
         >>> trainer.model.save_pretrained("post-trained")
     """
 
-    def __init__(self, model: CMLMModel, args: CMLMTrainingArguments | None = None, *, processing_class: Any = None,
-                 data_collator: Any = None, **options: Any) -> None:  # fmt: skip
-        if not isinstance(model, CMLMModel):
-            raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
+    def __init__(self, model: CMLMModel | None = None, args: CMLMTrainingArguments | None = None, *,
+                 processing_class: Any = None, data_collator: Any = None, model_init: Callable[..., CMLMModel] | None = None,
+                 **options: Any) -> None:  # fmt: skip
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if options.get(name) is not None:
+                rule = "None: the objective is the model's, and evaluate gives its parts, not predictions"
+                raise ValueError(f"CMLMTrainer: expected {name} to be {rule}, got {options[name]}")
         tokenizer = processing_class if processing_class is not None else getattr(data_collator, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("CMLMTrainer: expected processing_class to be a tokenizer, got None")
@@ -139,10 +102,15 @@ class CMLMTrainer(ResumableTrainer):
         if not isinstance(args, CMLMTrainingArguments):
             raise ValueError(f"CMLMTrainer: expected args to be CMLMTrainingArguments, got {type(args).__name__}")
         settings = mask_settings(tokenizer)
-        rows = model.lm.get_input_embeddings().num_embeddings
-        if settings["vocab_size"] > rows:
-            rule = f"of at most {rows} ids, the rows of the model's embedding"
-            raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {settings['vocab_size']}")
+        self.args, self._vocabulary = args, settings["vocab_size"]
+        if model_init is None:
+            model = self._checked(model)
+        elif model is None:
+            self.model_init: Any = model_init  # read by call_model_init
+            set_seed(args.seed)
+            model = self.call_model_init()
+        else:
+            raise ValueError("CMLMTrainer: expected model to be None where model_init is given, got both")
         self.special_ids = torch.tensor(settings.pop("special_ids"))
         self.mask_settings = settings
         self._sums = _Sums()
@@ -154,11 +122,8 @@ class CMLMTrainer(ResumableTrainer):
         if args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
             idle_head = model.cmlm.sequence_weight == 0 and model.cmlm.projection > 0
             args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
-        if args.torch_compile:
-            model.compile_layers(args.torch_compile_backend, args.torch_compile_mode)
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
-        if args.torch_compile:  # accelerate would compile the whole model, anew for each batch
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        self.model_init = model_init
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
             rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"
@@ -166,11 +131,34 @@ class CMLMTrainer(ResumableTrainer):
         if args.contrastive_batch_size is not None and model.cmlm.sequence_weight == 0:
             rule = "None where sequence_weight is 0: there is no sequence contrast"
             raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
+        # compute_loss already divides by what the whole optimizer step saw.
+        self.loss_is_scaled_for_ga = True
+
+    def _checked(self, model: Any) -> CMLMModel:
+        """A model that this trainer can train, its layers compiled where that is asked for."""
+        if not isinstance(model, CMLMModel):
+            raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
+        rows = model.lm.get_input_embeddings().num_embeddings
+        if self._vocabulary > rows:
+            rule = f"of at most {rows} ids, the rows of the model's embedding"
+            raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {self._vocabulary}")
+        if self.args.torch_compile:
+            model.compile_layers(self.args.torch_compile_backend, self.args.torch_compile_mode)
+        return model
+
+    def call_model_init(self, trial: Any = None) -> CMLMModel:
+        """As the Trainer's."""
+        return self._checked(super().call_model_init(trial))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; called again for each trial of a search."""
+        super().create_accelerator_and_postprocess()
+        if self.args.torch_compile:  # accelerate would compile the whole model, anew for each batch
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
         if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)
-        # compute_loss already divides by what the whole optimizer step saw.
-        self.loss_is_scaled_for_ga = True
 
     @property
     def cmlm(self) -> CMLMConfig:
@@ -195,7 +183,8 @@ class CMLMTrainer(ResumableTrainer):
         args, dataset = self.args, self.train_dataset
         if args.max_tokens is None:
             return self._shared(super().get_train_dataloader())
-        sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=args.seed,
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
                             num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
@@ -223,6 +212,9 @@ class CMLMTrainer(ResumableTrainer):
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """The batch on the device, with both views and the role of each token."""
+        if "sample_ids" not in batch:
+            rule = "one that gives sample_ids, as CMLMDataCollator does"
+            raise ValueError(f"CMLMTrainer: expected data_collator to be {rule}, got {', '.join(batch)}")
         batch = send_to_device(batch, self.args.device, non_blocking=True)
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
@@ -281,10 +273,19 @@ class CMLMTrainer(ResumableTrainer):
         self.accelerator.unwrap_model(self.model).loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
         output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
-        self._sums.add(_parts(output))
+        self._sums.add(self._parts(output))
         self._sums.add(output.measures)
         loss = output.loss * ranks
         return (loss, output) if return_outputs else loss
+
+    def _weights(self) -> dict[str, float]:
+        config = self.cmlm
+        return dict(zip(PARTS, (config.mlm_weight, config.token_weight, config.sequence_weight), strict=True))
+
+    def _parts(self, output: CMLMOutput) -> dict[str, Tensor]:
+        """Sum and count of each part that is computed."""
+        pairs = zip(self._weights().items(), torch.stack([output.sums.double(), output.counts.double()], 1), strict=True)
+        return {part: pair for (part, weight), pair in pairs if weight > 0}
 
     def _step_is_logged(self) -> bool:
         step, every = self.state.global_step + 1, self.state.logging_steps
@@ -320,8 +321,7 @@ class CMLMTrainer(ResumableTrainer):
             means = self._sums.read(self._reduce, self.args.device)
         finally:
             self._sums = training
-        weights = (self.cmlm.mlm_weight, self.cmlm.token_weight, self.cmlm.sequence_weight)
-        means["loss"] = sum(weight * means.get(part, 0.0) for weight, part in zip(weights, PARTS, strict=True))
+        means["loss"] = sum(weight * means.get(part, 0.0) for part, weight in self._weights().items())
         if "mlm" in means:
             means["perplexity"] = math.exp(min(means["mlm"], 700.0))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -332,7 +332,7 @@ class CMLMTrainer(ResumableTrainer):
         """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
         with torch.no_grad(), self.compute_loss_context_manager():
             output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
-        self._sums.add(_parts(output))
+        self._sums.add(self._parts(output))
         self._sums.add(output.measures)
         return None, None, None  # what the Trainer would average over batches, some of them short
 
@@ -363,8 +363,3 @@ class CMLMTrainer(ResumableTrainer):
 
 def _sequences(batch: dict[str, Any]) -> int:
     return 0 if batch.get("stand_in") else len(batch["sample_ids"])
-
-
-def _parts(output: CMLMOutput) -> dict[str, Tensor]:
-    pairs = torch.stack([output.sums.double(), output.counts.double()], 1)
-    return dict(zip(PARTS, pairs, strict=True))

@@ -201,7 +201,7 @@ def test_wrong_arguments_say_so(tmp_path, tiny_rows, tiny_tokenizer):
     from transformers import TrainingArguments
 
     with pytest.raises(ValueError, match="expected model to be a CMLMModel, got BertForMaskedLM"):
-        CMLMTrainer(make_lm())
+        CMLMTrainer(make_lm(), processing_class=tiny_tokenizer)
     with pytest.raises(ValueError, match="expected processing_class to be a tokenizer, got None"):
         CMLMTrainer(CMLMModel(make_lm()))
     with pytest.raises(ValueError, match="expected args to be CMLMTrainingArguments, got TrainingArguments"):

@@ -66,5 +66,7 @@ def sequence_lengths(dataset: Dataset) -> np.ndarray:
     """Tokens of each row of `tokenize_texts`, int64, read as Arrow."""
     import pyarrow.compute as pc
 
+    if not isinstance(dataset, Dataset):
+        raise fail("sequence_lengths", "dataset", "a datasets.Dataset, whose lengths are known", type(dataset).__name__)
     parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)

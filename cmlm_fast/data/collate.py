@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ._errors import check_tokenizer
+from ._errors import check_tokenizer, fail
 
 _MAX_SPECIAL_IDS = 16  # `complementary_mask` takes as many
 
@@ -74,6 +74,8 @@ class CMLMDataCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if rows:
+            if "sample_id" not in rows[0]:
+                raise fail("CMLMDataCollator", "rows", "those of tokenize_texts, with a sample_id", f"columns {list(rows[0])}")
             return self._pack(rows) if self.packed else self._pad(rows)
         nothing = {"input_ids": [self.tokenizer.mask_token_id], "attention_mask": [1], "sample_id": 0}
         return {**(self._pack([nothing]) if self.packed else self._pad([nothing])), "stand_in": True}

@@ -86,9 +86,14 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
     if given is not None:
         return _check_column(types, "text_column", given)
     texts = [name for name, kind in types.items() if kind in TEXT_TYPES and name not in taken]
-    usual = [name for name in ("text", "sentence") if name in texts]
-    if usual or len(texts) == 1:
-        return (usual or texts)[0]
+    usual = [name for name in ("text", "sentence") if name in types and name not in taken]
+    if usual:  # not another column in its place where it holds no text
+        return next((name for name in usual if name in texts), None) or _check_column(types, "text_column", usual[0])
+    if len(types) == 1 and any(mark in name for name in texts for mark in ",;\t"):
+        rule = "a .csv with commas, or a .tsv with tabs, between its columns"
+        raise fail("load_texts", "path", rule, f"the one column {texts}")
+    if len(texts) == 1:
+        return texts[0]
     rule = "given where no column is named text or sentence and not exactly one holds text"
     raise fail("load_texts", "text_column", rule, f"columns {dict(types)}")
 

@@ -76,7 +76,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=len(classes))
+    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=len(classes), dtype=torch.float32)
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
     # Test texts of one length together, so that little is padded; the scores do not depend on the order.
     test = sorted(_encode(tokenizer, test_texts, test_labels, classes, max_length), key=lambda row: len(row["input_ids"]))

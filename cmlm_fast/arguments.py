@@ -1,0 +1,61 @@
+"""The arguments of `CMLMTrainer`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .losses import PARTS
+
+logger = logging.getLogger(__name__)
+
+_SMALL_IS_BETTER = (*PARTS, "perplexity", "alignment", "uniformity", "negative_similarity")
+
+
+@dataclass
+class CMLMTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` and the seed of the masks.
+
+    Attributes:
+        mask_seed: 64-bit seed of the masks; None takes `seed`.
+        packed: sequences are packed end to end, without padding, where the encoder can; only with the default collator.
+        max_tokens: training batches are filled up to so many tokens of the texts instead of `per_device_train_batch_size`
+            sequences; see `data.TokenBudgetSampler`.
+        contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
+            `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
+            caching, which costs one more forward pass; the token part keeps to its batch.
+        torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
+            torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
+            a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
+    """
+
+    mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
+    packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
+
+    max_tokens: int | None = field(default=None, metadata={"help": "tokens a batch, instead of sequences a batch"})
+    contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
+
+    def __post_init__(self) -> None:
+        for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # of losses and embeddings that are not used here
+            if getattr(self, name):
+                raise ValueError(f"CMLMTrainingArguments: expected {name} to be off, got {getattr(self, name)}")
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if best in _SMALL_IS_BETTER and self.greater_is_better is None:  # the Trainer lets all grow that do not end in "loss"
+            self.greater_is_better: bool | None = False
+        super().__post_init__()
+        if self.contrastive_batch_size is not None:
+            batches = self.contrastive_batch_size // self.per_device_train_batch_size
+            whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
+            if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
+                rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
+                        f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
+                given = self.contrastive_batch_size
+                raise ValueError(f"CMLMTrainingArguments: expected contrastive_batch_size to be {rule}, got {given}")
+        # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
+        self.remove_unused_columns = False
+        self.logging_nan_inf_filter = False
+        if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
+            logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
+            self._n_gpu = 1

@@ -1,0 +1,33 @@
+"""The LM heads of Hugging Face's masked LMs: what stands between the encoder and the decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
+    """What a masked LM's head does to hidden rows [n, D] before its decoder; without rows, only whether it is known."""
+    predictions: Any = getattr(getattr(lm, "cls", lm), "predictions", None)
+    head: Any = getattr(lm, "lm_head", None)
+    own_bias = getattr(head, "bias", None) is not None and getattr(lm.get_output_embeddings(), "bias", None) is None  # ESM
+    gelu = nn.functional.gelu
+    if hasattr(predictions, "transform"):  # BERT and its kin
+        steps = [predictions.transform]
+    elif hasattr(predictions, "LayerNorm"):  # ALBERT
+        steps = [predictions.dense, predictions.activation, predictions.LayerNorm]
+    elif hasattr(head, "layer_norm") and hasattr(head, "dense") and not own_bias:  # RoBERTa, XLM-R, CamemBERT, MPNet
+        steps = [head.dense, gelu, head.layer_norm]
+    elif hasattr(lm, "vocab_transform"):  # DistilBERT
+        steps = [lm.vocab_transform, lm.activation, lm.vocab_layer_norm]
+    elif hasattr(lm, "generator_predictions"):  # ELECTRA
+        steps = [lm.generator_predictions]
+    elif hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
+        steps = [lm.head]
+    else:
+        kinds = "BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT"
+        raise ValueError(f"CMLMModel: expected lm to be a masked LM of the kind of {kinds}, got {type(lm).__name__}")
+    for step in steps if hidden is not None else ():
+        hidden = step(hidden)
+    return hidden

@@ -1,0 +1,164 @@
+"""What a user of `transformers.Trainer` may hand over: checkpoints of other names and dtypes, searches, metrics, adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_lm
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from test_trainer import history, make_trainer, weights
+
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments, checkpoints
+from cmlm_fast.data import CMLMDataCollator
+
+
+@pytest.fixture
+def old_names(tmp_path):
+    """A checkpoint whose LayerNorms have the names of 2018, as bert-base-uncased's have."""
+    folder = tmp_path / "old"
+    make_lm().save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    assert any("LayerNorm.weight" in name for name in state)
+    renamed = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+               for n, value in state.items()}  # fmt: skip
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_checkpoint_of_old_names_resumes_with_all_weights(tmp_path, tiny_rows, tiny_tokenizer, old_names):
+    def trainer(name, **options):
+        model = CMLMModel.from_pretrained(old_names)
+        options |= {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant"}
+        return make_trainer(tmp_path / name, tiny_rows, tiny_tokenizer, lm=model.lm, **options)
+
+    whole = trainer("whole")
+    whole.train()
+    trainer("cut", max_steps=2).train()
+    rest = trainer("cut")
+    rest.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest), strict=True))
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_steps=1, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-1" / "model.safetensors"
+    state = load_file(file)
+    save_file({n: v for n, v in state.items() if "attention.output.LayerNorm" not in n}, file, {"format": "pt"})
+    (tmp_path / "checkpoint-1" / "manifest.json").unlink()
+    checkpoints.seal(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"checkpoint with all of the model's weights, got one without .*LayerNorm"):
+        make_trainer(tmp_path, tiny_rows, tiny_tokenizer).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_start_in_half_precision_is_trained_in_float32(tmp_path, dtype):
+    make_lm().to(dtype).save_pretrained(tmp_path)
+    assert {p.dtype for p in CMLMModel.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    assert {p.dtype for p in CMLMModel.from_pretrained(tmp_path, dtype=dtype).parameters()} == {dtype}
+
+
+def test_parts_of_weight_0_are_not_reported(tmp_path, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig.from_preset("seq")
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=config, held=tiny_rows.select(range(16)))
+    trainer.train()
+    scores = trainer.evaluate()
+    assert not {"eval_mlm", "eval_token", "eval_perplexity"} & set(scores)
+    assert scores["eval_loss"] == pytest.approx(scores["eval_sequence"], rel=1e-6) and history(trainer, "sequence")
+    assert not history(trainer, "mlm") and not history(trainer, "token")
+
+
+@pytest.mark.parametrize("name", ["perplexity", "eval_mlm", "alignment"])
+def test_the_best_model_is_the_one_of_the_smallest_perplexity(name, tmp_path, tiny_rows, tiny_tokenizer):
+    steps = {"save_steps": 2, "eval_steps": 2, "max_steps": 8, "save_strategy": "steps", "eval_strategy": "steps"}
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, held=tiny_rows.select(range(32)), metric_for_best_model=name,
+                           load_best_model_at_end=True, **steps)  # fmt: skip
+    trainer.train()
+    name = f"eval_{name.removeprefix('eval_')}"
+    found = history(trainer, name)
+    assert trainer.state.best_metric == min(found) < max(found)
+    assert trainer.evaluate()[name] == pytest.approx(min(found), rel=1e-6)
+    grows = CMLMTrainingArguments(str(tmp_path), report_to="none", metric_for_best_model=name, greater_is_better=True)
+    assert grows.greater_is_better is True
+
+
+def test_what_nothing_would_heed_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    for name, value in (("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0)):
+        with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {name} to be off, got {value}"):
+            CMLMTrainingArguments(str(tmp_path), report_to="none", **{name: value})
+    arguments = CMLMTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
+        with pytest.raises(ValueError, match=f"CMLMTrainer: expected {name} to be None"):
+            CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, **{name: print})
+
+
+def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_tokenizer):
+    made = []
+
+    def model_init(trial=None):
+        made.append(CMLMModel(make_lm()))
+        return made[-1]
+
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 2, "logging_steps": 1}
+    arguments = CMLMTrainingArguments(str(tmp_path), save_strategy="no", **options)
+    trainer = CMLMTrainer(args=arguments, model_init=model_init, train_dataset=tiny_rows, processing_class=tiny_tokenizer)
+    losses = []
+    for _ in range(2):
+        trainer.train()
+        losses.append(history(trainer, "loss"))
+    assert len(made) == 3 and trainer.model is made[-1] and losses[0] == losses[1]
+    with pytest.raises(ValueError, match="expected model to be None where model_init is given, got both"):
+        CMLMTrainer(made[0], arguments, model_init=model_init, processing_class=tiny_tokenizer)
+    with pytest.raises(ValueError, match="expected model to be a CMLMModel, got BertForMaskedLM"):
+        CMLMTrainer(None, arguments, model_init=lambda: make_lm(), processing_class=tiny_tokenizer)
+
+
+def test_a_model_wrapped_by_peft_is_refused():
+    lm = make_lm()
+    lm._hf_peft_config_loaded = True
+    with pytest.raises(ValueError, match=r"expected lm to be a plain masked LM .*got BertForMaskedLM with a peft_config"):
+        CMLMModel(lm)
+
+
+def test_projection_and_temperatures_come_back(tmp_path, caplog):
+    config = CMLMConfig(learn_temperature=True, projection=8)
+    model = CMLMModel(make_lm(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.rand_like(parameter) / 100)
+    model.save_pretrained(tmp_path)
+    again = CMLMModel.from_pretrained(tmp_path, config)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    CMLMModel.from_pretrained(tmp_path)  # without either
+    with pytest.raises(ValueError, match=r"expected projection to be as wide as in .*contrast\.safetensors.*, got 4"):
+        CMLMModel.from_pretrained(tmp_path, CMLMConfig(projection=4))
+
+
+def test_batches_the_model_cannot_take_are_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    rows = tiny_rows.select(range(8))
+    mpnet = make_trainer(tmp_path, rows, tiny_tokenizer, lm=make_lm("mpnet"))
+    mpnet.data_collator = CMLMDataCollator(tiny_tokenizer, packed=True)
+    with pytest.raises(ValueError, match="expected input_ids to be a padded batch, all that MPNetForMaskedLM takes"):
+        mpnet.train()
+    with pytest.raises(ValueError, match=r"CMLMDataCollator: expected rows to be .* with a sample_id, got columns"):
+        CMLMDataCollator(tiny_tokenizer)(rows.remove_columns("sample_id").to_list())
+    plain = make_trainer(tmp_path, rows, tiny_tokenizer)
+    with pytest.raises(ValueError, match="expected data_collator to be one that gives sample_ids"):
+        plain.mask({"input_ids": torch.zeros(1, 4, dtype=torch.long)}, 0)
+    budget = make_trainer(tmp_path, list(rows), tiny_tokenizer, max_tokens=256)
+    with pytest.raises(ValueError, match=r"expected dataset to be a datasets\.Dataset, whose lengths are known, got list"):
+        budget.train()
+    for kind in ("bert", "mpnet"):
+        most = make_lm(kind).config.max_position_embeddings
+        row = {"input_ids": [5] * (most + 1), "attention_mask": [1] * (most + 1), "token_type_ids": [0] * (most + 1)}
+        long = Dataset.from_list([{**row, "sample_id": 0}])
+        with pytest.raises(ValueError, match=r"expected sequences to be of at most \d+ tokens"):
+            make_trainer(tmp_path, long, tiny_tokenizer, lm=make_lm(kind), packed=False).train()
+
+
+def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer):
+    def first(**options):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_tokens=256, **options)
+        return next(iter(trainer.get_train_dataloader()))["sample_ids"].tolist()
+
+    assert first() == first(data_seed=42) != first(data_seed=1)
