@@ -78,7 +78,7 @@ def providers(shape: Shape, device: str) -> dict[str, Call]:
         return {**found, "reference": lambda: op(shape.op, "_reference")(*args)}
     found["eager"] = trained(EAGER[shape.op], args)
     if shape.goal and device == "cuda":
-        found["torch.compile"] = trained(torch.compile(EAGER[shape.op]), args)
+        found["torch.compile"] = trained(torch.compile(EAGER[shape.op], dynamic=False), args)
         if shape.op == "token_contrastive" and shape.keys == shape.m and hasattr(F, "linear_cross_entropy"):
             found["F.linear_cross_entropy"] = torch_linear(shape, args)
     return found

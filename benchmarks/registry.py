@@ -99,7 +99,7 @@ class Op:
     """One op: what a user gets from it, its problems, and who else does it.
 
     `auto` makes the call that leaves the choice of a backend to the package; `limit` says in words what holds our kernels
-    below the ceiling, for the page of verdicts.
+    below the ceiling, for the page of verdicts; `cpu_only`, why there is nothing to time on a GPU, or "".
     """
 
     name: str
@@ -109,6 +109,7 @@ class Op:
     providers: tuple[Provider, ...]
     auto: Callable[[Problem], Call]
     limit: str
+    cpu_only: str = ""
 
     def chosen(self, suite: str, wanted: tuple[str, ...] = ()) -> list[Shape]:
         """Shapes of the suite (full: quick's too), or, in any suite but smoke, those whose label has a wanted part."""
@@ -119,12 +120,13 @@ class Op:
         return [shape for shape in named if shape.suite in suites]
 
 
-def ours(name: str, call: Callable[..., Call], held: float = 5.0) -> tuple[Provider, ...]:
+def ours(name: str, call: Callable[..., Call], held: float = 5.0,
+         unfit: Callable[[str, Problem], str] = lambda backend, problem: "") -> tuple[Provider, ...]:  # fmt: skip
     """A provider a backend of op `name`; `call(backend, problem)` uses it (None: the automatic choice). The reference holds
-    `held` score matrices."""
+    `held` score matrices. `unfit`: why a backend cannot solve this one, or ""."""
 
     def absence(backend: str, problem: Problem) -> str:
-        return available(name, problem.device)[backend] or ""
+        return available(name, problem.device)[backend] or unfit(backend, problem)
 
     def provider(backend: str) -> Provider:
         matrices = held if backend == "reference" else 0.0

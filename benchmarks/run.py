@@ -63,6 +63,8 @@ def measure(op: Op, shape: Shape, device: torch.device, seconds: float,
     """The rows of one shape. A provider whose answer is wrong, or that fails, is absent with the reason; ours raises."""
     torch.manual_seed(0)
     wanted = [p for p in op.providers if not providers or any(part in p.name for part in providers)]
+    if op.cpu_only and device.type != "cpu":
+        return [], [Absent(op.name, shape.label, provider.name, op.cpu_only) for provider in wanted]
     try:
         problem = op.build(device, **shape.sizes)
     except ModuleNotFoundError as error:

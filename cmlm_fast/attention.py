@@ -3,7 +3,7 @@
 A packed call carries `packing`, where the sequences are; those of equal length stand next to each other. Without it the call
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
-    CPU, and CUDA where no sequence is longer than SHORT
+    CPU, and CUDA where no sequence is longer than SHORT, and heads are NARROW
                     the op varlen_attention
     CUDA, 16 bit    flash attention, one launch for all sequences
     else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
@@ -22,14 +22,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backends import WIDEST_ROW, available
+from .backends import available
 from .ops import varlen_attention
 from .ops.varlen_attention import row_bytes
 
 NAME = "cmlm_varlen"
 
-#: Up to how many tokens the op's tiles waste less than those of flash attention, which are 128 tokens long.
-SHORT = 128
+#: Up to how many tokens the op's tiles waste less than those of flash attention, which are 128 tokens long; and up to how
+#: many bytes of a head's row its backward kernel spills no register on sm_90.
+SHORT, NARROW = 128, 256
 
 
 class Packing:
@@ -68,7 +69,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return out, None
     lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    short = q.is_cuda and max(lengths) <= SHORT and row_bytes(q) <= WIDEST_ROW
+    short = q.is_cuda and max(lengths) <= SHORT and row_bytes(q) <= NARROW
     if cu_seqlens is not None and (q.device.type == "cpu" or (short and _has_kernel())):
         # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
         seed = int(torch.randint(2**62, ())) if dropout else 0

@@ -127,6 +127,11 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
     return _other_device("CUDA", _built_for()) if backend == "cuda" else None
 
 
+# For torch.compile, which cannot look into build_info and need not: what torch.compiler.assume_constant_result sets, without
+# the import of all of torch._dynamo.
+_absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _other_device(kernels: str, archs: Sequence[str]) -> str | None:
     if not torch.cuda.is_available():
         return None
@@ -152,8 +157,10 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 def _built_for() -> tuple[str, ...]:
-    from ._build import build_info
-
+    try:
+        from ._build import build_info
+    except ImportError:  # built without Python's headers: nothing says for what, so for this machine
+        return ("native",)
     return tuple(build_info()["cuda_archs"])
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cmlm_fast
+from cmlm_fast import _library, backends
 from cmlm_fast._library import contracts, op
 from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
 
@@ -65,7 +66,6 @@ def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
     import cmlm_fast.backends as backends
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "load_errors", {})
     monkeypatch.setattr(backends, "native_kernels", {("info_nce", "CUDA")})
     monkeypatch.setattr(backends, "_built_for", lambda: ("80-real", "90a-real", "120"))
@@ -138,3 +138,21 @@ def test_import_is_light():
     )
     best = min(python(code).splitlines() for _ in range(3))
     assert best[1] == "[]" and float(best[0]) < 0.1
+
+
+@pytest.mark.parametrize("build", ["whole", "without build_info"])
+def test_a_backend_of_cuda_is_chosen_inside_torch_compile(build, monkeypatch):
+    # As on a machine with a GPU: on CUDA tensors the choice asks what the library was built for.
+    monkeypatch.delitem(_library.load_errors, "_C_cuda", raising=False)
+    monkeypatch.setattr(backends, "native_kernels", {*_library.native_kernels, ("info_nce", "CUDA")})
+    monkeypatch.setattr(backends, "_resolved", {})
+    if build != "whole":
+        monkeypatch.setitem(sys.modules, "cmlm_fast._build", None)
+
+    def choose(x):
+        backends.resolve("info_nce", torch.device("cuda"), "cuda", torch.float32)
+        return x + 1
+
+    torch._dynamo.reset()
+    assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(())) == 1
+    assert [key[2] for key in backends._resolved] == ["cuda"]

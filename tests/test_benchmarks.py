@@ -191,3 +191,11 @@ def test_the_automatic_choice_is_our_fastest_backend(op, shape):
     group = COMMITTED.groups()[op, shape]
     choice = automatic(group, COMMITTED.machine["type"])
     assert choice.p50 <= 1.1 * min(row.p50 for row in group if row.is_ours)
+
+
+def test_what_steps_on_the_cpu_is_not_made_for_a_gpu():
+    for name in ("tokenize_texts", "train_step"):
+        op = next(op for op in OPS if op.name == name)
+        rows, absent = run.measure(op, op.shapes[0], torch.device("cuda"), 0.1)
+        assert not rows and {a.provider for a in absent} == {p.name for p in op.providers}
+        assert {a.reason for a in absent} == {op.cpu_only} and op.cpu_only

@@ -69,3 +69,25 @@ def test_without_a_gpu_and_without_dry_it_refuses(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, outcomes = drive(monkeypatch, tmp_path)
     assert "expected a GPU" in code and not outcomes
+
+
+def test_a_stopped_test_step_still_names_what_failed(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "DRY_PATIENCE", 1)
+    suite = tmp_path / "test_suite.py"
+    suite.write_text("import time\ndef test_broken():\n    assert 6 * 7 == 41\ndef test_long():\n    time.sleep(60)\n")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", str(suite))
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=(Step("tests", command, 8, gpu=False),))
+    assert code == 1 and outcomes["tests"].startswith("stopped after")
+    assert "assert (6 * 7) == 41" in (tmp_path / "tests.log").read_text()
+
+
+def test_what_an_earlier_run_measured_is_not_given_this_commits_name(monkeypatch, tmp_path):
+    (tmp_path / "ops.json").write_text(json.dumps({"device": "old", "torch": "1", "ceilings": {}, "rows": []}))
+    drive(monkeypatch, tmp_path, "--dry", steps=(python("other", ""),))
+    assert not (tmp_path / "old.json").exists()
+    drive(monkeypatch, tmp_path, "--dry", steps=(python("ops", ""),))
+    assert not (tmp_path / "old.json").exists()
+    found = json.dumps({"device": "new", "torch": "1", "ceilings": {}, "rows": []})
+    code = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ops.json').write_text({found!r})"
+    drive(monkeypatch, tmp_path, "--dry", steps=(python("ops", code),))
+    assert (tmp_path / "new.json").exists()

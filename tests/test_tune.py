@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -99,6 +99,13 @@ def test_candidates_fit_the_kernels():
                 for field in ("scores", "products", "panel"):
                     for candidate in candidates(entry, field):
                         assert load_text(dump({chip: {"16": {"wide": candidate}}}))
+
+
+def test_the_nearest_tiles_are_tried_first():
+    assert next(candidates(NOW, "scores")) == NOW
+    changed = [sum(a != b for a, b in zip(astuple(NOW.scores), astuple(entry.scores), strict=True))
+               for entry in candidates(NOW, "scores")]  # fmt: skip
+    assert changed == sorted(changed) and changed[-1] > 1
 
 
 def load_text(text):

@@ -82,6 +82,11 @@ def _no_dropout(problem: Problem) -> str:
     return "PyTorch's dropout draws other numbers, so that no answer can be compared" if problem.sizes["dropout"] else ""
 
 
+def _slow(backend: str, problem: Problem) -> str:
+    slow = backend == "reference" and problem.sizes["dropout"] and problem.device.type == "cuda"
+    return "it draws dropout row by row, seconds a call on a GPU" if slow else ""
+
+
 def _shape(B: int, L: int, H: int, D: int, dtype: str, suite: str = "quick", label: str = "",
            dropout: float = 0.0) -> Shape:  # fmt: skip
     text = f"{label} {B} sequences of {L // 4} to {L} H={H} D={D} {dtype}" + f" dropout {dropout}" * bool(dropout)
@@ -101,7 +106,7 @@ OPS = (
         ),
         build,
         (
-            *ours("varlen_attention", _ours),
+            *ours("varlen_attention", _ours, unfit=_slow),
             Provider("SDPA, padded", _padded, unfit=_no_dropout),
             Provider("eager", _loop, unfit=_no_dropout),
         ),
