@@ -117,12 +117,18 @@ def _register(
         setup_context(ctx, inputs, output)
 
     def once(ctx: Any, *grads: Any) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True: what the kernels give is no graph, and would count as a constant
-            raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False, there is no second derivative, got True")
+        no_second_derivative(name)
         return backward(ctx, *grads)
 
     name = qualified.removesuffix("_reference").removesuffix("_triton")
     torch.library.register_autograd(f"cmlm_fast::{qualified}", once, setup_context=setup, lib=LIBRARY)
+
+
+def no_second_derivative(name: str) -> None:
+    """Raise in a backward pass with create_graph=True: what the kernels give is no graph, and would count as a constant.
+    (`once_differentiable` raises only where the incoming gradient needs one.)"""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False, there is no second derivative, got True")
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

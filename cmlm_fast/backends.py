@@ -90,6 +90,7 @@ def _find_changes() -> dict[tuple[str, str, torch.dtype | None], tuple[int, ...]
 _changes = _find_changes()
 
 _current: str | None = _from_environment()
+_blocks: list[list[str | None]] = [[_current]]  # what the blocks of use_backend that are open ask for
 
 
 def available(name: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
@@ -201,7 +202,7 @@ def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype 
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Run the ops of a block with one backend (`None` or "auto" restores the automatic choice).
+    """Run the ops of a block with one backend (`None` or "auto" restores the automatic choice), in all threads of the process.
 
     >>> with use_backend("reference"):
     ...     pass  # every op in here runs its PyTorch reference
@@ -210,8 +211,11 @@ def use_backend(backend: str | None) -> Iterator[None]:
     if backend not in (None, "auto", *BACKENDS):
         expected = f"auto or one of {', '.join(BACKENDS)}"
         raise ValueError(f"cmlm_fast.use_backend: expected backend to be {expected}, got {backend!r}")
-    before, _current = _current, (None if backend == "auto" else backend)
+    mine = [None if backend == "auto" else backend]  # a list: one of its own for each block
+    _blocks.append(mine)
+    _current = mine[0]
     try:
         yield
-    finally:
-        _current = before
+    finally:  # in whatever order the blocks of several threads end
+        _blocks[:] = [block for block in _blocks if block is not mine]
+        _current = _blocks[-1][0]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._library import native_kernels, op
+from ._library import native_kernels, no_second_derivative, op
 from .ops._linear import linear
 
 
@@ -51,8 +51,8 @@ class _OneWeight(torch.autograd.Function):
         return weight.view_as(weight), weight.view_as(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, rows: Tensor | None, dense: Tensor | None) -> Tensor | None:
+        no_second_derivative("embedding")
         if rows is None or dense is None:
             return rows.to_dense() if rows is not None else dense  # the optimizer takes no sparse gradient
         return dense.add_(rows)  # only the head's product has seen it; autograd would write another table for the sum

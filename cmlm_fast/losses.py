@@ -75,7 +75,7 @@ class TokenContrastiveLoss(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
         """query [N, D], key [M, D], target int64 [N]; `options` as for `token_contrastive`."""
-        return token_contrastive(query, key, target, temperature=self.temperature(), **self.options, **options)
+        return token_contrastive(query, key, target, temperature=self.temperature(), **{**self.options, **options})
 
 
 class InfoNCELoss(nn.Module):
@@ -92,10 +92,11 @@ class InfoNCELoss(nn.Module):
 
     def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:
         """z1, z2 [B, D]; `options` as for `info_nce`. With `group`, the gradient by τ is this rank's share of the whole."""
+        options = {**self.options, **options}
         tau, group = self.temperature(), options.get("group")
         if isinstance(tau, Tensor) and group is not None:
             tau = _scale_gradient(tau, 1 / dist.get_world_size(group))
-        return info_nce(z1, z2, temperature=tau, **self.options, **options)
+        return info_nce(z1, z2, temperature=tau, **options)
 
 
 def _scale_gradient(value: Tensor, factor: float) -> Tensor:

@@ -242,9 +242,8 @@ class CMLMModel(nn.Module):
         """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
         if self.cmlm.pooling == "cls":
             return hidden[first]
-        weight = eligible.float()[:, None]
-        offsets = cu_seqlens.long()
-        total, count = (torch.segment_reduce(x, "sum", offsets=offsets, initial=0) for x in (hidden.float() * weight, weight))
+        parts = (hidden.float().masked_fill(~eligible[:, None], 0.0), eligible.float()[:, None])
+        total, count = (torch.segment_reduce(part, "sum", offsets=cu_seqlens.long(), initial=0) for part in parts)
         return (total / count.clamp_min(1)).to(hidden.dtype)
 
     def freeze_encoder(self) -> None:

@@ -45,8 +45,6 @@ def test_choices_are_well_formed_and_every_device_has_an_answer():
 
 @pytest.mark.parametrize("rule", [rule for rule in CHOICES["cuda"] if rule.least], ids=lambda rule: rule.op)
 def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
-    import cmlm_fast.backends as backends
-
     monkeypatch.setattr(backends, "_absence", lambda *_: None)  # as where everything is there
     monkeypatch.setattr(backends, "_resolved", {})
     device, dtype = torch.device("cuda"), rule.dtypes[0]
@@ -63,9 +61,8 @@ def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
 
 
 def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
-    import cmlm_fast.backends as backends
-
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backends, "load_errors", {})
     monkeypatch.setattr(backends, "native_kernels", {("info_nce", "CUDA")})
     monkeypatch.setattr(backends, "_built_for", lambda: ("80-real", "90a-real", "120"))
@@ -156,3 +153,14 @@ def test_a_backend_of_cuda_is_chosen_inside_torch_compile(build, monkeypatch):
     torch._dynamo.reset()
     assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(())) == 1
     assert [key[2] for key in backends._resolved] == ["cuda"]
+
+
+def test_blocks_of_use_backend_that_end_in_another_order_leave_no_trace():
+    outer, inner = cmlm_fast.use_backend("reference"), cmlm_fast.use_backend("cpp")
+    before = backends._current
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert backends._current == "cpp"
+    inner.__exit__(None, None, None)
+    assert backends._current == before

@@ -239,6 +239,29 @@ def test_views_of_larger_tensors_are_taken_as_they_are():
     assert all(torch.equal(a, b) for a, b in zip(strided, dense, strict=True))
 
 
+@pytest.mark.parametrize("ids", [torch.arange(5, 25).view(2, 10), torch.arange(5, 26).view(3, 7)])
+def test_fake_tensors_are_not_kept_for_later_calls(ids):
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def mask(ids):  # with special ids that no other call has
+        return complementary_mask(ids, mask_token_id=3, vocab_size=30, special_ids=(3, 29, len(ids), -7)).view1
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mask(ids)
+    make_fx(mask)(ids)
+    assert type(mask(ids)) is torch.Tensor and mask(ids).sum() > 0
+
+
+def test_a_seed_of_numpy():
+    import numpy as np
+
+    ids = random_ids(2, 20)
+    for seed in (5, -5):
+        views = (complementary_mask(ids, seed=kind(seed), **VOCABULARY).view1 for kind in (int, np.int64))
+        assert torch.equal(*views)
+
+
 def test_position_shift_is_uniform_and_bounded():
     shift = position_shift(torch.arange(40_000), jitter=3, seed=5, step=1)
     assert shift.min() >= 0 and shift.max() <= 3

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from cmlm_fast import info_nce
+from cmlm_fast.losses import InfoNCELoss
 
 SIZES = [5, 0, 9]  # a rank may have no sequence at all
 KINDS = {
@@ -34,11 +35,30 @@ def loss_and_gradients(z1, z2, labels, kind, group=None):
     return loss.detach(), z1.grad, z2.grad, tau.grad
 
 
+def half(z1, z2, labels, kind, group=None):
+    """Gradients of float16 rows under a loss scale, whose own are so small that float16 holds few of their bits."""
+    z1, z2 = ((5000 * z).half().requires_grad_() for z in (z1, z2))
+    options = {**KINDS[kind], **({"labels": labels} if kind == "supcon" else {})}
+    (2.0**16 * info_nce(z1, z2, temperature=0.1, group=group, **options)).backward()
+    return z1.grad.double() / 2**16, z2.grad.double() / 2**16
+
+
+def learned(z1, z2, group):
+    """Gradient of a learned temperature, the group given to the module or to its call."""
+    given = {"group": dist.group.WORLD}
+    loss = InfoNCELoss(0.1, learn_temperature=True, **(given if group == "module" else {}))
+    loss(z1, z2, **({} if group == "module" else given)).backward()
+    return loss.temperature.logit_scale.grad
+
+
 def worker(rank, world, store, results):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     first, last = sum(SIZES[:rank]), sum(SIZES[: rank + 1]) if rank < world - 1 else sum(SIZES)
     own = [t[first:last] for t in batch()]
-    results[rank] = {kind: loss_and_gradients(*own, kind, dist.group.WORLD) for kind in KINDS}
+    found = {kind: loss_and_gradients(*own, kind, dist.group.WORLD) for kind in KINDS}
+    found["float16"] = {kind: half(*own, kind, dist.group.WORLD) for kind in KINDS}
+    found["learned"] = [learned(*own[:2], group) for group in ("call", "module")]
+    results[rank] = found
     with pytest.raises(ValueError, match="expected reduction to be 'mean' or 'sum' when group is given, got 'none'"):
         info_nce(own[0], own[1], reduction="none", group=dist.group.WORLD)
     dist.destroy_process_group()
@@ -57,3 +77,10 @@ def test_equals_one_process_on_the_joined_batch(world, tmp_path):
             torch.testing.assert_close(rank[kind][3], grad_tau)
         torch.testing.assert_close(torch.cat([rank[kind][1] for rank in ranks]), grad1)
         torch.testing.assert_close(torch.cat([rank[kind][2] for rank in ranks]), grad2)
+        joined = [(5000 * z).half().double() for z in batch()[:2]]
+        _, *exact, _ = loss_and_gradients(*joined, batch()[2], kind)
+        for which in (0, 1):
+            got = torch.cat([rank["float16"][kind][which] for rank in ranks])
+            assert (got - exact[which] / 2).norm() < 2e-3 * exact[which].norm()
+    for rank in ranks:
+        assert torch.equal(*rank["learned"])

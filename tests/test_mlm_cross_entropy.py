@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cmlm_fast import mlm_cross_entropy, token_contrastive
+from cmlm_fast.ops._linear import _Linear
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -51,6 +52,34 @@ def test_two_dtypes_are_one_too_many_outside_autocast():
         mlm_cross_entropy(hidden, weight, None, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert mlm_cross_entropy(hidden, weight, None, target).isfinite()
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+def test_a_bias_of_any_stride(stride):
+    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 0, 4])
+    bias = torch.randn(10).as_strided((5,), (stride,))
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+    ours, theirs = mlm_cross_entropy(*leaves, bias, target), F.cross_entropy(F.linear(*leaves, bias), target)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_there_is_no_second_derivative():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = mlm_cross_entropy(hidden, weight, None, torch.tensor([1, 0, 4]))
+    with pytest.raises(RuntimeError, match="expected create_graph to be False, there is no second derivative, got True"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="expected create_graph to be False"):
+        torch.autograd.grad(_Linear.apply(hidden, weight, None).sum(), hidden, create_graph=True)
+
+
+def test_all_stand_on_one_device():
+    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 0, 4])
+    with pytest.raises(ValueError, match="expected bias to be on cpu like hidden, got meta"):
+        mlm_cross_entropy(hidden, weight, torch.zeros(5, device="meta"), target)
+    shapes = [x.to("meta") for x in (hidden, weight)]
+    assert token_contrastive(*shapes, target.to("meta")).shape == ()
 
 
 def test_what_is_no_tensor_says_so():

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask
+from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask, info_nce
 from cmlm_fast.config import PRESETS
 from cmlm_fast.data import CMLMDataCollator, mask_settings
 from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
@@ -209,6 +209,16 @@ def test_position_jitter_shifts_view_two_alone(tiny_lm, tiny_rows, tiny_tokenize
     wide = CMLMModel(tiny_lm(), replace(config, position_jitter=139))
     with pytest.raises(ValueError, match=r"expected position_jitter to be <= 1.., what the model's position table leaves"):
         wide._encode_padded(batch["view1"], batch["view1"], mask, None, shift[:4])
+
+
+def test_a_sequence_without_an_eligible_token_leaves_float16_gradients_finite(tiny_lm):
+    model = CMLMModel(tiny_lm(), CMLMConfig.from_preset("seq"))
+    hidden = torch.randn(12, 32, requires_grad=True)
+    eligible = torch.tensor([False] * 4 + [True] * 8)
+    z = model._pool(hidden, eligible, torch.tensor([0, 4, 8, 12], dtype=torch.int32), torch.tensor([0, 4, 8]))
+    assert not z[0].any()
+    (65536 * info_nce(z.half(), z.detach().half())).backward()
+    assert hidden.grad.isfinite().all() and hidden.grad[4:].any() and not hidden.grad[:4].any()
 
 
 def test_learned_temperature_gets_a_gradient_and_is_clamped():

@@ -84,6 +84,25 @@ def test_public_function_compiles_once(name):
     assert counter.frame_count <= (2 if name == "complementary_mask" else 1)
 
 
+VARIED = {
+    "token_contrastive": lambda a, b, i: cmlm_fast.token_contrastive(a, b, i, query_token=i, key_token=b[:, 0].long()),
+    "info_nce": lambda a, b, i: cmlm_fast.info_nce(a, b[: a.shape[0]]),
+    "info_nce with labels": lambda a, b, i: cmlm_fast.info_nce(a, b[: a.shape[0]], labels=i % 3),
+    "mlm_cross_entropy": lambda a, b, i: cmlm_fast.mlm_cross_entropy(a, VOCABULARY, None, i),
+}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_sizes_that_change_are_compiled_once(name):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(VARIED[name], fullgraph=True, dynamic=True, backend=counter)
+    for n in range(3, 15):
+        args = rows(n), rows(2 * n + 1), torch.arange(n)
+        assert compiled(*args).item() == pytest.approx(VARIED[name](*args).item(), rel=1e-5)
+    assert counter.frame_count <= 2
+
+
 def test_training_step_compiles_with_inductor():
     def step(query, key, z1, z2, target):
         return cmlm_fast.token_contrastive(query, key, target) + 0.1 * cmlm_fast.info_nce(z1, z2)

@@ -79,3 +79,14 @@ def test_long_sequences(window, backend, device):
     exact = run("_reference", *cast(tuple(rows), torch.float64))
     for got, expected in zip(run("_triton" if backend == "triton" else "", *rows), exact, strict=True):
         assert (got.double() - expected).norm() < 0.02 * expected.norm()
+
+
+def test_autocast_casts_as_it_does_for_torchs_attention():
+    q, k, v = (torch.randn(7, 2, 8, requires_grad=True) for _ in range(3))
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = varlen_attention(q, k.bfloat16(), v, cu)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, varlen_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu))
+    out.sum().backward()
+    assert q.grad.dtype == torch.float32

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._library import expect
 from ..backends import resolve
+from .token_contrastive import in_forward
 
 
 class _GatherRows(torch.autograd.Function):
@@ -79,17 +80,19 @@ def info_nce_across_ranks(
     first, total = sum(sizes[:rank]), sum(sizes)
     all1, all2 = _GatherRows.apply(z1, sizes, group), _GatherRows.apply(z2, sizes, group)
     temperature = _SumGradient.apply(temperature, group)
+    recording = torch.is_grad_enabled() and in_forward(z1.dtype)
     if labels is not None:
         # SupCon's positives are a set a row: every rank computes the whole loss, and its own rows' gradient is complete
         # without a sum over ranks, so each rank's copy is weighed by 1/world before the gather adds the copies up.
         every = _GatherRows.apply(labels, sizes, group)
         args = (all1, all2, temperature, every, scheme, symmetric, normalize, reduction)
-        loss = resolve("info_nce", z1.device, backend, z1.dtype, total**2)(*args, all1.requires_grad, all2.requires_grad)[0]
+        grads = (recording and all1.requires_grad, recording and all2.requires_grad)
+        loss = resolve("info_nce", z1.device, backend, z1.dtype, total**2)(*args, *grads)[0]
         return _SumOverRanks.apply(loss / world, group)
     contrast = resolve("token_contrastive", z1.device, backend, z1.dtype, z1.shape[0] * total)
 
     def rows(query: Tensor, key: Tensor, target: Tensor, token: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
-        grads = (query.requires_grad, key.requires_grad)
+        grads = (recording and query.requires_grad, recording and key.requires_grad)
         loss: Tensor = contrast(query, key, target, temperature, None, None, token, tokens, normalize, "sum", *grads)[0]
         return loss
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._library import no_second_derivative
+
 
 @cache
 def onednn_is_faster() -> bool:
@@ -25,6 +27,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.dim() >= 2 and x.numel() > 0
     if not plain or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
         return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.contiguous()  # oneDNN takes it as if it were
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
@@ -36,8 +39,8 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        no_second_derivative("linear")
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
         rows, inputs = grad.flatten(0, -2), x.flatten(0, -2)

@@ -87,9 +87,15 @@ def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes:
     """The rules on an optional vector that belongs to rows or keys."""
     if tensor is None:
         return
-    expect(op, tensor.shape == (length,), name, f"of shape [{length}]", list(tensor.shape))
+    # A list in the text: torch.compile makes constants of the numbers that a text holds, and code anew for other ones.
+    expect(op, tensor.shape == (length,), name, f"of shape {[length]}", list(tensor.shape))
     expect(op, tensor.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), tensor.dtype)
     expect(op, tensor.device == device, name, f"on {device}", tensor.device)
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Also of devices that know no autocast, such as meta."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def autocast_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -98,7 +104,7 @@ def autocast_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(given, Tensor):
             raise TypeError(f"expected rows to be a tensor, got {type(given).__name__}")
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if not autocast_is_on(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._library import Contract, contracts, declare, expect, expect_values
 from ..backends import resolve
@@ -179,6 +180,13 @@ declare(_NAME, _SCHEMA, _reference, _fake)
 contracts[_NAME] = Contract(_NAME, _samples, (torch.int64, torch.int32), exact=True)
 
 
+def _passes(device: torch.device) -> bool:
+    """Whether a tensor made now is of no use to later calls: in a graph's capture, or where fake or traced tensors are made."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 @lru_cache(maxsize=64)
 def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tensor:
     """One device copy of a tokenizer's special ids, so that a call moves nothing between host and device."""
@@ -229,7 +237,7 @@ def complementary_mask(
         seed: 64-bit key of the random numbers.
         step: training step, in [0, 2³²).
         sample_ids: int64 [B], default 0..B-1: the id of each sequence in the data set. Masks depend on
-            (seed, step, sample id) alone, not on batch, padding, device or backend.
+            (seed, step, sample id) alone, not on batch, padding on the right, device or backend.
         backend: "reference", "cpp", "cuda", "triton"; None chooses.
 
     Returns:
@@ -248,12 +256,10 @@ def complementary_mask(
     """
     expect(_NAME, sampling in ("exact", "bernoulli"), "sampling", "'exact' or 'bernoulli'", repr(sampling))
     shape, device = input_ids.shape, input_ids.device
+    once = _passes(device)
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
-        # What a graph's capture makes exists only in its replays: nothing to keep for others.
-        once = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        equal_lengths = _equal_lengths.__wrapped__ if once else _equal_lengths
-        cu_seqlens = equal_lengths(*shape, device)
+        cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device)
     for name, tensor in (("attention_mask", attention_mask), ("eligible", eligible), ("unit_ids", unit_ids)):
         if tensor is not None:
             expect(_NAME, tensor.shape == shape, name, f"of input_ids' shape {list(shape)}", list(tensor.shape))
@@ -261,11 +267,8 @@ def complementary_mask(
         attended = attention_mask != 0
         eligible = attended if eligible is None else eligible & attended
     if not isinstance(special_ids, Tensor):
-        if torch.compiler.is_compiling():
-            special_ids = torch.tensor(list(special_ids), dtype=torch.int64, device=device)
-        else:
-            special_ids = _special_tensor(tuple(special_ids), device)
-    seed &= 2**64 - 1
+        special_ids = (_special_tensor.__wrapped__ if once else _special_tensor)(tuple(special_ids), device)
+    seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (
         input_ids.reshape(-1).contiguous(),
         cu_seqlens.contiguous(),

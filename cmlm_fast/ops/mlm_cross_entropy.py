@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import expect, expect_values, native_kernels, op
+from .._library import expect, expect_values, native_kernels, no_second_derivative, op
 from ._linear import product
-from ._scores import IGNORE, autocast_rows, loss_dtype
+from ._scores import IGNORE, autocast_is_on, autocast_rows, loss_dtype
 from .token_contrastive import check_reduction
 
 _NAME = "mlm_cross_entropy"
@@ -48,12 +48,15 @@ def mlm_cross_entropy(
     expect(_NAME, hidden.dim() == 2, "hidden", "of shape [N, D]", list(hidden.shape))
     n, d = hidden.shape
     expect(_NAME, weight.dim() == 2 and weight.shape[1] == d, "weight", f"of shape [V, D = {d}]", list(weight.shape))
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not autocast_is_on(hidden.device.type):
         expect(_NAME, weight.dtype == hidden.dtype, "weight", f"{hidden.dtype}, as hidden", weight.dtype)
     if bias is not None:
         expect(_NAME, bias.shape == weight.shape[:1], "bias", f"of shape [V = {weight.shape[0]}]", list(bias.shape))
-    expect(_NAME, target.shape == (n,), "target", f"of shape [N = {n}]", list(target.shape))
+    expect(_NAME, target.shape == (n,), "target", f"of shape [N] = {[n]}", list(target.shape))
     expect(_NAME, target.dtype == torch.int64, "target", "int64", target.dtype)
+    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
+        if tensor is not None:
+            expect(_NAME, tensor.device == hidden.device, name, f"on {hidden.device} like hidden", tensor.device)
     check_reduction(_NAME, reduction)
     valid = target != IGNORE
     if torch.compiler.is_compiling():
@@ -94,8 +97,8 @@ class _HeadLosses(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        no_second_derivative(_NAME)
         hidden, weight, slopes = ctx.saved_tensors
         by_hidden, by_weight, by_bias, _ = ctx.needs_input_grad
         grad = grad.to(slopes.dtype)[:, None]  # multiplies the narrow operand of each product, not the slopes [N, V]

@@ -173,7 +173,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Odd shapes, ragged ranges, same-token exclusion, ignored rows, τ = 0.01, non-contiguous rows, nothing at all."""
+    """Odd shapes, ragged ranges, same-token exclusion, ignored rows, τ = 0.01, huge scores, non-contiguous rows, nothing."""
     generator = torch.Generator().manual_seed(1)
 
     def make(n: int, m: int, d: int, tau: float = 0.05, ignored: float = 0.0, **options: Any) -> tuple[Any, ...]:
@@ -204,6 +204,9 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     tokens[::7] = -1
     yield "same-token", make(90, 200, 16, qt=integers(20, 90, torch.int64), kt=tokens, ignored=0.1)
     yield "cold", make(40, 70, 12, tau=0.01)
+    query, key, _, *rest = make(20, 40, 32, tau=0.01, normalize=False)
+    query, key = key[:20] * 4 + query * 0.1, key * 4  # scores of 5·10⁴, which 16 bits round by a hundred
+    yield "huge-dot", (query, key, torch.arange(20, device=device), *rest)
     query, key, *rest = make(30, 50, 20)
     yield "non-contiguous", (query.T.contiguous().T, torch.cat([key, key], 1)[:, :20], *rest)
 

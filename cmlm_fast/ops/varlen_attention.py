@@ -21,7 +21,7 @@ from torch import Tensor
 from .._library import Contract, contracts, declare, expect, expect_values, op
 from ..backends import resolve
 from ._philox import philox
-from ._scores import FLOATING, loss_dtype, random_rows
+from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
 
 _NAME = "varlen_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens"
@@ -184,6 +184,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 
     Returns:
         [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32 (float64 for float64).
+        Under autocast, query, key and value take its dtype.
 
     Raises:
         ValueError: a shape, dtype, device or number breaks its rule.
@@ -194,8 +195,9 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     >>> torch.allclose(out[:2], varlen_attention(q[:2], q[:2], q[:2], torch.tensor([0, 2], dtype=torch.int32)), atol=1e-6)
     True
     """
+    query, key, value = autocast_rows(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    seed &= 2**64 - 1
+    seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed - 2**64 if seed >= 2**63 else seed, window)
     _check(*args)
     out: Tensor = resolve(_NAME, query.device, backend, query.dtype, row_bytes(query))(*args)[0]

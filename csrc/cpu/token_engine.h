@@ -144,20 +144,26 @@ void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const 
     block.sum = w.partial.data() + 2 * columns * b, block.moment = block.sum + columns;
     return block;
   };
-  const auto weigh = [&](const ScoreBlock<T>& block) {
-    for (int64_t i = 0; i < chunk.rows; ++i) {  // the target's weight is added apart: here it vanishes, whatever the shift
+  // The target has a score of its own, not rounded to T, and its weight is added apart: here it vanishes.
+  const auto hide_targets = [&](const ScoreBlock<T>& block, auto product) {
+    for (int64_t i = 0; i < chunk.rows; ++i) {
       const int64_t j = target_[plan_.order[chunk.row + i]] - block.first;
-      if (j < 0 || j >= block.keys) continue;
-      const O raw = -(O(1e4) + 2 * std::abs(w.shift[i])) / (w.scale[i] * block.key_scale[j]);
-      block.scores[j * columns + i] = baseline::narrow<T>(std::max(raw, O(-1e38)));
+      if (0 <= j && j < block.keys) block.scores[j * columns + i] = baseline::narrow<T>(product(i, w.scale[i] * block.key_scale[j]));
     }
+  };
+  const auto find_max = [&](const ScoreBlock<T>& block) {  // with the rounded one a maximum could lie above all exponents
+    hide_targets(block, [](int64_t, O) { return -std::numeric_limits<O>::infinity(); });
+    CMLM_KERNEL(token_max<T>)(block);
+  };
+  const auto weigh = [&](const ScoreBlock<T>& block) {
+    hide_targets(block, [&](int64_t i, O scale) { return std::max(-(O(1e4) + 2 * std::abs(w.shift[i])) / scale, O(-1e38)); });
     CMLM_KERNEL(token_exp<T>)(block);
   };
   const Tensor rows = transposed(data<T>(w.rows), columns, d_);
   w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) {
     const ScoreBlock<T> block = block_of(b, first, keys);
     multiply(matrix(block.scores, keys, columns), matrix(key_ + block.first * d_, keys, d_), rows);
-    bounded_ ? weigh(block) : CMLM_KERNEL(token_max<T>)(block);
+    bounded_ ? weigh(block) : find_max(block);
   });
   if (bounded_) return;
   for (int64_t i = 0; i < chunk.rows; ++i) {
