@@ -205,7 +205,8 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "same-token", make(90, 200, 16, qt=integers(20, 90, torch.int64), kt=tokens, ignored=0.1)
     yield "cold", make(40, 70, 12, tau=0.01)
     query, key, _, *rest = make(20, 40, 32, tau=0.01, normalize=False)
-    query, key = key[:20] * 4 + query * 0.1, key * 4  # scores of 5·10⁴, which 16 bits round by a hundred
+    key = 23.5 * key / key.norm(dim=1, keepdim=True)
+    query = key[:20] + 0.1 * query  # of scores of 5.5·10⁴, which bfloat16 rounds by up to 200
     yield "huge-dot", (query, key, torch.arange(20, device=device), *rest)
     query, key, *rest = make(30, 50, 20)
     yield "non-contiguous", (query.T.contiguous().T, torch.cat([key, key], 1)[:, :20], *rest)
