@@ -26,6 +26,7 @@ from cmlm_fast._library import op
 from cmlm_fast.backends import _SUFFIX
 from cmlm_fast.testing import EAGER
 
+from .gpu_results import head
 from .roofline import SHAPES, Shape, arguments, duration, table
 
 Call = Callable[[], Any]
@@ -162,8 +163,8 @@ def main() -> None:
         torch.cuda.synchronize()
         return
     shapes = tuple(s for s in SHAPES if not options.case or any(part in s.name for part in options.case))
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": ceilings(),
-                               "rows": []}  # fmt: skip
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__,
+                               "ceilings": ceilings(), "rows": []}  # fmt: skip
     for shape in shapes:
         results["rows"].append(measure(shape, "cuda"))
         torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ import torch
 
 from .bench_gpu import milliseconds
 from .bench_train import PROVIDERS, check, make, operations, tokens
+from .gpu_results import head
 
 #: How many of the 8,530 sentences of Rotten Tomatoes have 3, 4, … tokens.
 SENTENCES = (
@@ -216,7 +217,8 @@ def main() -> None:
     until = time.perf_counter() + options.seconds
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     rate = 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
-    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rate": rate, "rows": []}
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__,
+                               "rate": rate, "rows": []}  # fmt: skip
     for case in options.case or CASES:
         results["rows"].append(measure(case, rate, options.rounds, until, options.out if options.trace else None))
         (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")

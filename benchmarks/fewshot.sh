@@ -20,6 +20,7 @@ data=${1:?folder with the data sets} start=${2:?checkpoint to start from} out=${
 export OMP_NUM_THREADS=1
 
 worker() {
+  local failed=0
   for methods in "$METHODS" "$ABLATIONS"; do
     [ -n "$methods" ] || continue
     for draws in $(seq 1 "$DRAWS"); do
@@ -34,10 +35,11 @@ worker() {
         # shellcheck disable=SC2086  # OPTIONS is a list of words
         "$CMLM_FAST" few-shot --model "$start" --name "$name" --train "$data/$name/train.tsv" "${scored[@]}" \
           --methods "$methods" --shots "$shots" --draws "$draws" --epochs "$EPOCHS" --output-dir "$out" --cache-dir "$CACHE" \
-          "${tuning[@]}" $OPTIONS | grep "^$name"
+          "${tuning[@]}" $OPTIONS | grep "^$name" || failed=$?     # a method that diverges leaves the other sets alone
       done
     done
   done
+  return "$failed"
 }
 
 set -m                                    # a process group for each worker, so that stopping stops what it runs

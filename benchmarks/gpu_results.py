@@ -35,13 +35,16 @@ def head() -> str:
 
 
 def collect(out: Path, commit: str | None = None) -> Path | None:
-    """Write OUT/<device>.json of OUT/ops.json and OUT/train.json; None where neither is there."""
-    parts: dict[str, Any] = {name: json.loads((out / f"{name}.json").read_text())
-                             for name in ("ops", "train") if (out / f"{name}.json").exists()}  # fmt: skip
+    """Write OUT/<device>.json of those of OUT/ops.json and OUT/train.json that measured `commit` (or do not know what);
+    None where neither did."""
+    commit = head() if commit is None else commit
+    files = {name: out / f"{name}.json" for name in ("ops", "train")}
+    parts: dict[str, Any] = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    parts = {name: part for name, part in parts.items() if part["commit"] in ("", commit)}
     if not parts:
         return None
     device = next(iter(parts.values()))["device"]
-    found: dict[str, Any] = {"device": device, "commit": head() if commit is None else commit, "versions": versions()}
+    found: dict[str, Any] = {"device": device, "commit": commit, "versions": versions()}
     found["versions"]["torch"] = next(iter(parts.values()))["torch"]
     if "ops" in parts:
         found |= {"ceilings": parts["ops"]["ceilings"], "ops": parts["ops"]["rows"]}

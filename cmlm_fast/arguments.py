@@ -41,8 +41,8 @@ class CMLMTrainingArguments(TrainingArguments):
         for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # of losses and embeddings that are not used here
             if getattr(self, name):
                 raise ValueError(f"CMLMTrainingArguments: expected {name} to be off, got {getattr(self, name)}")
-        best = (self.metric_for_best_model or "").removeprefix("eval_")
-        if best in _SMALL_IS_BETTER and self.greater_is_better is None:  # the Trainer lets all grow that do not end in "loss"
+        small = (self.metric_for_best_model or "").endswith(_SMALL_IS_BETTER)  # behind eval_, or eval_ and a data set's name
+        if small and self.greater_is_better is None:  # the Trainer lets all grow that do not end in "loss"
             self.greater_is_better: bool | None = False
         super().__post_init__()
         if self.contrastive_batch_size is not None:

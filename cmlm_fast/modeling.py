@@ -65,7 +65,7 @@ class CMLMModel(nn.Module):
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
         if getattr(lm, "peft_config", None) or getattr(lm, "_hf_peft_config_loaded", False):  # their checkpoints hold no model
-            rule = "a plain masked LM (adapters that peft.inject_adapter_in_model puts into one are part of it)"
+            rule = "a plain masked LM (adapters merged into it by merge_and_unload)"
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         self.lm = lm
         self.cmlm = config or CMLMConfig()

@@ -44,14 +44,20 @@ class ResumableTrainer(Trainer):
         elif resume_from_checkpoint and (problem := checkpoints.damage(Path(resume_from_checkpoint))):
             rule = f"a whole checkpoint, got {resume_from_checkpoint}: {problem}"
             raise ValueError(f"{type(self).__name__}: expected resume_from_checkpoint to be {rule}")
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and self.is_fsdp_enabled:  # before the model is sharded
             self.resume_from(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint or None, **options)
         self._check_finite()
+        self._check_weights(self.model)
         return result
 
     def resume_from(self, checkpoint: str) -> None:
-        """Called with a whole checkpoint, before the Trainer loads what it knows of from it."""
+        """Called with a whole checkpoint, beside what the Trainer loads from it."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            self.resume_from(resume_from_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As the Trainer's; weights that a checkpoint lacks would stay what they were before it."""
@@ -83,7 +89,7 @@ class ResumableTrainer(Trainer):
             raise DivergedError(f"the loss is not finite at step {step}; {self._way_back(step)}")
 
     def _check_weights(self, model: nn.Module) -> None:
-        """A gradient that is not finite shows in the next loss only, which is too late for this checkpoint."""
+        """A gradient that is not finite shows in the next loss only, which is too late for what is saved now."""
         finite = [value.isfinite().all() for value in map(_local, model.parameters())]
         bad = (~torch.stack(finite)).any().int() if finite else torch.zeros((), dtype=torch.int32)
         if int(self.accelerator.gather(bad.reshape(1).to(self.args.device)).max()):

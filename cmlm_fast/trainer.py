@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class CMLMTrainer(ResumableTrainer):
     The masks of a sequence depend on (mask_seed, optimizer step, sample id) alone. Logged besides the loss: its parts (mlm,
     token, sequence), temperatures, and for the logged step masked_accuracy, token_retrieval, positive_similarity,
     negative_similarity, sequence_retrieval, alignment and uniformity; `evaluate` gives all of them and the perplexity.
+    Parts of weight 0 are not computed, and not logged.
 
     Raises:
         ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed.
@@ -149,6 +151,11 @@ class CMLMTrainer(ResumableTrainer):
     def call_model_init(self, trial: Any = None) -> CMLMModel:
         """As the Trainer's."""
         return self._checked(super().call_model_init(trial))
+
+    def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **options: Any) -> Any:
+        """As the Trainer's; the objective is `eval_loss`, where the Trainer would sum up all other scores."""
+        objective = compute_objective or itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, objective, *args, **options)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; called again for each trial of a search."""

@@ -102,6 +102,10 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
     assert load_texts(write(tmp_path / "b.csv", "review,n\nfine,1\n"))["text"][:] == ["fine"]
     rest = load_texts(write(tmp_path / "c.csv", "q,a\nx,y\n"), text_pair_column="a")
     assert rest[0] == {"text": "x", "text_pair": "y"}
+    odd = write(tmp_path / "e.csv", '"Review, in full"\nfine\n')
+    assert load_texts(odd)["text"][:] == ["fine"]
+    assert load_texts(write(tmp_path / "f.csv", "a;b\nx;y\n"), text_column="a;b")["text"][:] == ["x;y"]
+    assert load_texts(write(tmp_path / "g.jsonl", '{"review; en": "x"}\n'))["text"][:] == ["x"]
     late = write(tmp_path / "d.csv", "q,a\n" + "x,\n" * 1000 + "x,y\n")  # a column that begins after the rows looked at
     assert load_texts(late)["text"][:2] == ["x", "x"]
     assert load_texts(late, text_pair_column="a")["text_pair"][999:] == ["", "y"]
@@ -124,8 +128,9 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"path to be a valid \.jsonl file, got .*JSON parse error"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "expected text_column to be a column of text, got 'text'"),
         ("a.csv", "text,other\n1,x\n", {}, "expected text_column to be a column of text, got 'text' of type int64"),
-        ("a.csv", "text;label\nx;1\n", {}, r"a \.csv with commas, or a \.tsv with tabs, .*got the one column \['text;label'\]"),
-        ("a.tsv", "text,label\nx,1\n", {}, r"got the one column \['text,label'\]"),
+        ("a.csv", "text;label\nx;1\n", {}, r"with commas between its columns, or text_column given, got .*\['text;label'\]"),
+        ("a.csv", "sentence,other\n,x\n", {}, "expected text_column to be a column of text, got 'sentence' of type blank"),
+        ("a.tsv", "text,label\nx,1\n", {}, r"a \.tsv with tabs between its columns.*\['text,label'\]"),
         ("a.json", "[]", {}, "expected path to be a file with at least one row"),
         ("a.parquet", "PAR1 no parquet PAR1", {}, r"expected path to be a valid \.parquet file"),
         ("a.txt", b"fine\nna\xefve\n", {}, r"a UTF-8 file, got .*a\.txt: byte 0xef at offset 7 \(line 2\)"),

@@ -50,13 +50,21 @@ def experiment(checkpoint, files, folder, **options):
     return FewShotExperiment(checkpoint, output_dir=str(folder), name="texts", **{**files, **QUICK, **options})
 
 
+@pytest.fixture
+def with_dropout(tiny_checkpoint):
+    """Without it, two passes of a text are the same."""
+    file = Path(tiny_checkpoint) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_dropout_prob": 0.1}))
+    return tiny_checkpoint
+
+
 def scores(cells):
     return [(c["method"], c["shots"], c["draw"], c["accuracy"], c["macro_f1"]) for c in cells]
 
 
-def test_every_method_runs_and_the_tables_say_what_the_cells_hold(tiny_checkpoint, files, tmp_path):
+def test_every_method_runs_and_the_tables_say_what_the_cells_hold(with_dropout, files, tmp_path):
     folder = tmp_path / "out"
-    cells = experiment(tiny_checkpoint, files, folder, methods=tuple(METHODS), shots=(4, 2), draws=1,
+    cells = experiment(with_dropout, files, folder, methods=tuple(METHODS), shots=(4, 2), draws=1,
                        paraphrase_column="turned").run()  # fmt: skip
     assert [(c["method"], c["shots"]) for c in cells] == [(name, shots) for name in METHODS for shots in (2, 4)]
     assert read_cells(folder / "cells.jsonl") == cells and len({c["key"] for c in cells}) == len(cells)
@@ -199,10 +207,74 @@ def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoi
 def test_one_method_that_diverges_leaves_the_others(tiny_checkpoint, files, tmp_path):
     broken = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt", "ft", "cmlm:token_temperature=1e-30"),
                         shots=(2,), draws=1, learning_rate=1e30)  # fmt: skip
-    with pytest.raises(DivergedError, match="texts: all but 2 done; tapt, draw 0: "):
+    with pytest.raises(DivergedError, match="texts: 2 of 3 cells failed; 2 a class, draw 0, tapt: fine_tune: NaN"):
         broken.run()
     assert [c["method"] for c in read_cells(tmp_path / "out" / "cells.jsonl")] == ["ft"]
     assert "| ft | 1 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+
+
+def test_a_fine_tuning_that_diverges_leaves_the_other_shots(tiny_checkpoint, files, tmp_path, monkeypatch):
+    from cmlm_fast.fewshot import grid
+
+    def fine_tune(path, texts, labels, *args, **options):
+        if len(texts) == 4 * 2:
+            raise DivergedError("NaN scores")
+        return real(path, texts, labels, *args, **options)
+
+    real = grid.fine_tune
+    monkeypatch.setattr(grid, "fine_tune", fine_tune)
+    with pytest.raises(DivergedError, match="texts: 2 of 4 cells failed; 2 a class, draw 0, ft: NaN scores"):
+        experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "tapt"), shots=(2, 4), draws=1).run()
+    cells = read_cells(tmp_path / "out" / "cells.jsonl")
+    assert [(c["method"], c["shots"]) for c in cells] == [("ft", 4), ("tapt", 4)]
+
+
+def test_weights_that_are_not_finite_after_the_last_step_are_not_saved(tiny_checkpoint, files, tmp_path):
+    broken = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt",), shots=(2,), draws=1, max_steps=1,
+                        warmup=0.0, learning_rate=1e38)  # fmt: skip
+    with pytest.raises(DivergedError, match="the weights are not finite after step 1"):
+        broken.run()
+
+
+def test_equal_numbers_of_other_types_and_moved_starts_are_the_same_cells(tiny_checkpoint, files, tmp_path):
+    options = {"methods": ("ft", "tapt"), "shots": (2,), "draws": 1}
+    first = experiment(tiny_checkpoint, files, tmp_path / "out", **options).run()
+    moved = shutil.copytree(tiny_checkpoint, tmp_path / "moved")
+    options |= {"shots": [np.int64(2)], "seed": np.int64(0), "fine_tune_epochs": 2, "epochs": 1, "draws": np.int32(1)}
+    said = []
+    assert experiment(str(moved), files, tmp_path / "out", **options).run(said.append) == first
+    assert said == ["texts: 2 cells, 2 of them done before"]
+    options["methods"] = ("ft", "cmlm")
+    experiment(str(moved), files, tmp_path / "out", **options).run()
+    assert len({c["setup_id"] for c in read_cells(tmp_path / "out" / "cells.jsonl")}) == 1
+    whole = "a whole number"
+    for name, value, rule in (("draws", 1.5, whole), ("shots", (2.0,), whole), ("epochs", "x", "a number")):
+        with pytest.raises(ValueError, match=f"expected {name} to be {rule}, got"):
+            experiment(tiny_checkpoint, files, tmp_path / "out", **{**options, name: value}).run()
+
+
+def test_paraphrases_of_two_columns_are_two_methods(tiny_checkpoint, files, tmp_path):
+    rows = [line.split("\t") for line in Path(files["train"]).read_text().splitlines()]
+    text = "\n".join("\t".join([*row, row[0].upper() if i else "upper"]) for i, row in enumerate(rows))
+    Path(files["train"]).write_text(text + "\n")
+    for column, draws in (("turned", 2), ("upper", 1)):
+        experiment(tiny_checkpoint, files, tmp_path / "out", methods=("cssl",), shots=(2,), draws=draws, text_column="text",
+                   paraphrase_column=column).run()  # fmt: skip
+    found = rows_of(read_cells(tmp_path / "out" / "cells.jsonl"))
+    assert sorted(row.draws for row in found) == [1, 2] and len({row.method for row in found}) == 2
+
+
+def test_two_passes_without_dropout_are_refused(tiny_checkpoint, files, tmp_path):
+    for method in ("simcse", "scl"):
+        with pytest.raises(ValueError, match=f"expected model to be one with dropout for method {method}, whose two passes"):
+            experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", method)).check()
+    experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "cmlm", "seq-eda")).check()
+
+
+def test_a_start_whose_configuration_has_another_problem_is_a_classifier(tiny_checkpoint, files, tmp_path):
+    file = Path(tiny_checkpoint) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "problem_type": "regression"}))
+    experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft",), shots=(2,), draws=1).run()
 
 
 def test_another_tokenizer_or_configuration_is_another_start(tiny_checkpoint, files, tmp_path):

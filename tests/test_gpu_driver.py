@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu import DRY_PATIENCE, LIMIT, STEPS, Step
+from benchmarks.gpu_results import head
 
 
 def drive(monkeypatch, tmp_path, *options, steps=STEPS):
@@ -82,12 +83,13 @@ def test_a_stopped_test_step_still_names_what_failed(monkeypatch, tmp_path):
 
 
 def test_what_an_earlier_run_measured_is_not_given_this_commits_name(monkeypatch, tmp_path):
-    (tmp_path / "ops.json").write_text(json.dumps({"device": "old", "torch": "1", "ceilings": {}, "rows": []}))
+    (tmp_path / "ops.json").write_text(json.dumps({"device": "old", "commit": "0", "torch": "1", "ceilings": {}, "rows": []}))
     drive(monkeypatch, tmp_path, "--dry", steps=(python("other", ""),))
     assert not (tmp_path / "old.json").exists()
     drive(monkeypatch, tmp_path, "--dry", steps=(python("ops", ""),))
     assert not (tmp_path / "old.json").exists()
-    found = json.dumps({"device": "new", "torch": "1", "ceilings": {}, "rows": []})
+    (tmp_path / "train.json").write_text(json.dumps({"device": "old", "commit": "0", "torch": "1", "rate": 1, "rows": []}))
+    found = json.dumps({"device": "new", "commit": head(), "torch": "1", "ceilings": {}, "rows": []})
     code = f"import pathlib; pathlib.Path({str(tmp_path)!r}, 'ops.json').write_text({found!r})"
     drive(monkeypatch, tmp_path, "--dry", steps=(python("ops", code),))
-    assert (tmp_path / "new.json").exists()
+    assert "train" not in json.loads((tmp_path / "new.json").read_text())

@@ -68,6 +68,13 @@ def test_parts_of_weight_0_are_not_reported(tmp_path, tiny_rows, tiny_tokenizer)
     assert not history(trainer, "mlm") and not history(trainer, "token")
 
 
+def test_losses_of_several_data_sets_are_to_fall(tmp_path):
+    for name in ("eval_news_perplexity", "eval_news_token", "perplexity"):
+        assert CMLMTrainingArguments(str(tmp_path), report_to="none", metric_for_best_model=name).greater_is_better is False
+    for name in ("eval_news_token_retrieval", "masked_accuracy"):
+        assert CMLMTrainingArguments(str(tmp_path), report_to="none", metric_for_best_model=name).greater_is_better is True
+
+
 @pytest.mark.parametrize("name", ["perplexity", "eval_mlm", "alignment"])
 def test_the_best_model_is_the_one_of_the_smallest_perplexity(name, tmp_path, tiny_rows, tiny_tokenizer):
     steps = {"save_steps": 2, "eval_steps": 2, "max_steps": 8, "save_strategy": "steps", "eval_strategy": "steps"}
@@ -107,17 +114,45 @@ def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_to
         trainer.train()
         losses.append(history(trainer, "loss"))
     assert len(made) == 3 and trainer.model is made[-1] and losses[0] == losses[1]
+    assert trainer.call_model_init() is made[-1]
     with pytest.raises(ValueError, match="expected model to be None where model_init is given, got both"):
         CMLMTrainer(made[0], arguments, model_init=model_init, processing_class=tiny_tokenizer)
     with pytest.raises(ValueError, match="expected model to be a CMLMModel, got BertForMaskedLM"):
         CMLMTrainer(None, arguments, model_init=lambda: make_lm(), processing_class=tiny_tokenizer)
 
 
-def test_a_model_wrapped_by_peft_is_refused():
+@pytest.mark.parametrize(("name", "value"), [("_hf_peft_config_loaded", True), ("peft_config", {"default": object()})])
+def test_a_model_wrapped_by_peft_is_refused(name, value):
     lm = make_lm()
-    lm._hf_peft_config_loaded = True
+    setattr(lm, name, value)
     with pytest.raises(ValueError, match=r"expected lm to be a plain masked LM .*got BertForMaskedLM with a peft_config"):
         CMLMModel(lm)
+
+
+def test_a_resumed_run_of_model_init_has_its_projection_and_temperatures(tmp_path, tiny_rows, tiny_tokenizer):
+    def run(steps, resume=None):
+        config = CMLMConfig(projection=8, learn_temperature=True)
+        options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "lr_scheduler_type": "constant"}
+        arguments = CMLMTrainingArguments(str(tmp_path / "run"), max_steps=steps, save_steps=2, learning_rate=0.01, **options)
+        trainer = CMLMTrainer(args=arguments, model_init=lambda: CMLMModel(make_lm(), config), train_dataset=tiny_rows,
+                              processing_class=tiny_tokenizer)  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return weights(trainer)
+
+    run(2)
+    rest, whole = run(4, resume=True), run(4)
+    assert all(torch.equal(a, b) for a, b in zip(rest, whole, strict=True))
+
+
+def test_a_search_minimises_the_loss(tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    from transformers import Trainer
+
+    seen = []
+    monkeypatch.setattr(Trainer, "hyperparameter_search", lambda self, space, objective, **options: seen.append(objective))
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    trainer.hyperparameter_search(n_trials=3)
+    trainer.hyperparameter_search(compute_objective=len)
+    assert seen[0]({"eval_loss": 2.0, "eval_perplexity": 1e3}) == 2.0 and seen[1] is len
 
 
 def test_projection_and_temperatures_come_back(tmp_path, caplog):

@@ -39,7 +39,8 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
         path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted, and where a .tsv is not, its
             quotation marks are text), .jsonl or .json (objects, or a list of strings), .parquet; text is UTF-8. Or a
             folder written by `save_to_disk`, with one split or a split "train".
-        text_column: column that holds the text; default: "text" or "sentence", else the only column of strings.
+        text_column: column that holds the text; default: "text" or "sentence", where there is no such column the only one of
+            strings.
         text_pair_column: column that holds the second text of a pair, if any.
 
     Returns:
@@ -70,6 +71,8 @@ def read_columns(path: str | Path, text_column: str | None, text_pair_column: st
         if column not in types:
             raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
     taken = {column for _, column in others.values()} | {text_pair_column}
+    if text_column is None:
+        _check_separator(path, types)
     wanted = {"text": _choose_column(types, text_column, taken)}
     if text_pair_column is not None:
         wanted["text_pair"] = _check_column(types, "text_pair_column", text_pair_column)
@@ -88,20 +91,27 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
     texts = [name for name, kind in types.items() if kind in TEXT_TYPES and name not in taken]
     usual = [name for name in ("text", "sentence") if name in types and name not in taken]
     if usual:  # not another column in its place where it holds no text
-        return next((name for name in usual if name in texts), None) or _check_column(types, "text_column", usual[0])
-    if len(types) == 1 and any(mark in name for name in texts for mark in ",;\t"):
-        rule = "a .csv with commas, or a .tsv with tabs, between its columns"
-        raise fail("load_texts", "path", rule, f"the one column {texts}")
+        chosen = next((name for name in usual if name in texts), usual[0])
+        return _check_column(types, "text_column", chosen, TEXT_TYPES)
     if len(texts) == 1:
         return texts[0]
     rule = "given where no column is named text or sentence and not exactly one holds text"
     raise fail("load_texts", "text_column", rule, f"columns {dict(types)}")
 
 
-def _check_column(types: Mapping[str, str], argument: str, name: str) -> str:
+def _check_separator(path: Path, types: Mapping[str, str]) -> None:
+    """Raise ValueError where the one column's name looks like several, with another separator than the suffix says."""
+    own, others = {".csv": ("commas", ";\t"), ".tsv": ("tabs", ",;")}.get(path.suffix.lower(), ("", ""))
+    if len(types) == 1 and any(mark in name for name in types for mark in others):
+        rule = f"a {path.suffix} with {own} between its columns, or text_column given"
+        raise fail("load_texts", "path", rule, f"the one column {list(types)}")
+
+
+def _check_column(types: Mapping[str, str], argument: str, name: str,
+                  kinds: tuple[str, ...] = (*TEXT_TYPES, _BLANK)) -> str:  # fmt: skip
     if name not in types:
         raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(name))
-    if types[name] not in (*TEXT_TYPES, _BLANK):
+    if types[name] not in kinds:
         raise fail("load_texts", argument, "a column of text", f"{name!r} of type {types[name]}; columns {dict(types)}")
     return name
 

@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from ..backends import use_backend
 from ..options import expect
@@ -87,6 +89,19 @@ class FewShotExperiment:
 
     def check(self) -> Grid:
         """Check everything, read the texts, load the start; writes nothing."""
+        return self._of_plain_numbers()._checked()
+
+    def _of_plain_numbers(self) -> FewShotExperiment:
+        """2 and 2.0 epochs, or numpy's numbers, are the same cells."""
+        several = isinstance(self.shots, Sequence) and not isinstance(self.shots, str)
+        expect(several, "shots", "a sequence, (16,), say", repr(self.shots))
+        values: dict[str, Any] = {"shots": tuple(_plain("shots", "int", each) for each in self.shots)}
+        for field in fields(self):
+            if field.type in ("int", "float"):
+                values[field.name] = _plain(field.name, field.type, getattr(self, field.name))
+        return replace(self, **values)
+
+    def _checked(self) -> Grid:
         for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1), ("max_length", 8)):
             expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
         for name in ("epochs", "learning_rate", "fine_tune_epochs", "fine_tune_learning_rate"):
@@ -95,10 +110,8 @@ class FewShotExperiment:
         expect(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", self.max_steps)
         expect(math.isfinite(self.warmup) and self.warmup >= 0, "warmup", "finite and >= 0", self.warmup)
         expect(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
-        for name in ("methods", "shots"):
-            value = getattr(self, name)
-            several = isinstance(value, Sequence) and not isinstance(value, str)
-            expect(several, name, 'a sequence, ("ft",) or (16,), say', repr(value))
+        several = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
+        expect(several, "methods", 'a sequence, ("ft",), say', repr(self.methods))
         expect(bool(self.methods), "methods", "at least one", self.methods)
         expect(bool(self.shots) and min(self.shots) >= 1, "shots", "at least one number, all >= 1", self.shots)
         methods = {name: find_method(name) for name in dict.fromkeys(self.methods)}
@@ -115,3 +128,11 @@ class FewShotExperiment:
         with use_backend(self.backend):
             pass  # an unknown backend is an error now
         return Grid(self, methods)
+
+
+def _plain(name: str, kind: str, value: Any) -> Any:
+    try:
+        return operator.index(value) if kind == "int" else float(value)
+    except (TypeError, ValueError):
+        rule = "a whole number" if kind == "int" else "a number"
+        raise ValueError(f"expected {name} to be {rule}, got {value!r}") from None

@@ -76,7 +76,9 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(model_path, num_labels=len(classes), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        model_path, num_labels=len(classes), problem_type="single_label_classification", dtype=torch.float32
+    )
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
     # Test texts of one length together, so that little is padded; the scores do not depend on the order.
     test = sorted(_encode(tokenizer, test_texts, test_labels, classes, max_length), key=lambda row: len(row["input_ids"]))
@@ -95,8 +97,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
         predicted = trainer.predict(test)
     truth, guess = predicted.label_ids, np.argmax(predicted.predictions, axis=-1)
     if not math.isfinite(float(np.sum(predicted.predictions))):
-        rule = f"expected learning_rate to be one that training survives, got {learning_rate}"
-        raise DivergedError(f"fine_tune: {rule}: NaN scores")
+        raise DivergedError(f"fine_tune: NaN scores, from {model_path} at learning rate {learning_rate}")
     f1 = f1_score(truth, guess, average="macro", labels=np.unique(truth), zero_division=0)  # of the classes that are tested
     return FewShotScore(float(accuracy_score(truth, guess)), float(f1), time.perf_counter() - begin)
 

@@ -88,40 +88,49 @@ class Grid:
         wanted = [self._id(name, shots, d) for d, name in grid for shots in self.shots]
         report(f"{self.name}: {len(wanted)} cells, {sum(one in self.cells for one in wanted)} of them done before")
         self.folder.mkdir(parents=True, exist_ok=True)
-        failed, kept = [], "the finished cells are kept"
+        failed: list[str] = []
+        kept = "the finished cells are kept"
         with disk_errors(self.folder, kept), use_backend(self.options.backend), _same_bits_every_time():
             try:
                 for d, name in grid:
-                    try:
-                        self._cells_of(name, d, report)
-                    except DivergedError as error:  # of this method alone
-                        failed.append(f"{name}, draw {d}: {error}")
-                        report(f"{self.name}, draw {d}, {name}: failed, {error}")
+                    failed += self._cells_of(name, d, report)
             finally:
                 if cells := read_cells(self.folder / CELLS):  # other runs may have added to the file in the meantime
                     write_tables(self.folder, cells, self.options.baseline)
         if failed:
-            raise DivergedError(f"{self.name}: all but {len(failed)} done; {failed[0]}")
+            missing = sum(one not in self.cells for one in wanted)
+            raise DivergedError(f"{self.name}: {missing} of {len(wanted)} cells failed; {failed[0]}")
         return [self.cells[one] for one in wanted]
 
     def _id(self, name: str, shots: int, d: int) -> tuple[str, str]:
         """A cell's key, and the method's name: what two names say in different words is done once, and has a row for each."""
         return fingerprint(self.facts(name, shots, d)), name
 
-    def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> None:
+    def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> list[str]:
+        """Do what is not done yet of one method and draw; returns what diverged, which leaves the rest of the grid alone."""
         todo = [shots for shots in self.shots if self._id(name, shots, d) not in self.cells]
         done = {key: cell for (key, _), cell in self.cells.items()}
         for shots in todo:
             if twin := done.get(self._id(name, shots, d)[0]):
                 self._add({**twin, "method": name}, report)
         todo = [shots for shots in todo if self._id(name, shots, d) not in self.cells]
-        if not todo:
-            return
-        checkpoint, facts = self._checkpoint(name, d, report)
-        for shots in todo:
-            self._add(self._cell(name, shots, d, checkpoint, facts), report)
-        if facts.get("passing") and not self.options.keep_models:
-            discard(checkpoint)
+        failed: list[str] = []
+        with self._noting(failed, f"draw {d}, {name}", report):
+            checkpoint, facts = self._checkpoint(name, d, report) if todo else (Path(), {})
+            for shots in todo:
+                with self._noting(failed, f"{shots} a class, draw {d}, {name}", report):
+                    self._add(self._cell(name, shots, d, checkpoint, facts), report)
+            if facts.get("passing") and not self.options.keep_models:
+                discard(checkpoint)
+        return failed
+
+    @contextmanager
+    def _noting(self, failed: list[str], what: str, report: Callable[[str], None]) -> Iterator[None]:
+        try:
+            yield
+        except DivergedError as error:
+            failed.append(f"{what}: {error}")
+            report(f"{self.name}, {what}: failed, {error}")
 
     def _add(self, cell: Cell, report: Callable[[str], None]) -> None:
         append_cell(self.folder / CELLS, cell)
@@ -148,7 +157,7 @@ class Grid:
 
     @property
     def setup(self) -> dict[str, Any]:
-        """What cells must have in common to be compared."""
+        """What cells must have in common to be compared, and the start's name."""
         options = self.options
         fine_tuning = {field: getattr(options, f"fine_tune_{field}") for field in ("epochs", "batch_size", "learning_rate")}
         return {"protocol": _PROTOCOL, "model": Path(options.model).name, "start": self.start_id, "data": self._data_id,
@@ -187,11 +196,14 @@ class Grid:
         method = self.methods[name].facts
         if method["objective"] is not None:
             method["schedule"] = asdict(self._schedule)
+        if method["second"] == "paraphrase":
+            method["paraphrases"] = self._paraphrases_id
+        compared = {field: value for field, value in setup.items() if field != "model"}
         return {
             "dataset": self.name, "method": name, "shots": shots, "draw": d, "accuracy": score.accuracy,
             "macro_f1": score.macro_f1, "fine_tune_seconds": round(score.seconds, 2), "post_train_seconds": done["seconds"],
             "steps": done["steps"], "encoder_tokens": done["encoder_tokens"], "threads": torch.get_num_threads(),
-            "device": _device(), "torch": torch.__version__, "setup": setup, "setup_id": fingerprint(setup), **method,
+            "device": _device(), "torch": torch.__version__, "setup": setup, "setup_id": fingerprint(compared), **method,
             "method_id": fingerprint(method), "key": fingerprint(facts),
         }  # fmt: skip
 
@@ -241,8 +253,21 @@ class Grid:
         config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-        settings = json.dumps([config, words], sort_keys=True, default=str)
+        side = getattr(tokenizer, "truncation_side", "right")
+        settings = json.dumps([config, words, *([side] if side != "right" else [])], sort_keys=True, default=str)
+        self._check_dropout(model.config.to_dict())
         return tokenizer, model, start_of(model, settings)
+
+
+    def _check_dropout(self, config: dict[str, Any]) -> None:
+        """Raise ValueError where a method contrasts two dropout passes and there is no dropout."""
+        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items()):
+            return
+        for name, method in self.methods.items():
+            seen = method.objective
+            same = method.second == "masked" and seen is not None and seen.rate == seen.complement_rate == 0
+            rule = f"one with dropout for method {name}, whose two passes differ by nothing else"
+            expect(method.contrast is None and not same, "model", rule, f"{self.options.model}, without")
 
 
 @contextmanager

@@ -116,10 +116,10 @@ def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Sc
     if steps == -1:
         steps = math.ceil(schedule.epochs * math.ceil(len(rows) / schedule.batch_size))
     if method.second == "paraphrase":
-        budget = steps * 2 * texts.tokens / len(rows)
+        budget = steps * 2 * texts.tokens / math.ceil(len(rows) / schedule.batch_size)
         rows = texts.paraphrases
         seen = sum(map(len, rows["input_ids"])) + sum(map(len, rows["partner_input_ids"]))
-        steps = max(1, round(budget * len(rows) / seen))
+        steps = max(1, round(budget * math.ceil(len(rows) / schedule.batch_size) / seen))
     set_seed(seed)
     paired = method.second != "masked"
     model = (PairedModel if paired else CMLMModel).from_pretrained(start, method.objective)

@@ -180,11 +180,9 @@ declare(_NAME, _SCHEMA, _reference, _fake)
 contracts[_NAME] = Contract(_NAME, _samples, (torch.int64, torch.int32), exact=True)
 
 
-def _passes(device: torch.device) -> bool:
-    """Whether a tensor made now is of no use to later calls: in a graph's capture, or where fake or traced tensors are made."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def _is_traced() -> bool:
+    """Whether fake or traced tensors are made now, which are of no use to later calls."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 @lru_cache(maxsize=64)
@@ -256,9 +254,11 @@ def complementary_mask(
     """
     expect(_NAME, sampling in ("exact", "bernoulli"), "sampling", "'exact' or 'bernoulli'", repr(sampling))
     shape, device = input_ids.shape, input_ids.device
-    once = _passes(device)
+    traced = _is_traced()
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
+        # What a graph's capture makes exists only in its replays: nothing to keep for others.
+        once = traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device)
     for name, tensor in (("attention_mask", attention_mask), ("eligible", eligible), ("unit_ids", unit_ids)):
         if tensor is not None:
@@ -267,7 +267,7 @@ def complementary_mask(
         attended = attention_mask != 0
         eligible = attended if eligible is None else eligible & attended
     if not isinstance(special_ids, Tensor):
-        special_ids = (_special_tensor.__wrapped__ if once else _special_tensor)(tuple(special_ids), device)
+        special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(tuple(special_ids), device)
     seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (
         input_ids.reshape(-1).contiguous(),
