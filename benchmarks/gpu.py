@@ -12,7 +12,6 @@ own Python, compiler and tools are used, the extension is built in place, and no
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -33,7 +32,6 @@ SWEEPS = ("tests/test_parity.py", "tests/test_registration.py", "tests/test_cuda
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 14))) if find_spec("xdist") else ()  # mostly the host compiles
 DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"
 LIMIT = 539  # seconds of all budgets together
-GRACE = 3  # seconds that a step which is told to stop has for its last words
 DRY_PATIENCE = 6  # a dry run may be on two cores, where the build takes minutes: budgets are so many times as long
 
 
@@ -66,6 +64,7 @@ def sanitizer(tool: str) -> Step:
 STEPS = (
     Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 60, gpu=False),
     Step("doctor", (*PYTHON, "-c", DOCTOR), 8, gpu=False),
+    # -v: names what fails at once, should the step be stopped.
     Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 115),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 50),
     Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
@@ -106,11 +105,7 @@ def run(step: Step, out: Path, patience: int = 1) -> Outcome:
             code = process.wait(patience * step.seconds)
             outcome = "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             outcome = f"stopped after its {patience * step.seconds} s"
     return Outcome(step.name, outcome, round(time.perf_counter() - start, 1))

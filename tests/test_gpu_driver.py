@@ -76,10 +76,12 @@ def test_a_stopped_test_step_still_names_what_failed(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "DRY_PATIENCE", 1)
     suite = tmp_path / "test_suite.py"
     suite.write_text("import time\ndef test_broken():\n    assert 6 * 7 == 41\ndef test_long():\n    time.sleep(60)\n")
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", str(suite))
-    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=(Step("tests", command, 8, gpu=False),))
+    options = next(step for step in STEPS if step.name == "tests").command[len(gpu.PYTHON) :][:3]
+    command = (sys.executable, *options, "-p", "no:cacheprovider", "-n", "2", str(suite))
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=(Step("tests", command, 15, gpu=False),))
     assert code == 1 and outcomes["tests"].startswith("stopped after")
-    assert "assert (6 * 7) == 41" in (tmp_path / "tests.log").read_text()
+    log = (tmp_path / "tests.log").read_text()
+    assert any("FAILED" in line and "test_broken" in line for line in log.splitlines())
 
 
 def test_what_an_earlier_run_measured_is_not_given_this_commits_name(monkeypatch, tmp_path):
