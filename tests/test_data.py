@@ -124,6 +124,7 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
         ("a.csv", "a,b\nx,y\n", {"text_column": "a", "text_pair_column": "a"}, "to be another column than text_column"),
         ("a.csv", "text,n\n", {}, "expected path to be a file with at least one row"),
         ("a.csv", "text\nhello, world\n", {}, r"valid \.csv file, got .*is a comma in it not quoted"),
+        ("a.csv", "text;n\nwell, well;1\n", {}, r"the header, 'text;n'; are its columns separated by semicolons\?"),
         ("a.csv", "text,n\na,1\nb,2,3\n", {}, r"valid \.csv file, got .*Expected 2 fields in line 3, saw 3"),
         ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"path to be a valid \.jsonl file, got .*JSON parse error"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "expected text_column to be a column of text, got 'text'"),

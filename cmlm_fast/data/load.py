@@ -170,7 +170,9 @@ def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
     head = pd.read_csv(path, nrows=1000, sep=options["sep"], encoding=options["encoding"], keep_default_na=False,
                        na_values=[""], quoting=options.get("quoting", csv.QUOTE_MINIMAL))  # fmt: skip
     if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
-        raise ValueError(f"the header has {head.shape[1]} fields, the first row more; is a comma in it not quoted?")
+        header = ", ".join(map(repr, head.columns))
+        cause = "are its columns separated by semicolons?" if ";" in header else "is a comma in it not quoted?"
+        raise ValueError(f"the first row has more fields than the header, {header}; {cause}")
     return {str(name): _csv_type(head[name]) for name in head.columns}
 
 
