@@ -274,7 +274,8 @@ def test_two_passes_without_dropout_are_refused(tiny_checkpoint, files, tmp_path
 def test_a_start_whose_configuration_has_another_problem_is_a_classifier(tiny_checkpoint, files, tmp_path):
     file = Path(tiny_checkpoint) / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "problem_type": "regression"}))
-    experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft",), shots=(2,), draws=1).run()
+    (cell,) = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft",), shots=(2,), draws=1).run()
+    assert 0 <= cell["accuracy"] <= 1
 
 
 def test_another_tokenizer_or_configuration_is_another_start(tiny_checkpoint, files, tmp_path):
