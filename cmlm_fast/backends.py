@@ -50,9 +50,10 @@ class Rule:
 
 
 #: What `auto` takes, by device type; the first rule that fits holds. On the CPU it follows benchmarks/results/cpu.json: the C++
-#: kernels win every row of ops that have them. On a GPU it follows measurements on an H100 (docs/tuning.md): CUDA's contrasts
-#: are faster at every size, and cost the host less; Triton's masks are faster where the 0.1 ms more of the host's time that
-#: they take is hidden. token_similarity was not measured there: Triton writes its matrix once, not in two passes.
+#: kernels beat the reference on every row of ops that have them. On a GPU it follows measurements on an H100
+#: (docs/tuning.md): CUDA's contrasts are faster at every size, and cost the host less; Triton's masks are faster where the
+#: 0.1 ms more of the host's time that they take is hidden. token_similarity was not measured there: Triton writes its matrix
+#: once, not in two passes.
 CHOICES: dict[str, tuple[Rule, ...]] = {
     "cpu": (Rule(("cpp", "reference")),),
     "cuda": (
@@ -100,7 +101,7 @@ def available(name: str, device: str | torch.device = "cpu") -> dict[str, str | 
     True
     """
     if name not in contracts:
-        raise ValueError(f"cmlm_fast.backends: expected op to be one of {sorted(contracts)}, got {name!r}")
+        raise ValueError(f"cmlm_fast.backends: expected op to be one of {', '.join(sorted(contracts))}, got {name!r}")
     device_type = torch.device(device).type
     return {backend: _absence(name, device_type, backend) for backend in BACKENDS}
 
@@ -178,6 +179,15 @@ def resolve(
     return _resolve(name, device.type, choice, dtype, band) if found is None else found
 
 
+def instead(name: str, device: torch.device) -> Any:
+    """The torch op that runs in the place of a PyTorch function, on the CPU; None where that function runs itself.
+
+    That is so on other devices, without compiled kernels, and under a named backend that has none for this op.
+    """
+    choice = _current or "cpp"
+    return op(name, _SUFFIX[choice]) if device.type == "cpu" and _absence(name, "cpu", choice) is None else None
+
+
 def preference(name: str, device_type: str, dtype: torch.dtype | None = None, size: int = 0) -> tuple[str, ...]:
     """The order in which CHOICES would try backends."""
     for rule in CHOICES.get(device_type, ()):
@@ -200,6 +210,13 @@ def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype 
     return found
 
 
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError where there is no such backend."""
+    if backend not in (None, "auto", *BACKENDS):
+        expected = f"auto or one of {', '.join(BACKENDS)}"
+        raise ValueError(f"cmlm_fast.use_backend: expected backend to be {expected}, got {backend!r}")
+
+
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
     """Run the ops of a block with one backend (`None` or "auto" restores the automatic choice), in all threads of the process.
@@ -208,9 +225,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
     ...     pass  # every op in here runs its PyTorch reference
     """
     global _current
-    if backend not in (None, "auto", *BACKENDS):
-        expected = f"auto or one of {', '.join(BACKENDS)}"
-        raise ValueError(f"cmlm_fast.use_backend: expected backend to be {expected}, got {backend!r}")
+    check_backend(backend)
     mine = [None if backend == "auto" else backend]  # a list: one of its own for each block
     _blocks.append(mine)
     _current = mine[0]

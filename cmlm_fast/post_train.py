@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import ranks
-from .backends import use_backend
+from .backends import check_backend, use_backend
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, check_numbers, expect
@@ -65,8 +65,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
     """
     check_numbers(options)
     config = CMLMConfig.from_preset(options.preset, **options.objective)
-    with use_backend(options.backend):
-        pass  # an unknown backend is an error now
+    check_backend(options.backend)
     checkpoint = None
     if ranks.is_main():  # it tells the others, when they run
         checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)

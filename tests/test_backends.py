@@ -13,6 +13,7 @@ import cmlm_fast
 from cmlm_fast import _library, backends
 from cmlm_fast._library import contracts, op
 from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
+from cmlm_fast.layers import use_fast_layers
 
 CPU = torch.device("cpu")
 
@@ -102,6 +103,19 @@ def test_use_backend_nests_and_restores():
         pass
     with pytest.raises(ValueError, match="expected op to be one of"):
         cmlm_fast.available("softmax")
+
+
+@pytest.mark.parametrize(("backend", "suffix"), [(None, ""), ("cpp", ""), ("reference", "_reference"), ("cuda", None)])
+def test_ops_in_the_place_of_functions_of_pytorch_heed_the_named_backend(backend, suffix):
+    hidden, weight, target = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8), torch.tensor([1, 2, 3, -100])
+    layer = torch.nn.Sequential(torch.nn.Dropout(0.5))
+    use_fast_layers(layer)
+    with cmlm_fast.use_backend(backend), torch.profiler.profile() as profile:
+        losses = cmlm_fast.mlm_cross_entropy(hidden, weight, None, target)
+        layer(hidden)
+    torch.testing.assert_close(losses, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
+    ran = {event.key for event in profile.key_averages() if event.key.startswith("cmlm_fast::")}
+    assert ran == (set() if suffix is None else {f"cmlm_fast::dropout{suffix}", f"cmlm_fast::softmax_loss{suffix}"})
 
 
 def test_environment_variable_names_the_backend():

@@ -1,7 +1,7 @@
 """The experiment as its user describes it; `grid` does the work.
 
     for each draw, for each method:   post-train on all train texts, without their labels   (once for all shots)
-        for each number of shots k:   fine-tune on k labels a class, score the whole test set -> one line of cells.jsonl
+        for each number of shots k:   fine-tune on k labels per class, score the whole test set -> one line of cells.jsonl
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends import use_backend
+from ..backends import check_backend
 from ..options import expect
 from .cells import Cell
 from .grid import Grid
@@ -33,7 +33,7 @@ class FewShotExperiment:
         name: of the data set in the tables; default: the train file's name, or its folder's where that is "train".
         label_column, text_column, text_pair_column, paraphrase_column: as for `data.load_labelled`.
         methods: names of `METHODS`, or "name:field=value" with other values in the objective.
-        shots: labelled texts a class.
+        shots: labelled texts per class.
         draws: how many times the labelled texts are drawn, and everything is done again with other random numbers.
         epochs, max_steps, batch_size, learning_rate, warmup: of the post-training, as in `PostTrainOptions`.
         fine_tune_epochs, fine_tune_batch_size, fine_tune_learning_rate: of the fine-tuning.
@@ -125,8 +125,7 @@ class FewShotExperiment:
         rule = "a folder, or a path where one can be made"
         blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents))
         expect(not blocked, "output_dir", rule, folder)
-        with use_backend(self.backend):
-            pass  # an unknown backend is an error now
+        check_backend(self.backend)
         return Grid(self, methods)
 
 

@@ -98,11 +98,12 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def autocast_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
-    for given in tensors:
+    for name, given in rows.items():
         if not isinstance(given, Tensor):
-            raise TypeError(f"expected rows to be a tensor, got {type(given).__name__}")
+            raise TypeError(f"cmlm_fast::{op}: expected {name} to be a tensor, got {type(given).__name__}")
+    tensors = tuple(rows.values())
     device_type = tensors[0].device.type
     if not autocast_is_on(device_type):
         return tensors

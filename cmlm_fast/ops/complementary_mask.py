@@ -230,7 +230,7 @@ def complementary_mask(
         unit_ids: int32 >= 0, shape of `input_ids`; tokens of a sequence with one id (a word, a span) are masked together.
         rate: share of eligible units masked in view 1, in [0, 1].
         complement_rate: share of the remaining units masked in view 2, in [0, 1].
-        sampling: "exact" masks round(rate·n) units of each sequence; "bernoulli" draws each unit by itself.
+        sampling: "exact" masks floor(rate·n + ½) units of each sequence, at least one; "bernoulli" draws each unit by itself.
         mask_share, random_share: shares of masked tokens that become `mask_token_id`, or a random id; the rest stay.
         seed: 64-bit key of the random numbers.
         step: training step, in [0, 2³²).
@@ -253,6 +253,7 @@ def complementary_mask(
     ([2, 2], True)
     """
     expect(_NAME, sampling in ("exact", "bernoulli"), "sampling", "'exact' or 'bernoulli'", repr(sampling))
+    expect(_NAME, isinstance(input_ids, Tensor), "input_ids", "a tensor", type(input_ids).__name__)
     shape, device = input_ids.shape, input_ids.device
     traced = _is_traced()
     if cu_seqlens is None:

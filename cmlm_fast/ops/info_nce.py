@@ -1,11 +1,12 @@
-"""Sequence-level InfoNCE between two views (SPEC: info_nce).
+"""Sequence-level InfoNCE between two views.
 
     cross     S = cos(z1, z2)/τ [B, B];  ½·[mean_i CE(S_i·, i) + mean_j CE(S_·j, j)]; symmetric=False keeps the first half
     nt_xent   z = [z1; z2], S = cos(z, z)/τ [2B, 2B], self excluded, positive = the other view; mean over 2B
     labels    S as in nt_xent; positives of i are the others with its label: log Σ_{a≠i} exp s_ia − mean_{p in P(i)} s_ip;
               a row without positives is left out of the mean
 
-z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S; the gradient is made in the forward pass for "mean" and "sum".
+z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S; for "mean" and "sum" the gradient is
+computed in the forward pass, but for float16, whose loss scale is known only later.
 Sources: van den Oord et al. 2018 (cross), Chen et al. 2020, SimCLR (nt_xent), Khosla et al. 2020, SupCon (labels).
 """
 
@@ -254,7 +255,7 @@ def info_nce(
     >>> round(loss.item(), 4), loss.backward()
     (0.3408, None)
     """
-    z1, z2 = autocast_rows(z1, z2)
+    z1, z2 = autocast_rows(_NAME, z1=z1, z2=z2)
     tau = as_temperature(_NAME, temperature, z1)
     recording = torch.is_grad_enabled() and in_forward(z1.dtype)
     labels = None if labels is None else labels.contiguous()

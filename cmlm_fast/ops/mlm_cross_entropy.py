@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import expect, expect_values, native_kernels, no_second_derivative, op
+from .._library import expect, expect_values, no_second_derivative
+from ..backends import instead
 from ._linear import product
 from ._scores import IGNORE, autocast_is_on, autocast_rows, loss_dtype
 from .token_contrastive import check_reduction
@@ -76,9 +77,10 @@ def mlm_cross_entropy(
 
 def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
     """Cross entropy of each row, [N], 0 where its target is -100: no row is dropped, nothing waits for the device."""
-    if hidden.device.type == "cpu" and ("softmax_loss", "CPU") in native_kernels and not torch.compiler.is_compiling():
-        (hidden,) = autocast_rows(hidden)
-        losses: Tensor = _HeadLosses.apply(hidden, weight, bias, target)
+    softmax_loss = None if torch.compiler.is_compiling() else instead("softmax_loss", hidden.device)
+    if softmax_loss is not None:
+        (hidden,) = autocast_rows(_NAME, hidden=hidden)
+        losses: Tensor = _HeadLosses.apply(hidden, weight, bias, target, softmax_loss)
         return losses
     logits = F.linear(hidden, weight, bias)
     return F.cross_entropy(logits.to(loss_dtype(logits.dtype)), target, reduction="none", ignore_index=IGNORE)
@@ -88,10 +90,10 @@ class _HeadLosses(torch.autograd.Function):
     """weight and bias in a dtype of their own; products run in that of hidden."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softmax_loss: Any) -> Tensor:
         ctx.parameters = weight.dtype
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        losses, slopes = op("softmax_loss")(product(hidden, weight, bias), target)
+        losses, slopes = softmax_loss(product(hidden, weight, bias), target)
         ctx.save_for_backward(hidden, weight, slopes)
         out: Tensor = losses
         return out
@@ -100,7 +102,7 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         no_second_derivative(_NAME)
         hidden, weight, slopes = ctx.saved_tensors
-        by_hidden, by_weight, by_bias, _ = ctx.needs_input_grad
+        by_hidden, by_weight, by_bias, *_ = ctx.needs_input_grad
         grad = grad.to(slopes.dtype)[:, None]  # multiplies the narrow operand of each product, not the slopes [N, V]
         of_weight = None
         if by_weight:
@@ -109,4 +111,4 @@ class _HeadLosses(torch.autograd.Function):
                 part = slice(begin, begin + _VOCABULARY_PART)
                 of_weight[part] = product(slopes[:, part].T, scaled)
         return (product(slopes, weight.T) * grad if by_hidden else None, of_weight,
-                (slopes.T @ grad)[:, 0].to(ctx.parameters) if by_bias else None, None)  # fmt: skip
+                (slopes.T @ grad)[:, 0].to(ctx.parameters) if by_bias else None, None, None)  # fmt: skip

@@ -1,11 +1,12 @@
-"""Token-level contrast: each masked token against the same token seen in the other view (SPEC: token_contrastive).
+"""Token-level contrast: each masked token against the same token seen in the other view.
 
     s_ij   = cos(q_i, k_j) / τ                      (q_i · k_j / τ with normalize=False)
     C(i)   = {key_start_i <= j < key_end_i} minus {key_token_j = query_token_i} minus {key_token_j = -1}, plus target_i
     loss_i = log Σ_{j in C(i)} exp s_ij − s_{i,target_i};   target −100 ignores row i
 
-query [N, D], key [M, D]; the N×M matrix never reaches memory in the compiled kernels. With reduction "mean" or "sum" the
-gradient is made in the forward pass (6·N·M·D operations in all); with "none" the backward pass recomputes the scores.
+query [N, D], key [M, D]; the compiled kernels keep at most one chunk of the N×M scores. With reduction "mean" or "sum" the
+gradient is computed in the forward pass (6·N·M·D operations in all), but for float16, whose loss scale is known only later;
+then, and with "none", the backward pass recomputes the scores.
 Source: arXiv 2106.02327 (token level), van den Oord et al. 2018 (InfoNCE).
 """
 
@@ -231,7 +232,7 @@ def token_contrastive(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Contrast each query with its target among the candidate keys; the N×M score matrix never reaches memory.
+    """Contrast each query with its target among the candidate keys; scores are computed in chunks, not kept.
 
     Equivalent eager code, without the optional arguments:
     `F.cross_entropy(F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature, target)`.
@@ -261,7 +262,7 @@ def token_contrastive(
     >>> round(loss.item(), 6), loss.backward()
     (9.1e-05, None)
     """
-    query, key = autocast_rows(query, key)
+    query, key = autocast_rows(_NAME, query=query, key=key)
     tau = as_temperature(_NAME, temperature, query)
     recording = torch.is_grad_enabled() and in_forward(query.dtype)
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,

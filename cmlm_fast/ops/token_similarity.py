@@ -97,7 +97,7 @@ def token_similarity(
     tensor([[2., 0.],
             [0., 2.]])
     """
-    query, key = autocast_rows(query, key)
+    query, key = autocast_rows(_NAME, query=query, key=key)
     tau = as_temperature(_NAME, temperature, query)
     check_pairs(_NAME, query, key, target, tau, key_start, key_end, query_token, key_token)
     scores: Tensor = resolve(_NAME, query.device, backend, query.dtype)(

@@ -5,8 +5,8 @@
     m_ij = 0 with probability dropout, else 1: the Philox word w_(j mod 4) at c = j div 4, step = i, sample = sequence·H + head,
            key = seed, kept where w >= floor(dropout · 2³²); i, j count inside the sequence
 
-query, key, value [T, H, D]; cu_seqlens int32 [B + 1]. Saved for the backward pass besides the inputs: one log-sum-exp a row and
-head. The compiled kernels hold one row of scores at a time.
+query, key, value [T, H, D]; cu_seqlens int32 [B + 1]. Saved for the backward pass besides the inputs: one log-sum-exp
+per row and head. The compiled kernels hold blocks of 32 rows of scores.
 Source: Dao et al. 2022 (FlashAttention), of which the sequences of encoder post-training need one tile.
 """
 
@@ -180,7 +180,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         seed: 64-bit seed of the dropout; the same seed drops the same weights.
         window: tokens i, j attend to each other where |i − j| < window; 0: everywhere.
         backend: "reference", "cpp" or "triton"; None chooses. Triton's kernels are made for many sequences of at most some
-            hundred tokens; one of thousands is one program a head.
+            hundred tokens; one of thousands is one program per head.
 
     Returns:
         [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32 (float64 for float64).
@@ -195,7 +195,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     >>> torch.allclose(out[:2], varlen_attention(q[:2], q[:2], q[:2], torch.tensor([0, 2], dtype=torch.int32)), atol=1e-6)
     True
     """
-    query, key, value = autocast_rows(query, key, value)
+    query, key, value = autocast_rows(_NAME, query=query, key=key, value=value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed - 2**64 if seed >= 2**63 else seed, window)
