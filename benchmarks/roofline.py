@@ -1,18 +1,16 @@
 """What a GPU can do at best with the Triton kernels, from their operations and bytes; no GPU is needed.
 
-    python -m benchmarks.roofline [--write] [--measured out/ops.json]
+    python -m benchmarks.roofline [--write]
 
 A launch takes at least operations / matrix rate and at least bytes / memory bandwidth; an op at least the sum over its
 launches. Bytes: operands of a launch once, from memory, and what it writes; a panel of weights stays in L2 between the launch
 that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets', which nothing reaches, so a
-floor is no forecast. `--write` puts the table into benchmarks/results/static/roofline.md; `--measured` fills the last column
-with what benchmarks/bench_gpu.py measured.
+floor is no forecast. `--write` puts the table into benchmarks/results/static/roofline.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,7 +217,7 @@ def duration(seconds: float) -> str:
 def table(measured: dict[str, float] | None = None) -> list[str]:
     """Markdown, a row for each shape; `measured`: "op label" → milliseconds, of a run of bench_gpu."""
     head = ["op", "shape", "operations counted", "done", "bytes", "launches", *(f"{chip} floor" for chip in CHIPS),
-            "goal on H100, H200", "measured"]  # fmt: skip
+            "goal on H100, H200", *(["measured"] if measured else [])]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for shape in SHAPES:
         of = launches(shape, CHIPS["H100"])
@@ -227,7 +225,7 @@ def table(measured: dict[str, float] | None = None) -> list[str]:
         found = (measured or {}).get(shape.name)
         cells = [shape.op, shape.label, *(f"{x:.3g}" if x else "" for x in (shape.counted, done, moved)),
                  str(sum(launched(shape, CHIPS["H100"]).values())), *(duration(floor(shape, chip)) for chip in CHIPS.values()),
-                 shape.goal, duration(found / 1e3) if found else ""]  # fmt: skip
+                 shape.goal, *([duration(found / 1e3) if found else ""] if measured else [])]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -236,8 +234,7 @@ TEXT = """# Floors of the Triton kernels
 
 Made by `python -m benchmarks.roofline --write` from operations and bytes: forward and backward, bfloat16 rows, int64 ids.
 A floor is what no run of these kernels can beat at the data sheets' rates, launches not counted; each launch is taken to
-fetch its operands from memory, though small ones may still lie in L2. **Nothing has been measured on a GPU**: the last
-column is empty until `make gpu` has run on one.
+fetch its operands from memory, though small ones may still lie in L2. docs/tuning.md has what was measured on an H100.
 
 Operations counted are three products of the rows (nt_xent, whose scores are symmetric: two). The kernels do more, since
 they make the scores twice: {done:.3g} times those counted of token_contrastive. So its goal, 60 % of the matrix rate counting
@@ -263,17 +260,13 @@ def document() -> str:
 
 
 def main() -> None:
-    """Print the table, with measured times where given, or write the document."""
+    """Print the document, or write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
-    parser.add_argument("--measured", type=Path, help="results of benchmarks/bench_gpu.py")
     options = parser.parse_args()
     os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # the shipped entries
     if options.write:
         DOCUMENT.write_text(document(), encoding="utf-8")
-    elif options.measured:
-        rows = json.loads(options.measured.read_text())["rows"]
-        print("\n".join(table({row["case"]: row["ms"]["triton"] for row in rows if "triton" in row["ms"]})))
     else:
         print(document())
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("backends", "config", "losses", "report", "fewshot.draws", "fewshot.methods", "fewshot.tables",
+MODULES = ("backends", "config", "data.budget", "data.share", "losses", "report",
+           "fewshot.draws", "fewshot.methods", "fewshot.tables",
            "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
            "ops.varlen_attention")  # fmt: skip
 
@@ -56,6 +57,17 @@ def test_readme_names_commands_that_exist():
     assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize(("mark", "folder"), [("few-shot", "fewshot"), ("few-shot mlm", "fewshot-mlm")])
+def test_few_shot_tables_are_those_of_the_cells(mark, folder):
+    from cmlm_fast.fewshot.cells import read_cells
+    from cmlm_fast.fewshot.tables import rows_of, summary
+
+    page = (ROOT / "docs" / "few-shot.md").read_text(encoding="utf-8")
+    shown = page.partition(f"<!-- {mark} -->\n")[2].partition(f"\n<!-- /{mark} -->")[0]
+    methods = [cell.strip() for cell in shown.splitlines()[0].split("|")[3:-1]]
+    assert shown == summary(rows_of(read_cells(ROOT / "benchmarks" / "results" / folder / "cells.jsonl")), "ft", methods)
 
 
 def test_scale_table_is_what_its_formulas_give():

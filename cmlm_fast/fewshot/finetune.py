@@ -1,4 +1,4 @@
-"""Few-shot fine-tuning: a classifier on k labelled texts a class, scored on texts it has not seen.
+"""Few-shot fine-tuning: a classifier on k labelled texts per class, scored on texts it has not seen.
 
 Plain `transformers.Trainer` on `AutoModelForSequenceClassification`: nothing here knows how the checkpoint came about,
 so two checkpoints can be compared.
@@ -38,7 +38,7 @@ class FewShotScore(NamedTuple):
 
 def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels: Sequence[Hashable],
               test_texts: Sequence[Text], test_labels: Sequence[Hashable], *, epochs: float = 10,
-              learning_rate: float = 2e-5, batch_size: int = 16, max_length: int = 128, seed: int = 42,
+              learning_rate: float = 2e-4, batch_size: int = 16, max_length: int = 128, seed: int = 42,
               bf16: bool = False, contrast: Contrast | None = None) -> FewShotScore:  # fmt: skip
     """Fine-tune a fresh classification head and the whole encoder, then score the test texts.
 

@@ -241,7 +241,6 @@ class Grid:
 
     def _load_start(self) -> tuple[Any, Any, str]:
         """Tokenizer, model, and a fingerprint of both. A head that the checkpoint lacks is made from the seed."""
-        # Of the tokenizer all that it does, of the configuration all but where it comes from.
         from transformers import set_seed
 
         tokenizer = load_tokenizer(self.options.model)
@@ -250,6 +249,7 @@ class Grid:
         check_vocabulary(model, tokenizer)
         objectives = [method.objective for method in self.methods.values() if method.objective]
         check_length(model, self.options.max_length, max((each.position_jitter for each in objectives), default=0))
+        # Of the tokenizer all that it does, of the configuration all but where it comes from.
         config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -257,7 +257,6 @@ class Grid:
         settings = json.dumps([config, words, *([side] if side != "right" else [])], sort_keys=True, default=str)
         self._check_dropout(model.config.to_dict())
         return tokenizer, model, start_of(model, settings)
-
 
     def _check_dropout(self, config: dict[str, Any]) -> None:
         """Raise ValueError where a method contrasts two dropout passes and there is no dropout."""

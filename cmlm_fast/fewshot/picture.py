@@ -1,4 +1,4 @@
-"""The picture of the tables: each method's difference to the baseline, a panel a condition."""
+"""The picture of the tables: each method's difference to the baseline, a panel per condition."""
 
 from __future__ import annotations
 

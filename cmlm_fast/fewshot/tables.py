@@ -23,7 +23,7 @@ from .cells import CELLS, Cell, fingerprint, read_cells
 
 logger = logging.getLogger(__name__)
 
-#: A data set, the labelled texts a class, and a fingerprint of the texts, the start and the fine-tuning.
+#: A data set, the labelled texts per class, and a fingerprint of the texts, the start and the fine-tuning.
 Condition = tuple[str, int, str]
 
 
@@ -131,18 +131,20 @@ def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], baseline: str) -> str:
-    """One table a condition: accuracy, macro-F1, difference and time, in percent and seconds."""
+    """One table per condition: accuracy, macro-F1, difference and time, in percent and seconds."""
     setups: dict[tuple[str, int | None], set[str]] = {}
     for row in rows:
         setups.setdefault((row.dataset, row.shots), set()).add(row.setup)
     parts = [f"""Accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
-on the same draws, with the 95 % t interval of its mean. Seconds a draw: post-training + fine-tuning and scoring. Tokens:
+on the same draws, with the 95 % t interval of its mean. Seconds per draw: post-training + fine-tuning and scoring. Tokens:
 what passed the encoder in post-training, both views."""]
+    if overview := summary(rows, baseline):
+        parts.append(f"\n### Differences in accuracy, `*`: the interval leaves out 0\n\n{overview}")
     last = None
     for row in rows:
         if row[:3] != last:
             last = row[:3]
-            title = row.dataset if row.shots is None else f"{row.dataset}, {row.shots} labels a class"
+            title = row.dataset if row.shots is None else f"{row.dataset}, {row.shots} labels per class"
             title = "Mean over all of the above" if row.shots is None else title
             title += f" (setup {row.setup})" if len(setups[row.dataset, row.shots]) > 1 else ""
             parts.append(f"\n### {title}\n\n| method | draws | accuracy | macro-F1 | difference | ahead | seconds | tokens |\n"
@@ -152,6 +154,34 @@ what passed the encoder in post-training, both views."""]
                      f"{f'{row.ahead} of {row.compared}' if row.compared else ''} | {row.post_train_seconds:.0f} + "
                      f"{row.fine_tune_seconds:.0f} | {row.encoder_tokens / 1e6:.2f} M |")  # fmt: skip
     return "\n".join(parts) + "\n"
+
+
+def summary(rows: Sequence[Row], baseline: str, methods: Sequence[str] = ()) -> str:
+    """A row per condition, a column per method (default: all that were compared): accuracy of the baseline, differences.
+
+    Empty where there is one condition, or one that was run with several setups.
+    """
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        title = "mean over all" if row.shots is None else f"{row.dataset}, {row.shots}"
+        if row.method in found.setdefault(title, {}):
+            return ""
+        found[title][row.method] = row
+    columns = methods or tuple(dict.fromkeys(row.method for row in rows if row.difference is not None))
+    if len(found) < 2 or not columns:
+        return ""
+    lines = ["| | " + " | ".join((baseline, *columns)) + " |", "|---" * (len(columns) + 2) + "|"]
+    for title, of in found.items():
+        start = f"{100 * of[baseline].accuracy:.1f}" if baseline in of else ""
+        lines.append(f"| {title} | {start} | " + " | ".join(_marked(of.get(name)) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _marked(row: Row | None) -> str:
+    if row is None or row.difference is None:
+        return ""
+    apart = row.low is not None and row.high is not None and row.low * row.high > 0
+    return _points(row.difference) + ("\\*" if apart else "") + _difference(row)[len(_points(row.difference)):]
 
 
 def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, Cell]]]:
@@ -208,4 +238,4 @@ def _difference(row: Row) -> str:
 
 
 def _points(difference: float) -> str:
-    return f"{round(100 * difference, 1) + 0.0:+.1f}"  # + 0.0: there is no -0.0
+    return f"{round(100 * difference, 9) + 0.0:+.1f}"  # -0.0 is a little below 0, and not what 0 itself may come as
