@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_train [--dtype float32] [--dtype bfloat16] [--rounds N] [--output benchmarks/results/train.json]
 
-Real sentences (Rotten Tomatoes), all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M parameters), its dropout, 32 sequences a step.
+Real sentences (Rotten Tomatoes), all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M parameters), its dropout, 32 sequences per step.
 A step is all of it: batch from token rows, masks, both passes, backward, gradient clipping, AdamW. The providers take turns,
 round by round, each in a process of its own: `ours` sets the allocator as `CMLMTrainer.train` does, `strong` and `naive` leave
 it as it is, `strong kept` is strong with our setting. First losses and gradients are compared, with the same masks and no

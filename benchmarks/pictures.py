@@ -84,7 +84,7 @@ def sweeps(found: Results, path: Path) -> Path | None:
                 x, [r.p20 * 1e3 for r in rows], [r.p80 * 1e3 for r in rows], color=look["color"], alpha=0.15
             )
         fixed = {name: value for name, value in rows[0].sizes.items() if name != axis and value not in (False, 0, True)}
-        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms a call",
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms per call",
                   title=f"{op}\n{', '.join(f'{k} {v}' for k, v in fixed.items())}")  # fmt: skip
         ticks = sorted({r.sizes[axis] for rs in lines.values() for r in rs})
         panel.set_xticks(ticks, [f"{t:,}" for t in ticks])

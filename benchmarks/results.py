@@ -3,7 +3,7 @@
 schema     1
 machine    device, threads, instruction set, python, system, load of the machine when the run began
 versions   of every package that was timed
-commit     of the repository ("+" after it: with changes), date, suite, seconds a shape
+commit     of the repository ("+" after it: with changes), date, suite, seconds per shape
 ceilings   TFLOP/s of matrix products and GB/s of a copy, measured in this run
 rows       op, shape, sizes, provider; seconds (p20, p50, p80) of one call, samples, rate and its unit, share of the
            row's ceiling, peak bytes, error and eager's error against float64, operations and bytes of the task
@@ -92,7 +92,7 @@ class Results:
     absent: list[Absent] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write it, one line a row, so that a diff shows which rows changed."""
+        """Write it, one line per row, so that a diff shows which rows changed."""
         whole = {"schema": SCHEMA, **asdict(self)}
         path.parent.mkdir(parents=True, exist_ok=True)
         parts = []

@@ -15,7 +15,7 @@ GPUS = (1, 2, 8, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class Model:
-    """BERT-base: parameters in all, in one encoder layer, and layers; width of a sequence's vector; sequences a GPU."""
+    """BERT-base: parameters in all, in one encoder layer, and layers; width of a sequence's vector; sequences per GPU."""
 
     parameters: int = 109_514_298
     layer: int = 7_087_872
@@ -30,7 +30,7 @@ class Model:
 
 
 def step(gpus: int, model: Model | None = None) -> dict[str, float]:
-    """Bytes a GPU, of one step in bfloat16 autocast with AdamW, and operations of the sequence contrast.
+    """Bytes per GPU, of one step in bfloat16 autocast with AdamW, and operations of the sequence contrast.
 
     ring = (W - 1) / W: what a GPU sends of a tensor that a ring gathers or scatters.
     """

@@ -2,7 +2,7 @@
 
     python -m benchmarks.static_cuda [LIBRARY]     writes benchmarks/results/static/cuda.json
 
-Of each kernel and architecture: registers a thread and bytes of stack (where a spilled register lies); on Hopper also loads and
+Per kernel and architecture: registers per thread and bytes of stack (where a spilled register lies); on Hopper also loads and
 stores of local memory, tensor core instructions (HMMA), and copies that bypass registers (LDGSTS, from cp.async).
 """
 
@@ -90,7 +90,7 @@ def main() -> None:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY
     table: dict[str, Any] = {"nvcc": compiler(), "ptx": portable_code(library), "kernels": measure(library)}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    # A kernel a line.
+    # A kernel per line.
     text = json.dumps(table, indent=1)
     text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
     RESULTS.write_text(text + "\n")

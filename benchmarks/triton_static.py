@@ -217,7 +217,7 @@ def main() -> None:
 
 
 def dumps(rows: dict[str, Any]) -> str:
-    """JSON with one line a kernel."""
+    """JSON with one line per kernel."""
     chips = []
     for chip, kernels in rows["chips"].items():
         lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())

@@ -6,7 +6,8 @@
     cmlm_fast::<op>_reference    the plain PyTorch formula, on any device
     cmlm_fast::<op>_triton       Triton kernels, where cmlm_fast/kernels/<op>.py has them
 
-All of them share one fake kernel and one autograd formula, so a kernel can only differ from the reference in speed.
+All of them share one fake kernel and one autograd formula, so a kernel can only differ from the reference in speed and in
+rounding.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ _SMALL_IS_BETTER = (*PARTS, "perplexity", "alignment", "uniformity", "negative_s
 
 @dataclass
 class CMLMTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` and the seed of the masks.
+    """`transformers.TrainingArguments` and what CMLM post-training needs besides.
 
     Attributes:
         mask_seed: 64-bit seed of the masks; None takes `seed`.
@@ -33,8 +33,7 @@ class CMLMTrainingArguments(TrainingArguments):
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
     packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
-
-    max_tokens: int | None = field(default=None, metadata={"help": "tokens a batch, instead of sequences a batch"})
+    max_tokens: int | None = field(default=None, metadata={"help": "tokens per batch, instead of sequences per batch"})
     contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 A packed call carries `packing`, where the sequences are; those of equal length stand next to each other. Without it the call
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
-    CPU, and CUDA where no sequence is longer than SHORT, and heads are NARROW
+    CPU; CUDA with Triton, where no sequence is longer than SHORT and no head's row takes more than NARROW bytes
                     the op varlen_attention
     CUDA, 16 bit    flash attention, one launch for all sequences
     else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding

@@ -34,16 +34,16 @@ def few_shot_command(
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
     paraphrase_column: Annotated[str | None, typer.Option(help="column of each text's paraphrase, for cssl")] = None,
     methods: Annotated[str, typer.Option(help=f"names between commas: {', '.join(METHODS)}")] = ",".join(_few("methods")),
-    shots: Annotated[str, typer.Option(help="labelled texts a class, between commas")] = ",".join(map(str, _few("shots"))),
+    shots: Annotated[str, typer.Option(help="labelled texts per class, between commas")] = ",".join(map(str, _few("shots"))),
     draws: Annotated[int, typer.Option(help="draws of the labelled texts")] = _few("draws"),
     baseline: Annotated[str, typer.Option(help="the method that the others are compared with")] = _few("baseline"),
     epochs: Annotated[float, _option("times through the texts", _POST)] = _few("epochs"),
     max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs", _POST)] = _few("max_steps"),
-    batch_size: Annotated[int, _option("sequences a step", _POST)] = _few("batch_size"),
+    batch_size: Annotated[int, _option("sequences per step", _POST)] = _few("batch_size"),
     learning_rate: Annotated[float, _option("peak of the schedule", _POST)] = _few("learning_rate"),
     warmup: Annotated[float, _option("share of the steps, below 1, or their number", _POST)] = _few("warmup"),
     fine_tune_epochs: Annotated[float, _option("times through the labelled texts", _FINE)] = _few("fine_tune_epochs"),
-    fine_tune_batch_size: Annotated[int, _option("texts a step", _FINE)] = _few("fine_tune_batch_size"),
+    fine_tune_batch_size: Annotated[int, _option("texts per step", _FINE)] = _few("fine_tune_batch_size"),
     fine_tune_learning_rate: Annotated[float, _option("start of the linear decay", _FINE)] = _few("fine_tune_learning_rate"),
     max_length: Annotated[int, _option("most tokens of a sequence", _OTHER)] = _few("max_length"),
     bf16: Annotated[bool | None, _option("bfloat16 autocast; default: where the hardware is fast in it", _OTHER)] = None,
@@ -84,9 +84,9 @@ def warm_head_command(
     train_encoder: Annotated[bool, typer.Option("--train-encoder", help="train the whole masked LM")] = False,
     epochs: Annotated[float, typer.Option(help="times through the texts")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="optimizer steps; -1: whole epochs")] = -1,
-    batch_size: Annotated[int, typer.Option(help="sequences a step and device")] = _default("batch_size"),
+    batch_size: Annotated[int, typer.Option(help="sequences per step and device")] = _default("batch_size"),
     learning_rate: Annotated[float | None, typer.Option(help="default: 1e-3, with --train-encoder 1e-4")] = None,
-    max_length: Annotated[int | None, typer.Option(help="tokens a sequence; default: 128 or fewer")] = None,
+    max_length: Annotated[int | None, typer.Option(help="tokens per sequence; default: 128, or the model's most")] = None,
     eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = 0.005,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast; default: where the hardware is fast in it")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = _default("seed"),
@@ -116,6 +116,7 @@ def _numbers(argument: str, text: str) -> tuple[int, ...]:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    app.command("few-shot")(few_shot_command)
+    methods = "\n\n".join(f"{name}: {method.says}" for name, method in METHODS.items())
+    app.command("few-shot", epilog=f"Methods:\n\n{methods}")(few_shot_command)
     app.command("few-shot-table")(few_shot_table_command)
     app.command("warm-head")(warm_head_command)

@@ -28,7 +28,7 @@ class CMLMConfig:
         complement_rate: share of the remaining units masked in view 2; the default masks as much as in view 1.
         complementary: False draws the masks of the views apart, view 2 masking as large a share as complementary masks would;
             a token masked in both views is predicted in both and takes no part in the token contrast.
-        sampling: "exact" masks round(rate·n) units of each sequence, "bernoulli" draws each unit by itself.
+        sampling: "exact" masks floor(rate·n + ½) units of each sequence, at least one, "bernoulli" draws each unit by itself.
         mask_share, random_share: shares of masked tokens that become the mask token, or a random one.
         mlm_weight, token_weight, sequence_weight: weights of the losses; a loss of weight 0 is not computed.
         mlm_views: MLM at the masked tokens of "both" views or of the "first".

@@ -49,7 +49,7 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
         prepared.tokenizer.save_pretrained(before)
         summary = run(prepared)
         print_summary(summary)
-        console.print(f"Fine-tuning on {shots} labels a class, {draws} draws, tested on {len(test):,} other sentences")
+        console.print(f"Fine-tuning on {shots} labels per class, {draws} draws, tested on {len(test):,} other sentences")
         accuracy = _few_shot(Path(before), folder / "model", train, test, shots, draws)
     result = {"shots": shots, "draws": draws, "few_shot": accuracy}
     result["held_out_before_after"] = summary["held_out_before_after"]

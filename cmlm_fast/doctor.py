@@ -123,5 +123,6 @@ def _build_info() -> dict[str, Any]:
     try:
         from ._build import build_info
     except ImportError:
-        return {"native build": "none (a pure-Python install)"}
+        pure = "_C" in _library.load_errors
+        return {"native build": "none (a pure-Python install)" if pure else "unknown (built without Python's headers)"}
     return dict(build_info())

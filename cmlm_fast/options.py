@@ -22,10 +22,10 @@ class PostTrainOptions:
         eval_share: share of the texts held out for the scores; 0 scores nothing.
         preset, objective: a preset of CMLMConfig, and the fields of it that differ.
         freeze_encoder: train the LM head alone, with a preset that has MLM only.
-        max_length: tokens a sequence; None: 128, or what the model takes where that is less.
+        max_length: tokens per sequence; None: 128, or what the model takes where that is less.
         whole_word: mask whole words.
         epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
-        max_tokens: tokens a batch, in place of batch_size; None: batch_size.
+        max_tokens: tokens per batch, in place of batch_size; None: batch_size.
         contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts them.
         max_steps: optimizer steps; -1: as many as `epochs` needs.
         warmup: share of the steps, below 1, or their number.

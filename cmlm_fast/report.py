@@ -18,7 +18,7 @@ _PANELS = (
 
 
 def print_table(console: Console, title: str, rows: Mapping[str, object], headings: Sequence[str] = ()) -> None:
-    """Print one table: a name a row, and its value or (for a sequence) its values, numbers to the right.
+    """Print one table: a name per row, and its value or (for a sequence) its values, numbers to the right.
 
     Example:
         >>> print_table(Console(quiet=True), "Run", {"texts": 8530, "perplexity": (31.2, 12.9)}, ("", "before", "after"))
@@ -111,7 +111,7 @@ def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path)
     accuracy = result["few_shot"]["accuracy"]
     for before, after in zip(*accuracy.values(), strict=True):
         axes.plot((0, 1), (before, after), "o-", color="C0", alpha=0.6)
-    axes.set(title=f"Accuracy, {result['shots']} labels a class\n(a line each draw)", xticks=(0, 1), xlim=(-0.3, 1.3))
+    axes.set(title=f"Accuracy, {result['shots']} labels per class\n(a line each draw)", xticks=(0, 1), xlim=(-0.3, 1.3))
     axes.set_xticklabels(list(accuracy))
     figure.suptitle(f"{summary['steps']} steps of post-training, {summary['train_seconds']:.0f} s")
     figure.savefig(path, dpi=120)

@@ -87,7 +87,7 @@ class CMLMTrainer(ResumableTrainer):
     Example:
         >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)
         >>> trainer.train()
-        >>> trainer.model.save_pretrained("post-trained")
+        >>> trainer.save_model("post-trained")
     """
 
     def __init__(self, model: CMLMModel | None = None, args: CMLMTrainingArguments | None = None, *,

@@ -8,6 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,9 @@ import torch
 from conftest import make_lm
 from typer.testing import CliRunner
 
-from cmlm_fast import CMLMModel
-from cmlm_fast.cli import app
+from cmlm_fast import CMLMConfig, CMLMModel
+from cmlm_fast.cli import Preset, app, post_train_command
+from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import DiskError
 from cmlm_fast.post_train import prepare, run
@@ -228,6 +231,12 @@ def test_from_python(tiny_checkpoint, sentence_file, tmp_path):
     assert summary["steps"] == 2 and summary["held_out_before_after"] == {}
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     assert issubclass(DiskError, OSError)
+
+
+def test_the_command_line_offers_all_of_the_objective():
+    offered = signature(post_train_command).parameters
+    assert {field.name for field in fields(CMLMConfig)} <= set(offered)
+    assert {preset.value for preset in Preset} == set(PRESETS)
 
 
 def test_doctor_names_every_op_and_reason():

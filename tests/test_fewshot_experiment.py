@@ -381,7 +381,7 @@ def test_the_command_and_its_table(tiny_checkpoint, files, tmp_path):
                  "--no-bf16", "--fine-tune-epochs", "1", "--output-dir", out)  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
     assert len(read_cells(out / "cells.jsonl")) == 8 and "tapt:mlm_views=first: accuracy" in result.output
-    assert "3 labels a class" in result.output and "Mean over all of the above" in result.output
+    assert "3 labels per class" in result.output and "Mean over all of the above" in result.output
     table = cli("few-shot-table", out, "--baseline", "tapt:mlm_views=first")
     assert table.exit_code == 0 and "accuracy against tapt:mlm_views=first" in (out / "results.md").read_text()
     for arguments, words in (((out, "--baseline", "cmlm"), "expected baseline to be among the methods of the cells"),

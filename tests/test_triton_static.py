@@ -71,9 +71,9 @@ def test_global_accesses_are_16_bytes_wide(compiled, chip):
     for name, row in compiled[chip].items():
         kernel = name.split(": ")[1]
         if "D=333" in name or (kernel in ("exact", "bounds", "merge", "finish")):
-            continue  # rows at any address, sequences at any place, a few numbers a row
+            continue  # rows at any address, sequences at any place, a few numbers per row
         assert row["loads"] == 16, name
-        if kernel not in ("statistics", "inverse_norms"):  # which write a few numbers a row
+        if kernel not in ("statistics", "inverse_norms"):  # which write a few numbers per row
             assert row["stores"] == 16, name
 
 

@@ -84,7 +84,7 @@ def _no_dropout(problem: Problem) -> str:
 
 def _slow(backend: str, problem: Problem) -> str:
     slow = backend == "reference" and problem.sizes["dropout"] and problem.device.type == "cuda"
-    return "it draws dropout row by row, seconds a call on a GPU" if slow else ""
+    return "it draws dropout row by row, seconds per call on a GPU" if slow else ""
 
 
 def _shape(B: int, L: int, H: int, D: int, dtype: str, suite: str = "quick", label: str = "",

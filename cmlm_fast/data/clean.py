@@ -23,7 +23,7 @@ class TextCounts(NamedTuple):
 def clean_texts(dataset: Dataset) -> tuple[Dataset, TextCounts]:
     """Drop rows whose texts are all blank, and exact repeats of an earlier row (a pair counts as one); keep the order.
 
-    Holds 16 bytes a row in memory. Raises ValueError when nothing is left.
+    Holds 16 bytes per row in memory. Raises ValueError when nothing is left.
 
     Example:
         >>> clean_texts(Dataset.from_dict({"text": ["a", " ", "a"]}))[1]

@@ -35,7 +35,7 @@ def tokenize_texts(dataset: Dataset, tokenizer: Any, *, max_length: int | None =
         num_proc: processes; without them a fast tokenizer still uses its own threads.
 
     Returns:
-        Dataset, one row a sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
+        Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
         tokenizer makes them, sample_id int64 (the row), and with whole_word unit_ids int32 [L]: 0 at special tokens,
         otherwise equal exactly within a word. Cached by `datasets` under dataset, tokenizer and options.
 

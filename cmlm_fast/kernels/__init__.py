@@ -4,6 +4,8 @@ call.
     _scores.py     score tiles, candidates, row and column statistics, and the weights of the gradients
     _products.py   unit rows, the two products of the gradients, the way back through the normalisation
     _pairs.py      the order of the launches, shared by token_contrastive and info_nce
+    _small.py      info_nce of few rows in one launch
+    _philox.py     random words
     _configs.py    tile sizes by chip, dtype and shape class: data in configs.json
 """
 

@@ -7,7 +7,7 @@
     project              through the normalisation, into the gradients
 
 Memory beyond the outputs: one panel of weights (Config.panel, never N×M), its unit rows and sums, float32 sums of x̂'s
-gradient [N, D], and a few numbers a row and key.
+gradient [N, D], and a few numbers per row and key.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def full_ranges(start: Tensor | None, end: Tensor | None, keys: int) -> tuple[Te
 
 @dataclass(frozen=True)
 class Side:
-    """One softmax's share in the gradient, a number a row: the loss, and what the kernel `weights` reads."""
+    """One softmax's share in the gradient, a number per row: the loss, and what the kernel `weights` reads."""
 
     loss: Tensor
     reference: Tensor | None

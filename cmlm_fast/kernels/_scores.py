@@ -3,7 +3,7 @@
 grid   one program a tile of a panel (panel rows/BM × panel keys/BN), in groups of row tiles: L2 serves the keys again
 tile   BM rows × BN keys
 loop   over D in steps of BK: both operands through shared memory into the matrix units
-bytes  a tile reads (BM + BN)·D numbers; statistics write 3 numbers a row and 3 a key, weights write BM·BN numbers, once
+bytes  a tile reads (BM + BN)·D numbers; statistics write 3 numbers per row and 3 a key, weights write BM·BN numbers, once
 sums   float32 (float64 for float64)
 Deterministic: each number has one writer; the partial statistics are merged in the order of the tiles.
 

@@ -1,7 +1,7 @@
 """complementary_mask in Triton: both views and the roles in one launch, bit for bit as the reference.
 
 bernoulli  grid tokens/BLOCK → BLOCK tokens → no loop. A block finds its first sequence by a guess (equal lengths), else
-           by bisection, and walks the boundaries inside it. Nothing is read or written twice: 25 bytes a token (int64).
+           by bisection, and walks the boundaries inside it. Nothing is read or written twice: 25 bytes per token (int64).
 exact      grid sequences → one sequence. Up to BLOCK tokens stay in registers: draw, count, find the two thresholds
            that part the roles, write. A longer one is walked in steps of BLOCK, its draws kept meanwhile in the views,
            which are written last.

@@ -18,10 +18,6 @@ struct Type {
   using type = T;
 };
 
-// What sums, exponentials and losses are kept in: float32, and float64 for float64.
-template <class T>
-using opmath_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <class F>
 auto dispatch_floating(const char* op, const char* argument, const Tensor& tensor, F&& f) {
   switch (tensor.scalar_type()) {

@@ -4,7 +4,7 @@
 //         word in each 64-bit lane. Exact sampling: pass 1 draws, keeping keys and corrupted ids in scratch; a search finds the
 //         two keys that part the roles; pass 2 writes.
 // Memory: reads the id once (8 bytes, int32: 4; plus 1 for eligible, 4 for unit_ids), writes both views and the role once
-//         (17 or 9 bytes): 25 bytes a token. Exact: 16 bytes a token of one sequence besides, which the caches hold.
+//         (17 or 9 bytes): 25 bytes per token. Exact: 16 bytes per token of one sequence besides, which the caches hold.
 // Same bits everywhere: a token's outputs depend on its position and sequence alone, never on how the work was split.
 #include "cpu/complementary_mask.h"
 

@@ -6,7 +6,7 @@
 //         first (nt_xent and labels: of all rows, S being symmetric; so is their gradient, and one product makes both
 //         views'): pass 1 makes the sums and keeps the chunks that fit kKeepBytes, pass 2 makes the others again.
 //         6 to 8·N²·D operations for cross, 4 to 6 for nt_xent and labels.
-// Memory: kKeepBytes or one chunk of scores, whichever is more; a chunk of a product; 12 numbers a row and one a row and block
+// Memory: kKeepBytes or one chunk of scores, whichever is more; a chunk of a product; 12 numbers per row and one a row and block
 //         of the chunk. Rows are copied for nt_xent, labels and float16 only.
 // Same bits every time: chunks and blocks do not depend on the number of threads, and are merged in order.
 #pragma once

@@ -17,7 +17,7 @@ struct SoftmaxLossArgs {
   int64_t width;
 };
 
-// Rows [begin, end); scratch of `width` numbers, rounded up to whole vectors.
+// Rows [begin, end); scratch of `width` numbers.
 CMLM_DECLARE_KERNEL(template <class T> void, softmax_loss,
                     (const SoftmaxLossArgs<T>& args, int64_t begin, int64_t end, math_t<T>* scratch))
 

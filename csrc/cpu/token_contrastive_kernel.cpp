@@ -1,4 +1,4 @@
-// Token-level contrast, CPU: the loops around the matrix products (token_contrastive.cpp has the algorithm).
+// Token-level contrast, CPU: the loops around the matrix products (token_engine.h has the algorithm).
 //
 // Grid: a call handles one block of keys × a chunk of queries, or rows of D numbers; threads take blocks or rows.
 // Loop: over keys j, and inside over the chunk's queries i, 16 (AVX-512), 8 or 4 at a time: no reduction across a vector.

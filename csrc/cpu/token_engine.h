@@ -3,7 +3,7 @@
 // Rows that count are ordered by the start of their range and cut into chunks of at most 256 queries. A chunk meets only the keys
 // between the first start and the last end of its rows:
 //
-//   Sᵀ = K·Qᵀ            [keys, queries] in blocks of keys, one thread a block; each block is turned in place into
+//   Sᵀ = K·Qᵀ            [keys, queries] in blocks of keys, one thread per block; each block is turned in place into
 //                        e_ij = exp(s_ij − shift_i), 0 where j is no candidate or is the target, times 1/‖k_j‖
 //   Z_i = Σ_j e_ij + e_i,target → loss; the target's score is a dot product of its own, wherever the target lies
 //   dQ  = Sᵀᵀ·K          rows scaled by w_i/(Z_i·τ), the target's part and the normalisation added: finished at once

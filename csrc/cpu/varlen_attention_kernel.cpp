@@ -4,7 +4,7 @@
 //         Every product is `multiply`, of small matrices in registers. Keys and values are copied once, transposed where
 //         scores are made, so that each inner loop runs over neighbouring numbers.
 // Memory: query, key, value (and grad_out) read once, outputs written once; the copies and a block of scores stay in cache.
-// Accumulation: float32 (float64 for float64), whatever the inputs. Deterministic: one thread a sequence and head, one order.
+// Accumulation: float32 (float64 for float64), whatever the inputs. Deterministic: one thread per sequence and head, one order.
 #include "cpu/varlen_attention.h"
 
 #include <cmath>

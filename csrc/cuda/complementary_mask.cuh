@@ -5,7 +5,7 @@
 // Grid:   a block for 1024 tokens, wherever sequences begin.
 // Tile:   16 bytes of ids a thread, neighbours' side by side; Philox in registers.
 // Loop:   none: ids are on their way while two threads look for the block's sequences.
-// Memory: reads the id once, writes both views and the role once: 25 bytes a token (int32: 13), plus 1 for eligible and 4 for
+// Memory: reads the id once, writes both views and the role once: 25 bytes per token (int32: 13), plus 1 for eligible and 4 for
 //         unit_ids.
 // Types:  integers throughout. Same bits every time: a token's outputs depend on its sequence and position alone.
 #pragma once

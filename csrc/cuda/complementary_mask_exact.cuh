@@ -6,7 +6,7 @@
 //         once; 2 passes do for most sequences, 8 are the most) finds the keys that part the roles, pass 2 writes. Units are made
 //         distinct in a table of their ids. Sequences with more tokens than shared memory was asked for draw their keys again
 //         where they are needed, and look for a unit's first token by comparing: any length is right.
-// Memory: reads the id twice, the second time from cache, writes both views and the role once: 25 bytes a token (int32: 13), plus
+// Memory: reads the id twice, the second time from cache, writes both views and the role once: 25 bytes per token (int32: 13), plus
 //         1 for eligible and 4 for unit_ids.
 // Types:  integers throughout; the two quotas of a sequence in double.
 // Same bits every time: atomics count integers, and which thread first enters a unit does not matter.

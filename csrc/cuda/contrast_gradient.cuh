@@ -2,7 +2,7 @@
 //
 // Grid:   a block for 64 rows of either side, or one for each of several shares of the other side's rows.
 // Tile:   as in contrast_tiles.cuh.
-// Loop:   over the other side's tiles: the scores again, turned into weights in shared memory until 512 bytes a row are full; then
+// Loop:   over the other side's tiles: the scores again, turned into weights in shared memory until 512 bytes per row are full; then
 //         weights · rows of the other side, 128 bytes of D at a time, into `sums`; at the end through the normalisation.
 // Memory: each block reads its rows once a tile and the other side twice, from L2 for the most part; writes the gradient once and
 //         sums once for each 512 bytes of weights. The last block of a row's shares reads them once.

@@ -3,7 +3,7 @@
 //
 // Grid:   prepare, project: a warp for each row; rows: a block for 4 rows of the chunk, so that what is known of a column is loaded
 //         once for the four; columns: a block for 2,048 columns (of 16 bits) and a share of the chunk's rows; unit, totals: one block.
-// Tile:   16 bytes of scores a thread and row.
+// Tile:   16 bytes of scores per thread and row.
 // Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another). columns: down the
 //         rows, four at a time, with the softmax of each column in registers.
 // Memory: rows: reads a score twice and writes it once: 6 bytes (16-bit types; float 12), and 4 to 24 bytes a column for four

@@ -1,10 +1,10 @@
 // The softmax of a contrast, tile by tile: no score leaves the chip. contrast_gradient.cuh has the gradient.
 //
 // Grid:   a block for 64 anchors, or one for each of several shares (splits) of the other side's rows.
-// Tile:   64×64 scores over D in slices of 128 bytes a row, the next slices on their way by cp.async while tensor cores (float,
+// Tile:   64×64 scores over D in slices of 128 bytes per row, the next slices on their way by cp.async while tensor cores (float,
 //         double: multiply-adds) work on this one. Tiles that none of the 64 rows wants are skipped.
 // Loop:   over the other side's tiles, keeping the softmax of each row; norms are made of the same slices.
-// Memory: each block reads its rows once a tile and the other side once, from L2 for the most part; writes 4 numbers a row.
+// Memory: each block reads its rows once a tile and the other side once, from L2 for the most part; writes 4 numbers per row.
 // Types:  scores and softmax in float (double for double).
 // Same bits every time: a row belongs to one block; shares of a row are merged in order by the last block to arrive, as are all
 //         rows' losses. Several blocks may write one scale: always the same number.

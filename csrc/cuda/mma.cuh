@@ -139,7 +139,7 @@ __device__ __forceinline__ void multiply_slices(const T* x, const T* y, Product<
   }
 }
 
-// product += weights · y: weights [64, 64] with `pitch` numbers a row, y a slice of 64 rows.
+// product += weights · y: weights [64, 64] with `pitch` numbers per row, y a slice of 64 rows.
 template <class T>
 __device__ __forceinline__ void multiply_weights(const T* weights, int pitch, const T* y, Product<T, kDepth<T>>& product) {
   const int lane = threadIdx.x % 32;
