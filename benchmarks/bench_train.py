@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from cmlm_fast.demo_assets import demo_model_path, demo_texts
 from cmlm_fast.memory import keep_freed_memory
 
 from .peers import Naive, Strong, to_device
-from .results import describe
+from .results import commit, describe
 
 PROVIDERS = ("ours", "strong", "naive")
 TIMED = ("ours", "strong", "strong kept", "naive")
@@ -291,11 +292,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out/bench_train.json"))
     options = parser.parse_args()
     machine = describe(torch.device("cpu"))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    measured = {"commit": commit(Path(__file__).parents[1]), **versions}
     result = Table(title="one optimizer step, 32 sentences")
     for column in ("dtype", "ours ms", *TIMED[1:], "floor ms", "share of floor"):
         result.add_column(column, justify="right")
     for name in options.dtype or ("float32", "bfloat16"):
-        row = measure(getattr(torch, name), options.rounds, options.provider or TIMED)
+        row = measure(getattr(torch, name), options.rounds, options.provider or TIMED) | measured
         print(json.dumps(row), flush=True)
         save(row, machine, options.output)
         ms, speedup = row["ms"], row["speedup"]

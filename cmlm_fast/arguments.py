@@ -37,9 +37,14 @@ class CMLMTrainingArguments(TrainingArguments):
     contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
 
     def __post_init__(self) -> None:
-        for name in ("label_smoothing_factor", "neftune_noise_alpha"):  # of losses and embeddings that are not used here
-            if getattr(self, name):
-                raise ValueError(f"CMLMTrainingArguments: expected {name} to be off, got {getattr(self, name)}")
+        # Of losses and embeddings that are not used here; and the Trainer would leave the weights in 16 bits.
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval"):
+            self._refuse(bool(getattr(self, name)), name, "off")
+        self._refuse(self.auto_find_batch_size and (self.max_tokens or self.contrastive_batch_size) is not None,
+                     "auto_find_batch_size", "off with max_tokens or contrastive_batch_size, which do not change with it")
+        # It draws from PyTorch's own generator: ranks would disagree, and a resumed run with the one that was cut.
+        self._refuse(self.train_sampling_strategy == "group_by_length", "train_sampling_strategy",
+                     "another, packed batches have no padding to save")  # fmt: skip
         small = (self.metric_for_best_model or "").endswith(_SMALL_IS_BETTER)  # behind eval_, or eval_ and a data set's name
         if small and self.greater_is_better is None:  # the Trainer lets all grow that do not end in "loss"
             self.greater_is_better: bool | None = False
@@ -50,11 +55,14 @@ class CMLMTrainingArguments(TrainingArguments):
             if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
                 rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
                         f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
-                given = self.contrastive_batch_size
-                raise ValueError(f"CMLMTrainingArguments: expected contrastive_batch_size to be {rule}, got {given}")
+                self._refuse(True, "contrastive_batch_size", rule)
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
             logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
             self._n_gpu = 1
+
+    def _refuse(self, broken: bool, name: str, rule: str) -> None:
+        if broken:
+            raise ValueError(f"CMLMTrainingArguments: expected {name} to be {rule}, got {getattr(self, name)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
     head: Any = getattr(lm, "lm_head", None)
     own_bias = getattr(head, "bias", None) is not None and getattr(lm.get_output_embeddings(), "bias", None) is None  # ESM
     gelu = nn.functional.gelu
-    if hasattr(predictions, "transform"):  # BERT and its kin
+    steps: list[Any] | None
+    known = hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters
+    if not known or (hasattr(predictions, "transform") and hasattr(predictions, "dense")):  # FNet and others, MobileBERT
+        steps = None
+    elif hasattr(predictions, "transform"):  # BERT and its kin
         steps = [predictions.transform]
     elif hasattr(predictions, "LayerNorm"):  # ALBERT
         steps = [predictions.dense, predictions.activation, predictions.LayerNorm]
@@ -26,6 +31,8 @@ def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
     elif hasattr(lm, "head") and hasattr(lm, "decoder"):  # ModernBERT
         steps = [lm.head]
     else:
+        steps = None
+    if steps is None:
         kinds = "BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT"
         raise ValueError(f"CMLMModel: expected lm to be a masked LM of the kind of {kinds}, got {type(lm).__name__}")
     for step in steps if hidden is not None else ():

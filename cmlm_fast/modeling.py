@@ -89,20 +89,35 @@ class CMLMModel(nn.Module):
             config: the objective; the default is the preset "balanced".
             options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
                 optimizer steps are lost in 16 bits.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of the encoder; see also `CMLMModel`.
         """
         from transformers import AutoModelForMaskedLM
         from transformers.utils import logging as hf_logging
 
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)
+        resized = options.get("ignore_mismatched_sizes", False)
+        options["ignore_mismatched_sizes"] = True  # the error is below
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # its table of missing weights says in 20 lines what follows in one
         try:
             lm, report = AutoModelForMaskedLM.from_pretrained(path, output_loading_info=True, **options)
         finally:
             hf_logging.set_verbosity(verbosity)
-        if fresh := sorted(report["missing_keys"]):
-            logger.warning("%s has no LM head: made one, its decoder tied to the embeddings (new: %s)", path, ", ".join(fresh))
+        for name, have, want in () if resized else sorted(report["mismatched_keys"]):
+            rule = f"a checkpoint of the sizes in its configuration, {name} of {list(want)}"
+            raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} with {list(have)}")
+        fresh = sorted(report["missing_keys"])
+        if lost := [name for name in fresh if name.startswith(f"{lm.base_model_prefix}.")]:
+            found = f"{path} without {len(lost)} of them ({', '.join(lost[:3])})"
+            if other := sorted(report["unexpected_keys"]):
+                found += f", but with {', '.join(other[:3])}"
+            raise ValueError(f"CMLMModel: expected path to be a checkpoint with all weights of the encoder, got {found}")
+        if fresh:
+            tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
+            logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
         model = cls(lm, config)
         model.load_contrast(path)
         return model
@@ -180,9 +195,10 @@ class CMLMModel(nn.Module):
             inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
         table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
         first = self._first_position(attention_mask.shape[1]) if table is not None or jitter is not None else 0
-        if jitter is not None:
+        # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
+        if jitter is not None or self._pad_of_positions() is not None:
             position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
-            inputs["position_ids"] = torch.cat([position, position + jitter[:, None]])
+            inputs["position_ids"] = torch.cat([position, position if jitter is None else position + jitter[:, None]])
         hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
         hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
         return hidden1, hidden2
@@ -221,9 +237,8 @@ class CMLMModel(nn.Module):
 
     def _first_position(self, length: int) -> int:
         """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
-        # RoBERTa's first position is the pad id + 1.
-        pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
-        first = 0 if pad is None else int(pad) + 1
+        pad = self._pad_of_positions()
+        first = 0 if pad is None else pad + 1
         most = self.config.max_position_embeddings - first - length
         if most < 0:
             rule = f"of at most {most + length} tokens, the positions that the model has"
@@ -232,6 +247,11 @@ class CMLMModel(nn.Module):
             rule = f"<= {most}, what the model's position table leaves beside {length} tokens"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
         return first
+
+    def _pad_of_positions(self) -> int | None:
+        """The pad id behind which RoBERTa's positions begin; None for encoders whose positions begin at 0."""
+        pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
+        return None if pad is None else int(pad)
 
     def jitter(self, sample_ids: Tensor, seed: int, step: int) -> Tensor | None:
         """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None where that is 0."""
@@ -298,6 +318,9 @@ class CMLMModel(nn.Module):
 
         state = self.state_dict() if state_dict is None else dict(state_dict)
         lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
+        # RoBERTa's positions begin behind the pad id of its configuration, which the Trainer overwrites with the tokenizer's.
+        if (pad := self._pad_of_positions()) is not None:
+            self.lm.config.pad_token_id = pad
         # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
         # a checkpoint is read back by these.
         self.lm.save_pretrained(path, state_dict=lm, save_original_format=False)

@@ -12,13 +12,16 @@ _FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
 def copy_pooling(model: str, folder: Path) -> None:
     """Copy modules.json and what it names from checkpoint `model` (a folder or hub id) to `folder`; none, none copied.
 
+    That is settings and weights of each module behind the encoder (pooling, Dense, ...).
+
     Without them `SentenceTransformer(folder)` takes the mean over tokens.
     """
     modules = _file(model, "modules.json")
     if modules is None:
         return
     listed = json.loads(modules.read_text(encoding="utf-8"))
-    inner = [f"{module['path']}/config.json" for module in listed if module["path"]]
+    files = ("config.json", "model.safetensors", "pytorch_model.bin")
+    inner = [f"{module['path']}/{name}" for module in listed if module["path"] for name in files]
     for name in ("modules.json", *_FILES, *inner):
         source = _file(model, name)
         target = folder / name

@@ -79,7 +79,6 @@ def prepare(options: PostTrainOptions) -> Prepared:
     from .data import TokenBudgetSampler, clean_texts, load_texts, sequence_lengths, split_evaluation, tokenize_texts
 
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    length = min(128, int(tokenizer.model_max_length)) if options.max_length is None else options.max_length
     texts, counts = clean_texts(
         load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
     )
@@ -88,6 +87,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     model = load_model(options.model, config, options.trust_remote_code)
     if options.freeze_encoder:
         model.freeze_encoder()
+    length = options.max_length
+    if length is None:
+        length = min(128, int(tokenizer.model_max_length), _most_tokens(model, config.position_jitter))
     check_length(model, length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
@@ -213,11 +215,13 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 
 def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) -> CMLMModel:
     """`CMLMModel.from_pretrained`; every fault is a ValueError of one line."""
+    from safetensors import SafetensorError
+
     from .modeling import CMLMModel
 
     try:
         return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
 
 
@@ -251,7 +255,9 @@ def _settings(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrai
     step = arguments.world_size * arguments.gradient_accumulation_steps
     batch = 1 if options.max_tokens is not None else options.batch_size
     name = "ranks × batch_size × gradient_accumulation"
-    return {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
+    settings = {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
+    # An epoch's number of batches by tokens is a multiple of the ranks, so the ranks decide where they are cut.
+    return settings if options.max_tokens is None else {**settings, "ranks": arguments.world_size}
 
 
 def start_of(model: CMLMModel, settings: str = "") -> str:
@@ -283,11 +289,17 @@ def _processes(texts: int) -> int | None:
 
 def check_length(model: CMLMModel, length: int, jitter: int) -> None:
     """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
+    most = _most_tokens(model, jitter)
+    expect(most > 0, "position_jitter", f"< {most + jitter}, the positions the model has", jitter)
+    expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
+
+
+def _most_tokens(model: CMLMModel, jitter: int) -> int:
     most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None:
-        pad = getattr(getattr(model.lm.base_model, "embeddings", None), "padding_idx", None)
-        most -= jitter + (0 if pad is None else pad + 1)
-        expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
+    if most is None:
+        return 2**31
+    pad = getattr(model.lm.base_model.embeddings, "padding_idx", None)
+    return int(most) - jitter - (0 if pad is None else pad + 1)
 
 
 def fast_in_bf16() -> bool:

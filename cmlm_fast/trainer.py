@@ -18,7 +18,7 @@ from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
 from accelerate.utils import DynamoBackend, gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, set_seed
+from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
@@ -108,6 +108,8 @@ class CMLMTrainer(ResumableTrainer):
         if model_init is None:
             model = self._checked(model)
         elif model is None:
+            if any(options.get("optimizers") or ()):
+                raise ValueError("CMLMTrainer: expected optimizers to be None where model_init makes the model, got one")
             self.model_init: Any = model_init  # read by call_model_init
             set_seed(args.seed)
             model = self.call_model_init()
@@ -195,6 +197,7 @@ class CMLMTrainer(ResumableTrainer):
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
                             num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
+                            prefetch_factor=args.dataloader_prefetch_factor,
                             persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
         # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
         return prepare_data_loader(loader, num_processes=1, process_index=0)
@@ -209,8 +212,11 @@ class CMLMTrainer(ResumableTrainer):
 
     def _shared(self, loader: DataLoader) -> DataLoader:
         shard = loader.batch_sampler
-        if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1:  # one process, or no length is known
+        if self.accelerator.num_processes == 1:
             return loader
+        if not isinstance(shard, BatchSamplerShard):
+            rule = "one with a length, without dispatch_batches, where several ranks share it"
+            raise ValueError(f"CMLMTrainer: expected dataset to be {rule}, got {type(loader.dataset).__name__}")
         batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=shard.drop_last)
         names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers")
         options: dict[str, Any] = {name: getattr(loader, name) for name in names}
@@ -250,8 +256,8 @@ class CMLMTrainer(ResumableTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
             return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
-        if not batches:
-            return [], None
+        if not batches or (len(batches) < num_batches and not has_length(self.train_dataset)):
+            return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
         loss = self.accelerator.unwrap_model(self.model).loss
         divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
         batches = [{**batch, "divisor": divisor} for batch in batches]

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
 
@@ -237,6 +237,18 @@ def test_the_command_line_offers_all_of_the_objective():
     offered = signature(post_train_command).parameters
     assert {field.name for field in fields(CMLMConfig)} <= set(offered)
     assert {preset.value for preset in Preset} == set(PRESETS)
+
+
+def test_options_reach_the_trainer_and_decide_what_may_be_resumed(tiny_checkpoint, sentence_file, tmp_path):
+    base = PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"), max_length=32, bf16=False)
+    before = prepare(base)
+    for name, value, argument in (("warmup", 0.3, "warmup_steps"), ("scheduler", "cosine", "lr_scheduler_type"),
+                                  ("weight_decay", 0.2, "weight_decay"), ("learning_rate", 3e-4, "learning_rate"),
+                                  ("epochs", 4.0, "num_train_epochs"), ("seed", 5, "seed"),
+                                  ("max_tokens", 500, "max_tokens")):  # fmt: skip
+        made = prepare(replace(base, **{name: value}))
+        assert getattr(made.arguments, argument) == value and made.settings[name] == value != before.settings[name], name
+    assert (made.settings["ranks"], before.settings.get("ranks")) == (1, None)  # batches by tokens depend on the ranks
 
 
 def test_doctor_names_every_op_and_reason():

@@ -185,6 +185,16 @@ def test_clean_counts_and_keeps_order() -> None:
     assert same["text"][:] == ["x", "y"]
 
 
+def test_a_list_of_texts_is_as_good_as_a_dataset(tiny_tokenizer: Any) -> None:
+    texts, counts = clean_texts(["a fox", " ", "a fox"])
+    assert counts == (3, 1, 1, 1) and texts["text"][:] == ["a fox"]
+    rows = [tokenize_texts(given, tiny_tokenizer)["input_ids"][:] for given in (["a fox"], texts)]
+    assert rows[0] == rows[1]
+    for given, found in ((["a", 1], "list"), ({"text": ["a"]}, "dict")):
+        with pytest.raises(ValueError, match=f"clean_texts: expected dataset to be a list of texts, or .*, got {found}"):
+            clean_texts(given)
+
+
 def test_clean_compares_both_texts_of_a_pair() -> None:
     kept, counts = clean_texts(texts("ab", "a", "ab", "ab", "", text_pair=["c", "bc", "c", "d", None]))
     assert counts == TextCounts(rows=5, empty=1, duplicates=1, kept=3)
@@ -355,7 +365,7 @@ def test_tokenizer_and_length_are_checked(tiny_tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="expected max_length to be >= 5"):
         tokenize_texts(texts("fox", text_pair=["fox"]), tiny_tokenizer, max_length=4)
     for use in (clean_texts, lambda d: tokenize_texts(d, tiny_tokenizer)):
-        with pytest.raises(ValueError, match=r"one with a column 'text', got columns \['body'\]"):
+        with pytest.raises(ValueError, match=r"a list of texts, or a Dataset with a column 'text', got columns \['body'\]"):
             use(Dataset.from_dict({"body": ["x"]}))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,30 @@ def test_pairs_of_texts_are_contrasted_as_written_out(packed, tiny_rows, tiny_to
 def eda_of(tokens, seed=0, share=0.2, **options):
     embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
     return Eda(like_tokens(embeddings, torch.tensor(tokens)), SPECIAL, seed, max_length=32, share=share, **options)
+
+
+def test_eda_does_as_much_as_it_says():
+    content = list(range(10, 30))
+    row = {"input_ids": [2, *content, 3], "token_type_ids": [0] * 22, "attention_mask": [1] * 22, "sample_id": 0}
+    pairs, eda = [(token, 0) for token in row["input_ids"]], eda_of(content)
+    gone, moved = [], []
+    for _ in range(400):
+        eda.delete(fewer := list(pairs))
+        gone.append(len(pairs) - len(fewer))
+        eda.swap(other := list(pairs))
+        moved.append(sum(one != two for one, two in zip(pairs, other, strict=True)))
+    assert np.mean(gone) == pytest.approx(0.2 * 19, abs=0.3)  # of 20 tokens one stays in any case
+    assert max(moved) > 4  # several swaps, not one
+    alone = Eda({token: [token + 50] for token in content}, (2, 3), 0, 32, share=0.2)  # the like ones are not in the text
+    alone.insert(more := list(pairs))
+    assert sum(token >= 60 for token, _ in more) == 4
+    kinds = set()
+    for _ in range(40):
+        made = alone(row)["input_ids"]
+        fresh = any(token >= 60 for token in made)
+        kinds.add("insert" if len(made) > 22 else "delete" if len(made) < 22 else "replace" if fresh else "swap")
+    assert kinds == {"insert", "delete", "replace", "swap"}
+    assert Eda({}, (), 0, 32).share == 0.1
 
 
 def test_like_tokens_are_the_nearest_that_occur():

@@ -137,3 +137,8 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32():
     with torch.autocast("cpu", torch.bfloat16):
         loss = info_nce(z1, z2)
     assert loss.dtype == torch.float32 and torch.equal(loss, info_nce(z1.bfloat16(), z2.bfloat16()))
+
+
+def test_labels_that_are_no_tensor_are_named():
+    with pytest.raises(ValueError, match="expected labels to be a tensor, got list"):
+        info_nce(torch.eye(2), torch.eye(2), labels=[0, 1])

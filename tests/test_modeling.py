@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 
 from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask, info_nce
 from cmlm_fast.config import PRESETS
-from cmlm_fast.data import CMLMDataCollator, mask_settings
+from cmlm_fast.data import CMLMDataCollator, mask_settings, tokenize_texts
 from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
 
 KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "albert", "mpnet")
@@ -91,6 +92,7 @@ def test_presets_are_those_published(tiny_lm, tiny_rows, tiny_tokenizer):
     paper = CMLMConfig.from_preset("paper")
     assert (paper.rate, paper.complement_rate, paper.mlm_views) == (0.15, 0.7, "first")
     assert (paper.mlm_weight, paper.token_weight, paper.sequence_weight) == (0.5, 0.5, 0.5)
+    assert (paper.token_temperature, paper.sequence_temperature, paper.pooling) == (0.05, 0.05, "cls")
     balanced = CMLMConfig.from_preset("balanced")
     assert (balanced.mlm_weight, balanced.token_weight, balanced.sequence_weight) == (1.0, 0.3, 0.1)
     assert balanced.complement_rate == pytest.approx(0.15 / 0.85)
@@ -166,6 +168,18 @@ def test_packed_equals_padded(kind, changes, tiny_lm, tiny_rows, tiny_tokenizer)
 def test_packed_attention_stays_out_of_what_is_saved(tiny_lm, tmp_path):
     CMLMModel(tiny_lm("modernbert")).save_pretrained(tmp_path)
     assert "cmlm" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["bert", "electra", "albert"])
+def test_packed_pairs_keep_their_token_types(kind, tiny_lm, sentences, tiny_tokenizer):
+    rows = tokenize_texts(Dataset.from_dict({"text": sentences[:8], "text_pair": sentences[8:16]}), tiny_tokenizer)
+    model = CMLMModel(tiny_lm(kind), CMLMConfig(token_temperature=0.2, sequence_weight=0.5)).eval()
+    packed, padded = packed_and_padded(model, rows, tiny_tokenizer, range(8))
+    assert padded["token_type_ids"].any()
+    sums = model(**padded).sums
+    torch.testing.assert_close(model(**packed).sums, sums, rtol=1e-5, atol=1e-5)
+    padded["token_type_ids"] = torch.zeros_like(padded["token_type_ids"])
+    assert not torch.allclose(model(**padded).sums, sums, rtol=1e-4)
 
 
 def test_packed_dropout_is_dropout(tiny_lm, tiny_rows, tiny_tokenizer):

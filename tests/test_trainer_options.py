@@ -197,3 +197,29 @@ def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer)
         return next(iter(trainer.get_train_dataloader()))["sample_ids"].tolist()
 
     assert first() == first(data_seed=42) != first(data_seed=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16_full_eval": True}, {"fp16_full_eval": True}, {"train_sampling_strategy": "group_by_length"},
+     {"auto_find_batch_size": True, "max_tokens": 500}],  # fmt: skip
+)
+def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
+    with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {next(iter(options))} to be "):
+        CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_a_stream_makes_whole_steps_alone(tmp_path, tiny_rows, tiny_tokenizer):
+    rows = tiny_rows.select(range(40))  # five batches: two steps of two, and one batch left over
+    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-9, "lr_scheduler_type": "constant"}
+    stream = make_trainer(tmp_path, rows.to_iterable_dataset(), tiny_tokenizer, **options)
+    stream.train()
+    once = make_trainer(tmp_path, rows.select(range(32)), tiny_tokenizer, train_sampling_strategy="sequential", **options)
+    once.train()
+    for name in ("loss", "grad_norm"):
+        assert history(stream, name) == pytest.approx(history(once, name), rel=1e-4)
+
+
+def test_workers_of_batches_by_tokens_fetch_as_many_as_is_asked(tmp_path, tiny_rows, tiny_tokenizer):
+    options = {"max_tokens": 200, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 5}
+    assert make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options).get_train_dataloader().prefetch_factor == 5

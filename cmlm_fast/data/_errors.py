@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,10 +13,17 @@ def fail(function: str, argument: str, rule: str, value: object) -> ValueError:
     return ValueError(f"{function}: expected {argument} to be {rule}, got {value}")
 
 
-def check_text_column(dataset: Dataset, function: str) -> None:
-    """Raise ValueError unless the dataset has a column `text`."""
-    if "text" not in dataset.column_names:
-        raise fail(function, "dataset", "one with a column 'text'", f"columns {dataset.column_names}")
+def texts_of(dataset: Dataset | Sequence[str], function: str) -> Dataset:
+    """The dataset, or one of a list of texts; ValueError where it has no column `text`."""
+    from datasets import Dataset
+
+    if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
+        return Dataset.from_dict({"text": list(dataset)})
+    columns = getattr(dataset, "column_names", None)
+    if not isinstance(columns, list) or "text" not in columns:
+        found = type(dataset).__name__ if columns is None else f"columns {columns}"
+        raise fail(function, "dataset", "a list of texts, or a Dataset with a column 'text'", found)
+    return dataset
 
 
 def check_tokenizer(tokenizer: Any, function: str) -> None:

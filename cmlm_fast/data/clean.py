@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset
 
-from ._errors import check_text_column, fail
+from ._errors import fail, texts_of
 
 
 class TextCounts(NamedTuple):
@@ -20,16 +21,17 @@ class TextCounts(NamedTuple):
     kept: int
 
 
-def clean_texts(dataset: Dataset) -> tuple[Dataset, TextCounts]:
+def clean_texts(dataset: Dataset | Sequence[str]) -> tuple[Dataset, TextCounts]:
     """Drop rows whose texts are all blank, and exact repeats of an earlier row (a pair counts as one); keep the order.
 
-    Holds 16 bytes per row in memory. Raises ValueError when nothing is left.
+    Takes a Dataset with a column text (and text_pair), or a list of texts. Holds 16 bytes per row in memory.
+    Raises ValueError when nothing is left.
 
     Example:
         >>> clean_texts(Dataset.from_dict({"text": ["a", " ", "a"]}))[1]
         TextCounts(rows=3, empty=1, duplicates=1, kept=1)
     """
-    check_text_column(dataset, "clean_texts")
+    dataset = texts_of(dataset, "clean_texts")
     columns = [name for name in ("text", "text_pair") if name in dataset.column_names]
     digests, filled = bytearray(), []
     for batch in dataset.select_columns(columns).iter(batch_size=10_000):

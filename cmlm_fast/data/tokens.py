@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
-from ._errors import check_text_column, check_tokenizer, fail
+from ._errors import check_tokenizer, fail, texts_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _ENCODING = 1  # part of the cache key; raise it when `_encode` returns somethin
 _WHOLE, _CUT = 1, 2  # column start of a text's first sequence; 0 for its further ones
 
 
-def tokenize_texts(dataset: Dataset, tokenizer: Any, *, max_length: int | None = None, whole_word: bool = False,
+def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_length: int | None = None, whole_word: bool = False,
                    num_proc: int | None = None) -> Dataset:  # fmt: skip
     """Token sequences of at most `max_length`, each with its special tokens.
 
@@ -28,7 +28,7 @@ def tokenize_texts(dataset: Dataset, tokenizer: Any, *, max_length: int | None =
     out, with a logged count.
 
     Args:
-        dataset: columns text (and text_pair).
+        dataset: columns text (and text_pair), or a list of texts.
         tokenizer: Hugging Face tokenizer with a mask and a pad token.
         max_length: special tokens included; default min(tokenizer.model_max_length, 512).
         whole_word: add unit_ids; needs a fast tokenizer that splits words.
@@ -48,7 +48,7 @@ def tokenize_texts(dataset: Dataset, tokenizer: Any, *, max_length: int | None =
         [[2, 70, 71, 3], [2, 72, 73, 3]]
     """
     check_tokenizer(tokenizer, "tokenize_texts")
-    check_text_column(dataset, "tokenize_texts")
+    dataset = texts_of(dataset, "tokenize_texts")
     paired = "text_pair" in dataset.column_names
     # A first call also resets truncation and padding, which a fast tokenizer keeps: the cache key depends on them.
     probe = tokenizer("one two", "one two" if paired else None, return_special_tokens_mask=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..backends import use_backend
 from ..checkpoints import discard
@@ -73,7 +74,10 @@ class Grid:
         seen = len(set(self.test_texts) & set(self.texts))
         expect(seen < len(set(self.test_texts)), "test", "texts that are not all in train", experiment.test)
         if seen:
-            logger.warning("%s: %d texts of the test set are in train too", self.name, seen)
+            logger.warning("%s: %d texts of the test set are in train too; scores may be too high", self.name, seen)
+        if again := len(self.texts) - len(set(self.texts)):
+            otherwise = len(set(zip(self.texts, self.labels, strict=True))) - len(set(self.texts))
+            logger.warning("%s: %d texts of train are repeats, %d of them with another label", self.name, again, otherwise)
         self.bf16 = fast_in_bf16() if experiment.bf16 is None else experiment.bf16
         self.tokenizer, self.start, self.start_id = self._load_start()
         if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
@@ -255,12 +259,13 @@ class Grid:
         words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
         side = getattr(tokenizer, "truncation_side", "right")
         settings = json.dumps([config, words, *([side] if side != "right" else [])], sort_keys=True, default=str)
-        self._check_dropout(model.config.to_dict())
+        self._check_dropout(model.lm)
         return tokenizer, model, start_of(model, settings)
 
-    def _check_dropout(self, config: dict[str, Any]) -> None:
-        """Raise ValueError where a method contrasts two dropout passes and there is no dropout."""
-        if any("drop" in name and isinstance(value, float) and value > 0 for name, value in config.items()):
+    def _check_dropout(self, lm: Any) -> None:
+        """Raise ValueError where a method contrasts two dropout passes and the encoder has no dropout."""
+        layers = (module.p for module in lm.base_model.modules() if isinstance(module, nn.Dropout))
+        if max(layers, default=0.0) > 0 or getattr(lm.config, "attention_dropout", 0.0) > 0:
             return
         for name, method in self.methods.items():
             seen = method.objective
@@ -302,6 +307,9 @@ def _hold_out(train: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
     single = [label for label in classes if labels.count(label) < 2]
     expect(not single, "train", "at least two texts of each class, for a validation", f"one of {', '.join(single[:5])}")
     kept, held = train_test_split(range(len(labels)), test_size=rows, stratify=labels, random_state=seed)
+    for part, rule in ((kept, "so small that each class keeps a text"), (held, "so large that it holds a text of each class")):
+        lost = sorted(set(classes) - {labels[i] for i in part})
+        expect(not lost, "validation", rule, f"{rows}, which leaves none of {', '.join(lost[:5])}")
     return train.select(sorted(kept)), train.select(sorted(held))
 
 

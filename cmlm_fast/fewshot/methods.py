@@ -106,7 +106,9 @@ def find_method(text: str) -> Method:
         kinds = {field: kind for field, kind in kinds.items() if field in _SEQUENCE}
     given: dict[str, Any] = {}
     for change in changes:
-        option, _, value = change.partition("=")
+        option, given_value, value = change.partition("=")
+        if not given_value:
+            raise ValueError(f"expected methods to be names, or name:field=value, got {text!r}")
         if option not in kinds:
             raise ValueError(f"expected an option of method {name} to be one of {', '.join(kinds)}, got {option!r}")
         try:

@@ -188,16 +188,21 @@ def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, 
     """condition -> method -> draw -> cell, data sets and shots in order, methods as they came."""
     found: dict[Condition, dict[str, dict[int, Cell]]] = {}
     cells = list(cells)
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[tuple[str, str], set[str]] = {}
     for cell in cells:
-        kinds.setdefault(cell["method"], set()).add(cell["method_id"])
+        kinds.setdefault(_kind(cell), set()).add(cell["method_id"])
     schedules = {fingerprint(cell["schedule"]) for cell in cells if cell.get("schedule") is not None}
     for cell in cells:
         condition = (cell["dataset"], cell["shots"], cell["setup_id"])
-        several = len(kinds[cell["method"]]) > 1 or (cell.get("schedule") is not None and len(schedules) > 1)
+        several = len(kinds[_kind(cell)]) > 1 or (cell.get("schedule") is not None and len(schedules) > 1)
         name = cell["method"] + (f" #{cell['method_id'][:6]}" if several else "")
         found.setdefault(condition, {}).setdefault(name, {})[cell["draw"]] = cell
     return dict(sorted(found.items()))
+
+
+def _kind(cell: Cell) -> tuple[str, str]:
+    """Where a method should be one and the same: in all data sets, or in each, whose paraphrases are its own."""
+    return (cell["dataset"] if cell.get("paraphrases") else "", cell["method"])
 
 
 def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], base: Sequence[Mapping[int, Cell]],

@@ -87,6 +87,7 @@ def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes:
     """The rules on an optional vector that belongs to rows or keys."""
     if tensor is None:
         return
+    expect(op, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
     # A list in the text: torch.compile makes constants of the numbers that a text holds, and code anew for other ones.
     expect(op, tensor.shape == (length,), name, f"of shape {[length]}", list(tensor.shape))
     expect(op, tensor.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), tensor.dtype)

@@ -258,7 +258,7 @@ def info_nce(
     z1, z2 = autocast_rows(_NAME, z1=z1, z2=z2)
     tau = as_temperature(_NAME, temperature, z1)
     recording = torch.is_grad_enabled() and in_forward(z1.dtype)
-    labels = None if labels is None else labels.contiguous()
+    labels = labels.contiguous() if isinstance(labels, Tensor) else labels
     args = (z1, z2, tau, labels, scheme, symmetric, normalize, reduction, recording and z1.requires_grad,
             recording and z2.requires_grad)  # fmt: skip
     _check(*args)

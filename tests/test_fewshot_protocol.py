@@ -1,0 +1,85 @@
+"""The protocol of the few-shot evaluation: what each cell is fine-tuned with, how texts are held out, who has dropout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_lm
+from datasets import Dataset
+from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
+
+from cmlm_fast.fewshot import draw, grid, post_training
+from cmlm_fast.fewshot.finetune import FewShotScore
+from cmlm_fast.fewshot.methods import METHODS, find_method
+from cmlm_fast.fewshot.tables import rows_of
+
+
+def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
+    tuned, trained, real = [], [], post_training.CMLMTrainingArguments
+
+    def fine_tune(path, texts, labels, test_texts, test_labels, **options):
+        tuned.append((list(texts), options))
+        return FewShotScore(0.5, 0.5, 1.0)
+
+    monkeypatch.setattr(grid, "fine_tune", fine_tune)
+    monkeypatch.setattr(grid.Grid, "_check_dropout", lambda self, lm: None)
+    monkeypatch.setattr(post_training, "CMLMTrainingArguments", lambda *a, **o: trained.append(o) or real(*a, **o))
+    made = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("scl", "tapt"), shots=(2,), draws=2, seed=7,
+                      batch_size=9, warmup=0.3, learning_rate=1e-4, fine_tune_batch_size=5,
+                      fine_tune_learning_rate=3e-4)  # fmt: skip
+    made.run()
+    checked = made.check()
+    for (texts, options), (d, name) in zip(tuned, [(d, name) for d in (0, 1) for name in ("scl", "tapt")], strict=True):
+        assert texts == [checked.texts[i] for i in draw(checked.labels, 2, 7 + d)]
+        assert options == {"epochs": 2.0, "learning_rate": 3e-4, "batch_size": 5, "max_length": 32, "seed": 7 + d,
+                           "bf16": False, "contrast": METHODS[name].contrast}  # fmt: skip
+    names = ("seed", "warmup_steps", "learning_rate", "per_device_train_batch_size")
+    assert [tuple(options[name] for name in names) for options in trained] == [(7, 0.3, 1e-4, 9), (8, 0.3, 1e-4, 9)]
+
+
+@pytest.mark.parametrize(("rows", "rule"), [(2, "so large that"), (10, "so large that"), (98, "so small that")])
+def test_a_validation_that_loses_a_class_is_refused(rows, rule):
+    dataset = Dataset.from_dict({"text": [f"t{i}" for i in range(100)], "label": ["a"] * 97 + ["b"] * 3})
+    with pytest.raises(ValueError, match=f"expected validation to be {rule}.*, got {rows}, which leaves none of b"):
+        grid._hold_out(dataset, rows, 0)
+    kept, held = grid._hold_out(dataset, 34, 0)
+    assert set(kept["label"]) == set(held["label"]) == {"a", "b"} and len(held) == 34
+
+
+def test_repeats_in_train_are_told(tiny_checkpoint, files, tmp_path, caplog):  # noqa: F811
+    lines = Path(files["train"]).read_text().splitlines()
+    text, label, turned = lines[1].split("\t")
+    other = next(line.split("\t")[1] for line in lines[2:] if line.split("\t")[1] != label)
+    Path(files["train"]).write_text("\n".join([*lines, lines[1], f"{text}\t{other}\t{turned}"]) + "\n")
+    experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft",)).check()
+    assert "2 texts of train are repeats, 1 of them with another label" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "distilbert", "electra", "modernbert"])
+def test_dropout_of_a_head_is_none_of_the_encoder(kind):
+    lm = make_lm(kind)  # some configurations name dropouts of heads that are not there
+    asked = SimpleNamespace(methods={"simcse": find_method("simcse")}, options=SimpleNamespace(model=kind))
+    with pytest.raises(ValueError, match="one with dropout for method simcse"):
+        grid.Grid._check_dropout(asked, lm)
+    lm.config.attention_dropout = 0.1
+    grid.Grid._check_dropout(asked, lm)
+
+
+def cell(method, d, score, dataset="a", **more):
+    return {"dataset": dataset, "method": method, "shots": 4, "draw": d, "accuracy": score, "macro_f1": score,
+            "fine_tune_seconds": 1.0, "post_train_seconds": 2.0, "encoder_tokens": 3, "setup_id": dataset,
+            "method_id": method, **more}  # fmt: skip
+
+
+def test_paraphrases_of_each_data_set_are_one_method():
+    cells = [cell("ft", d, 0.5, name) for name in "ab" for d in range(3)]
+    cells += [cell("cssl", d, 0.6, name, method_id=f"cssl{name}", paraphrases=name) for name in "ab" for d in range(3)]
+    assert [row.difference for row in rows_of(cells) if row.dataset == "all" and row.method == "cssl"] == [pytest.approx(0.1)]
+
+
+def test_a_difference_is_of_the_draws_that_both_have():
+    cells = [cell("ft", 0, 0.5), cell("ft", 2, 0.6), *(cell("cmlm", d, 0.7 + d / 100) for d in range(3))]
+    (row,) = [row for row in rows_of(cells) if row.method == "cmlm"]
+    assert (row.draws, row.compared, row.difference) == (3, 2, pytest.approx((0.2 + 0.12) / 2))

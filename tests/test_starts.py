@@ -1,0 +1,115 @@
+"""What a run begins with: checkpoints that lack something, are damaged, or are of a kind that the package does not know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_lm
+from safetensors.torch import load_file, save_file
+from test_trainer import make_trainer
+
+from cmlm_fast import CMLMModel, CMLMTrainer
+from cmlm_fast.options import PostTrainOptions
+from cmlm_fast.pooling import copy_pooling
+from cmlm_fast.post_train import prepare
+
+
+def rewrite(folder, change):
+    file = Path(folder) / "model.safetensors"
+    save_file({new: value for name, value in load_file(file).items() if (new := change(name))}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name: f"other.{name}", r"without \d+ of them \(bert.embeddings.*\), but with other.bert.embeddings"),
+        (lambda name: None if ".layer.1." in name else name, r"without 16 of them \(bert.encoder.layer.1.attention"),
+    ],
+)
+def test_an_encoder_is_never_made_up(tiny_checkpoint, change, message):
+    rewrite(tiny_checkpoint, change)
+    with pytest.raises(ValueError, match=f"a checkpoint with all weights of the encoder, got .*{message}"):
+        CMLMModel.from_pretrained(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_made_is_told(tmp_path, caplog, tied):
+    make_lm(tie_word_embeddings=tied).bert.save_pretrained(tmp_path)
+    lm = CMLMModel.from_pretrained(tmp_path).lm
+    said = "its decoder tied to the embeddings" if tied else "its decoder random"
+    assert "has no LM head: made one, " + said in caplog.text
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+
+
+def test_a_damaged_start_is_one_line(tiny_checkpoint, sentence_file, tmp_path):
+    options = PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"))
+    config = Path(tiny_checkpoint) / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
+    with pytest.raises(ValueError, match=r"sizes in its configuration, .*intermediate.dense.bias of \[48\], got .* with \[64\]"):
+        prepare(options)
+    file = Path(tiny_checkpoint) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder, got .*"):
+        prepare(options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "fnet"])
+def test_kinds_that_would_be_wrong_are_refused(kind):
+    lm = make_lm(kind, embedding_size=32) if kind == "mobilebert" else make_lm(kind)
+    with pytest.raises(ValueError, match="expected lm to be a masked LM of the kind of BERT, RoBERTa"):
+        CMLMModel(lm)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+def test_positions_stay_where_the_tokenizer_has_another_pad(kind, tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, lm=make_lm(kind, pad_token_id=1), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    ids, lm = torch.tensor([[2, 10, 11, 12, 3]]), trainer.model.lm.eval()
+    again = CMLMModel.from_pretrained(tmp_path / "saved").lm.eval()
+    assert lm.base_model.embeddings.padding_idx == again.base_model.embeddings.padding_idx == 1
+    torch.testing.assert_close(*(m(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for m in (lm, again)))
+
+
+def test_a_random_token_that_is_the_pad_shifts_no_position(tiny_rows, tiny_tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, lm=make_lm("roberta", pad_token_id=1), packed=False)
+    model, rows = trainer.model.eval(), [tiny_rows[i] for i in range(4)]
+    padded = trainer.mask(trainer.data_collator(rows), 0)
+    packed = trainer.mask(type(trainer.data_collator)(tiny_tokenizer, packed=True)(rows), 0)
+    padded["view1"][:, 2] = packed["view1"][packed["cu_seqlens"][:-1].long() + 2] = 1
+    torch.testing.assert_close(model(**padded).sums, model(**packed).sums, rtol=1e-5, atol=1e-5)
+
+
+def test_the_default_length_is_what_the_model_takes(tmp_path, tiny_tokenizer, sentence_file):
+    make_lm(max_position_embeddings=64).save_pretrained(tmp_path / "short")
+    tiny_tokenizer.save_pretrained(tmp_path / "short")
+    options = PostTrainOptions(str(tmp_path / "short"), sentence_file, str(tmp_path / "out"), bf16=False)
+    assert prepare(options).settings["max_length"] == 64
+    with pytest.raises(ValueError, match="expected position_jitter to be < 64, the positions the model has, got 70"):
+        prepare(PostTrainOptions(**{**vars(options), "objective": {"position_jitter": 70}}))
+
+
+def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Dense, Pooling, Transformer
+
+    encoder = Transformer(tiny_checkpoint)
+    SentenceTransformer(modules=[encoder, Pooling(32), Dense(32, 8)], device="cpu").save(str(tmp_path / "start"))
+    CMLMModel.from_pretrained(tmp_path / "start").save_pretrained(tmp_path / "out")
+    encoder.tokenizer.save_pretrained(tmp_path / "out")
+    copy_pooling(str(tmp_path / "start"), tmp_path / "out")
+    before, after = (SentenceTransformer(str(tmp_path / name), device="cpu").encode(["a clever fox"]) for name in ("start", "out"))
+    assert after.shape == (1, 8)
+    assert before == pytest.approx(after, abs=1e-6)
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="expected optimizers to be None where model_init makes the model"):
+        CMLMTrainer(args=trainer.args, train_dataset=tiny_rows, processing_class=tiny_tokenizer,
+                    model_init=lambda: CMLMModel(make_lm()), optimizers=(optimizer, None))  # fmt: skip
