@@ -15,12 +15,13 @@ DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the pr
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +136,9 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
     return absent
 
 
-def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> dict[str, Any]:
-    """One row of the results."""
+def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> Iterator[dict[str, Any]]:
+    """The row of a case: first, of one round, without the compiled providers, should time run out while they are made; then of
+    all. Traces are made after both."""
     from transformers import AutoModelForMaskedLM
 
     config = configuration(case)
@@ -150,20 +152,26 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         if any(not value < 0.05 for value in differences.values()):
             raise AssertionError(f"loss and gradients are not those of the naive step: {differences}")
         flops = operations(providers["ours"], work["ours"])
-        absent = compile_too(providers, new, work, until)
         for name in PROVIDERS:
             seconds(providers[name].step, work[name])
-        found = {name: waits(provider.step, work[name][0]) for name, provider in providers.items() if name.startswith("ours")}
-        samples: dict[str, list[float]] = {name: [] for name in providers}
-        peak = {}
-        for _ in range(rounds):
-            for name, provider in providers.items():
-                torch.cuda.reset_peak_memory_stats()
-                samples[name].append(seconds(provider.step, work[name]))
-                peak[name] = torch.cuda.max_memory_allocated()
-        if trace is not None:
-            for name in providers.keys() & {"ours", "strong", "ours compiled"}:
-                (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(profile(providers[name].step, work[name]))
+        yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
+        absent = compile_too(providers, new, work, until)
+        yield row_of(case, rate, flops, providers, work, rounds, absent, differences)
+        for name in providers.keys() & {"ours", "strong", "ours compiled"} if trace is not None else ():
+            (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(profile(providers[name].step, work[name]))
+
+
+def row_of(case: str, rate: float, flops: float, providers: Mapping[str, Any], work: Mapping[str, Any], rounds: int,
+           absent: dict[str, str], differences: dict[str, float]) -> dict[str, Any]:  # fmt: skip
+    """One row of the results."""
+    found = {name: waits(provider.step, work[name][0]) for name, provider in providers.items() if name.startswith("ours")}
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    peak = {}
+    for _ in range(rounds):
+        for name, provider in providers.items():
+            torch.cuda.reset_peak_memory_stats()
+            samples[name].append(seconds(provider.step, work[name]))
+            peak[name] = torch.cuda.max_memory_allocated()
     ms = {name: round(statistics.median(values) * 1e3, 2) for name, values in samples.items()}
     size = {name: tokens(work[name]) for name in ms}
     best = min((name for name in ms if name.startswith("ours")), key=ms.__getitem__)
@@ -220,9 +228,12 @@ def main() -> None:
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__,
                                "rate": rate, "rows": []}  # fmt: skip
     for case in options.case or CASES:
-        results["rows"].append(measure(case, rate, options.rounds, until, options.out if options.trace else None))
-        (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "train.txt").write_text(report(results))
+        done = list(results["rows"])
+        for row in measure(case, rate, options.rounds, until, options.out if options.trace else None):
+            results["rows"] = [*done, row]
+            (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
+            (options.out / "train.txt").write_text(report(results))
+        gc.collect()  # a Trainer is held by cycles, and with it the model
         torch.cuda.empty_cache()
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -29,9 +30,11 @@ def versions() -> dict[str, str]:
 
 
 def head() -> str:
-    """The commit that is checked out; "" outside a repository."""
-    result = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip()
+    """The commit that is checked out; "" outside a repository or without git."""
+    try:
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def collect(out: Path, commit: str | None = None) -> Path | None:
@@ -39,7 +42,10 @@ def collect(out: Path, commit: str | None = None) -> Path | None:
     None where neither did."""
     commit = head() if commit is None else commit
     files = {name: out / f"{name}.json" for name in ("ops", "train")}
-    parts: dict[str, Any] = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    parts: dict[str, Any] = {}
+    for name, file in files.items():
+        with contextlib.suppress(OSError, ValueError):  # absent, or cut off where its step was stopped
+            parts[name] = json.loads(file.read_text())
     parts = {name: part for name, part in parts.items() if part["commit"] in ("", commit)}
     if not parts:
         return None

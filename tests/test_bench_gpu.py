@@ -11,7 +11,7 @@ if torch.cuda.is_available():
 
 from benchmarks import bench_gpu
 from benchmarks.bench_gpu import measure, report
-from benchmarks.roofline import Shape
+from benchmarks.roofline import Shape, arguments
 
 SHAPES = (
     Shape("token_contrastive", 30, 90, 24, 90, goal="any"),
@@ -42,9 +42,11 @@ def test_a_provider_that_differs_or_does_not_fit_has_no_time(monkeypatch):
 
     def providers(shape, device):
         calls = plain(shape, device)
-        return {**calls, "triton": lambda: calls["eager"]() * 1.1, "large": out_of_memory}
+        wrong = bench_gpu.trained(lambda z1, *rest: bench_gpu.EAGER["info_nce"](2 * z1.detach() - z1, *rest), arguments(shape, device))
+        return {**calls, "triton": lambda: calls["eager"]() * 1.1, "backwards": wrong, "large": out_of_memory}
 
     monkeypatch.setattr(bench_gpu, "providers", providers)
     row = measure(SHAPES[2], "cpu", clock=lambda call: 1.0)
     assert row["ms"] == {"eager": 1.0}
-    assert row["absent"] == {"triton": "differs from the reference", "large": "out of memory"}
+    differs = "differs from the reference"  # the loss of one, the gradient alone of the other
+    assert row["absent"] == {"triton": differs, "backwards": differs, "large": "out of memory"}

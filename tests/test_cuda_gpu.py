@@ -84,6 +84,7 @@ def test_work_goes_to_the_current_stream():
     expected = step()
     torch.cuda.synchronize()
     late, side = [leaf.detach().clone() for leaf in step.leaves], torch.cuda.Stream()
+    torch.cuda.synchronize()  # else the side stream may overwrite what is still being copied
     with torch.no_grad(), torch.cuda.stream(side):
         for leaf in step.leaves[:4]:
             leaf.zero_()

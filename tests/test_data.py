@@ -190,9 +190,9 @@ def test_a_list_of_texts_is_as_good_as_a_dataset(tiny_tokenizer: Any) -> None:
     assert counts == (3, 1, 1, 1) and texts["text"][:] == ["a fox"]
     rows = [tokenize_texts(given, tiny_tokenizer)["input_ids"][:] for given in (["a fox"], texts)]
     assert rows[0] == rows[1]
-    for given, found in ((["a", 1], "list"), ({"text": ["a"]}, "dict")):
+    for wrong, found in ((["a", 1], "list"), ({"text": ["a"]}, "dict")):
         with pytest.raises(ValueError, match=f"clean_texts: expected dataset to be a list of texts, or .*, got {found}"):
-            clean_texts(given)
+            clean_texts(wrong)
 
 
 def test_clean_compares_both_texts_of_a_pair() -> None:

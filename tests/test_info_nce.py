@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmlm_fast import available, info_nce
+from cmlm_fast import available, info_nce, mlm_cross_entropy, token_contrastive
 from cmlm_fast._library import contracts
 from cmlm_fast.backends import _SUFFIX, BACKENDS
 from cmlm_fast.ops._scores import loss_dtype
@@ -137,6 +137,24 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32():
     with torch.autocast("cpu", torch.bfloat16):
         loss = info_nce(z1, z2)
     assert loss.dtype == torch.float32 and torch.equal(loss, info_nce(z1.bfloat16(), z2.bfloat16()))
+
+
+@pytest.mark.parametrize("factor", [1 / 3, 1.0035])
+def test_the_upstream_gradient_is_not_rounded_to_the_rows_dtype(factor):
+    """Else all of a gradient would be off by one and the same factor."""
+    def grads(scale):
+        generator = torch.Generator().manual_seed(0)
+        z1, z2 = (torch.randn(20, 16, generator=generator).bfloat16().requires_grad_() for _ in range(2))
+        target = torch.arange(20)
+        losses = info_nce(z1, z2), token_contrastive(z1, z2, target), mlm_cross_entropy(z1, z2, z2[:, 0], target)
+        return [torch.autograd.grad(loss * scale, (z1, z2)) for loss in losses]
+
+    *contrasts, head = zip(grads(1.0), grads(factor), strict=True)
+    for once, more in contrasts:
+        for one, other in zip(once, more, strict=True):
+            assert torch.equal(other, (one.double() * factor).bfloat16())
+    for one, other in zip(*head, strict=True):
+        assert (other.double() * one.double()).sum() / one.double().square().sum() == pytest.approx(factor, rel=6e-4)
 
 
 def test_labels_that_are_no_tensor_are_named():

@@ -48,11 +48,11 @@ def test_a_damaged_start_is_one_line(tiny_checkpoint, sentence_file, tmp_path):
     options = PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"))
     config = Path(tiny_checkpoint) / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 48}))
-    with pytest.raises(ValueError, match=r"sizes in its configuration, .*intermediate.dense.bias of \[48\], got .* with \[64\]"):
+    with pytest.raises(ValueError, match=r"in its configuration, .*intermediate.dense.bias of \[48\], got .* with \[64\]"):
         prepare(options)
     file = Path(tiny_checkpoint) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder, got .*"):
+    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder, got "):
         prepare(options)
     assert not (tmp_path / "out").exists()
 

@@ -81,6 +81,27 @@ def test_long_sequences(window, backend, device):
         assert (got.double() - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize(("backend", "device"), CASES)
+@pytest.mark.parametrize(("length", "shift"), [(30, 3.0), (70, 2.0), (70, 4.0)])
+def test_large_scores_cost_no_more_of_the_gradient_than_in_eager(length, shift, backend, device):
+    # A large log-sum-exp has few bits left behind the point.
+    *rows, cu = packed((length,), 2, 64, torch.float64)
+    rows, cu = [(x + shift).float().to(device) for x in rows], cu.to(device)
+    grad = torch.randn(length, 2, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+
+    def gradients(attend, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in rows]
+        return torch.autograd.grad(attend(*leaves), leaves, grad.to(dtype))
+
+    def eager(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v))).transpose(0, 1)
+
+    exact, plain = gradients(eager, torch.float64), gradients(eager, torch.float32)
+    ours = gradients(lambda *leaves: varlen_attention(*leaves, cu, backend=backend), torch.float32)
+    for got, usual, true in zip(ours, plain, exact, strict=True):
+        assert (got - true).norm() < 2 * (usual - true).norm()
+
+
 def test_autocast_casts_as_it_does_for_torchs_attention():
     q, k, v = (torch.randn(7, 2, 8, requires_grad=True) for _ in range(3))
     cu = torch.tensor([0, 3, 7], dtype=torch.int32)

@@ -112,13 +112,13 @@ def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, 
 def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row, q_head, k_row, k_head, v_row, v_head,
              window, k0, k1, threshold, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
              BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """dq, dk, dv [T, H, D] of the gradient g of out; delta [H, T] is scratch."""
+    """dq, dk, dv [T, H, D] of the gradient g of out; delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
     sample = sequence.to(tl.int64) * H + head
     g, q, k, v = g + head * g_head, q + head * q_head, k + head * k_head, v + head * v_head
-    lse, delta = lse + head * T, delta + head * T
+    lse, delta, inverse = lse + head * T, delta + head * T, delta + (H + head) * T
     d = tl.arange(0, WIDTH)
     columns = (d < D)[None, :]
     dtype = dq.dtype.element_ty
@@ -130,6 +130,9 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
         log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
         p, dropped, dp = weights_of(query, key, value, by, log_sum, i, i, 0, length, sample, window, k0, k1, threshold,
                                     SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
+        # Σ p is not quite 1: a large log_sum is rounded by more than dp and its mean differ.
+        inverse = (1 / tl.where(inside, tl.sum(p, 1), 1.0))[:, None]
+        p, dropped = p * inverse, dropped * inverse
         zero = tl.zeros((BLOCK, WIDTH), ACC)
         at = ((begin + i).to(tl.int64) * H + head)[:, None] * D + d[None, :]
         mask = inside[:, None] & columns
@@ -143,24 +146,29 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
             inside = i < length
             query, by = rows_at(q, begin + i, d, q_row, inside, D), rows_at(g, begin + i, d, g_row, inside, D)
             log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
-            own = tl.zeros((BLOCK,), ACC)
+            own, weight = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
             for j0 in range(0, length, BLOCK):
                 j = j0 + tl.arange(0, BLOCK)
                 key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
                 p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
                                       SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
                 own += tl.sum(dp * p, 1)
+                weight += tl.sum(p, 1)
+            weight = 1 / tl.where(inside, weight, 1.0)
+            own *= weight
             tl.store(delta + begin + i, own, mask=inside)
+            tl.store(inverse + begin + i, weight, mask=inside)
             total = tl.zeros((BLOCK, WIDTH), ACC)
             for j0 in range(0, length, BLOCK):
                 j = j0 + tl.arange(0, BLOCK)
                 key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
                 p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
                                       SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
-                total = multiply((p * (dp - own[:, None]) * SCALE).to(key.dtype), key, total, PRECISION)
+                ds = p * weight[:, None] * (dp - own[:, None]) * SCALE
+                total = multiply(ds.to(key.dtype), key, total, PRECISION)
             at = ((begin + i).to(tl.int64) * H + head)[:, None] * D + d[None, :]
             tl.store(dq + at, total.to(dtype), mask=inside[:, None] & columns)
-        tl.debug_barrier()  # delta is read by other threads than wrote it
+        tl.debug_barrier()  # delta and inverse are read by other threads than wrote them
         for j0 in range(0, length, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
@@ -171,8 +179,10 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
                 query, by = rows_at(q, begin + i, d, q_row, inside, D), rows_at(g, begin + i, d, g_row, inside, D)
                 log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
                 own = tl.load(delta + begin + i, mask=inside, other=0.0)
+                weight = tl.load(inverse + begin + i, mask=inside, other=0.0)[:, None]
                 p, dropped, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
                                             SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
+                p, dropped = p * weight, dropped * weight
                 by_value = multiply(tl.trans(dropped.to(by.dtype)), by, by_value, PRECISION)
                 ds = (p * (dp - own[:, None]) * SCALE).to(query.dtype)
                 by_key = multiply(tl.trans(ds), query, by_key, PRECISION)
@@ -232,7 +242,7 @@ def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: T
         return dq, dk, dv
     rows = [_unit_stride(x) for x in (grad, query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty((2, *lse.shape))
     gradient[(cu.shape[0] - 1, heads)](*rows, cu, lse, delta, dq, dk, dv, tokens, heads, *strides, *_numbers(*options[1:]),
                                        **_constants(query, *options[:2]), **_launch(query))  # fmt: skip
     return dq, dk, dv

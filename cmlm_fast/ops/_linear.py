@@ -55,6 +55,8 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`."""
     own = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() >= 2
+    fits = bias is None or (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])
+    own = own and fits and x.shape[-1] == weight.shape[1] > 0
     if not own or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
         return F.linear(x, weight, bias)
     out: Tensor = _Linear.apply(x, weight, bias)

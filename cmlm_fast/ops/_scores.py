@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .._library import expect, expect_values
 
@@ -35,6 +36,13 @@ def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: to
     return grad.to(dtype)
 
 
+def scaled(rows: Tensor, factor: Tensor) -> Tensor:
+    """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows."""
+    if rows.dtype == factor.dtype:
+        return rows * factor
+    return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
+
+
 def candidates(query: Tensor, key: Tensor, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
                query_token: Tensor | None, key_token: Tensor | None) -> Tensor:  # fmt: skip
     """Bool [N, M]: key j is a candidate of row i. The target always is."""
@@ -57,7 +65,8 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
     """`temperature` as the 0-dim tensor that the raw ops take; a number is checked here, a tensor by the kernel."""
     dtype = loss_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        expect(op, 0.0 < temperature < float("inf"), "temperature", "finite and > 0", temperature)
+        number = isinstance(temperature, (int, float)) and 0.0 < temperature < float("inf")
+        expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
     return temperature.reshape(()).to(device=rows.device, dtype=dtype)
@@ -104,6 +113,8 @@ def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
     for name, given in rows.items():
         if not isinstance(given, Tensor):
             raise TypeError(f"cmlm_fast::{op}: expected {name} to be a tensor, got {type(given).__name__}")
+        if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:  # its derivative would be lost
+            raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be without a tangent, there is no forward mode, got one")
     tensors = tuple(rows.values())
     device_type = tensors[0].device.type
     if not autocast_is_on(device_type):

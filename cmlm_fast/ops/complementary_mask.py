@@ -197,6 +197,10 @@ def _equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
+def _is_id(value: Any) -> bool:
+    return hasattr(value, "__index__")
+
+
 def complementary_mask(
     input_ids: Tensor,
     cu_seqlens: Tensor | None = None,
@@ -261,13 +265,21 @@ def complementary_mask(
         # What a graph's capture makes exists only in its replays: nothing to keep for others.
         once = traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device)
-    for name, tensor in (("attention_mask", attention_mask), ("eligible", eligible), ("unit_ids", unit_ids)):
+    else:
+        expect(_NAME, input_ids.dim() == 1, "input_ids", "of shape [T] when cu_seqlens is given", list(shape))
+    given = {"cu_seqlens": cu_seqlens, "sample_ids": sample_ids, "attention_mask": attention_mask, "eligible": eligible,
+             "unit_ids": unit_ids}  # fmt: skip
+    for name, tensor in given.items():
         if tensor is not None:
-            expect(_NAME, tensor.shape == shape, name, f"of input_ids' shape {list(shape)}", list(tensor.shape))
+            expect(_NAME, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
+            like = name in ("cu_seqlens", "sample_ids") or tensor.shape == shape
+            expect(_NAME, like, name, f"of input_ids' shape {list(shape)}", list(tensor.shape))
+    expect(_NAME, eligible is None or eligible.dtype == torch.bool, "eligible", "torch.bool", getattr(eligible, "dtype", None))
     if attention_mask is not None:
         attended = attention_mask != 0
         eligible = attended if eligible is None else eligible & attended
     if not isinstance(special_ids, Tensor):
+        expect(_NAME, all(map(_is_id, special_ids)), "special_ids", "whole numbers", list(special_ids))
         special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(tuple(special_ids), device)
     seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (

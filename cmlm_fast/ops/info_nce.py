@@ -30,6 +30,7 @@ from ._scores import (
     check_vector,
     loss_dtype,
     random_rows,
+    scaled,
     through_unit_rows,
     unit_rows,
 )
@@ -154,7 +155,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is None:
         return (None,) * 10
     if ctx.reduction != "none" and want1 <= ctx.z1_grad and want2 <= ctx.z2_grad:
-        g1, g2, gt = grad * g1, grad * g2, grad * gt
+        g1, g2, gt = scaled(g1, grad), scaled(g2, grad), grad * gt
     else:
         weight = grad * _backward_weight(z1, labels, ctx)
         inputs = (z1, z2, temperature, labels, ctx.scheme, ctx.symmetric, ctx.normalize)

@@ -103,12 +103,16 @@ class _HeadLosses(torch.autograd.Function):
         no_second_derivative(_NAME)
         hidden, weight, slopes = ctx.saved_tensors
         by_hidden, by_weight, by_bias, *_ = ctx.needs_input_grad
-        grad = grad.to(slopes.dtype)[:, None]  # multiplies the narrow operand of each product, not the slopes [N, V]
-        of_weight = None
+        # The upstream gradient multiplies the narrow operand of each product, not the slopes [N, V]; in its own dtype, since in
+        # 16 bits the same error would be in all rows.
+        of_weight, of_bias, dtype, grad = None, None, hidden.dtype, grad[:, None]
         if by_weight:
-            of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).T
+            of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).to(dtype).T
             for begin in range(0, len(weight), _VOCABULARY_PART):  # a part is widened while it is in cache
                 part = slice(begin, begin + _VOCABULARY_PART)
                 of_weight[part] = product(slopes[:, part].T, scaled)
-        return (product(slopes, weight.T) * grad if by_hidden else None, of_weight,
-                (slopes.T @ grad)[:, 0].to(ctx.parameters) if by_bias else None, None, None)  # fmt: skip
+        if by_bias:
+            rest = grad - (high := grad.to(dtype))
+            of_bias = (slopes.T @ torch.cat([high, rest.to(dtype)], 1)).to(ctx.parameters).sum(1)
+        of_hidden = (product(slopes, weight.T) * grad).to(dtype) if by_hidden else None
+        return of_hidden, of_weight, of_bias, None, None

@@ -31,6 +31,7 @@ from ._scores import (
     check_vector,
     loss_dtype,
     random_rows,
+    scaled,
     through_unit_rows,
     unit_rows,
 )
@@ -163,7 +164,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     want_query, want_key = ctx.needs_input_grad[:2]
     made = ctx.reduction != "none" and want_query <= ctx.query_grad and want_key <= ctx.key_grad
     if grad is not None and made:
-        dq, dk, dt = grad * dq, grad * dk, grad * dt
+        dq, dk, dt = scaled(dq, grad), scaled(dk, grad), grad * dt
     elif grad is not None:
         weight = grad * reduction_weight(inputs[2] != IGNORE, ctx.reduction, grad.dtype)
         dq, dk, dt = op("token_contrastive_backward", ctx.backend)(weight, *inputs, ctx.normalize, want_query, want_key)
@@ -263,6 +264,7 @@ def token_contrastive(
     (9.1e-05, None)
     """
     query, key = autocast_rows(_NAME, query=query, key=key)
+    expect(_NAME, isinstance(target, Tensor), "target", "a tensor", type(target).__name__)
     tau = as_temperature(_NAME, temperature, query)
     recording = torch.is_grad_enabled() and in_forward(query.dtype)
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,

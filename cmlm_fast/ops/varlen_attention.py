@@ -196,7 +196,9 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     True
     """
     query, key, value = autocast_rows(_NAME, query=query, key=key, value=value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    expect(_NAME, isinstance(cu_seqlens, Tensor), "cu_seqlens", "a tensor", type(cu_seqlens).__name__)
+    expect(_NAME, not isinstance(scale, Tensor), "scale", "a number, which gets no gradient", "a tensor")
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed - 2**64 if seed >= 2**63 else seed, window)
     _check(*args)

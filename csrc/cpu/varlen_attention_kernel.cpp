@@ -191,7 +191,7 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
       const M lse = h.lse(i);
       hide(h, block, i, p);
       if (args.drop_below > 0) h.draw(i, first, last, keep);
-      M sums[kLanes] = {};
+      M sums[kLanes] = {}, totals[kLanes] = {};
       for (int64_t j = first; j < last; j += kLanes) {
         M e[kLanes];
         for (int64_t lane = 0; lane < kLanes; ++lane) e[lane] = exp(p[j + lane] - lse);
@@ -199,12 +199,14 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
           p[j + lane] = e[lane];
           dp[j + lane] *= keep[j + lane];
           sums[lane] += e[lane] * dp[j + lane];
+          totals[lane] += e[lane];
         }
       }
-      const M mean = sum_of(sums);
+      // Not quite 1: a large lse is rounded by more than dp and its mean differ.
+      const M inverse = 1 / sum_of(totals), mean = sum_of(sums) * inverse;
       for (int64_t j = first; j < last; ++j) {
-        dp[j] = p[j] * (dp[j] - mean);  // the gradient by the score
-        p[j] *= keep[j];                // the weight that met the value
+        dp[j] = p[j] * inverse * (dp[j] - mean);  // the gradient by the score
+        p[j] *= keep[j] * inverse;                // the weight that met the value
       }
     }
     multiply<false>({slopes + first, h.rows, 1}, keys + first * h.columns, h.columns, grad_queries, h.columns, block.count,

@@ -128,6 +128,13 @@ __device__ __forceinline__ int64_t sequence_of(const int32_t* cu, int64_t i, int
   return low;
 }
 
+// The same of all sequences: where it would be if they were of equal length, else by bisection, whose loads wait for each other.
+__device__ __forceinline__ int64_t sequence_of(const MaskParams& p, int64_t i) {
+  const int64_t guess = i * p.sequences / p.tokens;
+  if (p.cu_seqlens[guess] <= i && i < p.cu_seqlens[guess + 1]) return guess;
+  return sequence_of(p.cu_seqlens, i, 0, p.sequences);
+}
+
 constexpr size_t kBernoulliShared = room<int64_t>(kMostSpecial) + room<int64_t>(2);
 
 template <class Id>
@@ -143,7 +150,7 @@ __global__ void __launch_bounds__(kBernoulliThreads, 4) mask_bernoulli(MaskParam
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) groups[round].load(p, start + round * 32 * kGroup<Id>, 0, p.tokens);
   load_special(p, special);
-  if (threadIdx.x < 2) within[threadIdx.x] = sequence_of(p.cu_seqlens, threadIdx.x == 0 ? first : last, 0, p.sequences);
+  if (threadIdx.x < 2) within[threadIdx.x] = sequence_of(p, threadIdx.x == 0 ? first : last);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kBernoulliThreads + threadIdx.x;
   for (int64_t b = thread; b < p.sequences; b += static_cast<int64_t>(gridDim.x) * kBernoulliThreads) check_sequence(p, b);
   __syncthreads();

@@ -1,0 +1,74 @@
+"""What the public ops refuse, each in one line that names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from cmlm_fast import complementary_mask, info_nce, token_contrastive, token_similarity, varlen_attention
+from cmlm_fast.layers import use_fast_layers
+
+Q, K, TARGET = torch.eye(3), torch.eye(3) + 0.1, torch.arange(3)
+HEADS, CU, IDS = torch.zeros(3, 1, 4), torch.tensor([0, 3], dtype=torch.int32), torch.arange(5, 11).view(2, 3)
+
+
+def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
+    return complementary_mask(ids, cu, mask_token_id=3, vocab_size=30, special_ids=special_ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: token_contrastive(Q, K, None), "token_contrastive: expected target to be a tensor, got NoneType"),
+        (lambda: token_contrastive(Q, K, TARGET, key_start=[0, 0, 0]), "expected key_start to be a tensor, got list"),
+        (lambda: token_contrastive(Q, K, TARGET, temperature=None), "expected temperature to be a number, finite and > 0, or a"),
+        (lambda: info_nce(Q, K, temperature="warm"), "expected temperature to be a number, finite and > 0, or a tensor, got warm"),
+        (lambda: varlen_attention(HEADS, HEADS, HEADS, [0, 3]), "varlen_attention: expected cu_seqlens to be a tensor, got list"),
+        (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, scale=torch.ones(())), "expected scale to be a number, which gets no"),
+        (lambda: varlen_attention(*[HEADS[..., :0]] * 3, CU), "varlen_attention: expected query to be"),
+        (lambda: mask(cu=CU), "expected input_ids to be of shape [T] when cu_seqlens is given, got [2, 3]"),
+        (lambda: mask(sample_ids=[0, 1]), "expected sample_ids to be a tensor, got list"),
+        (lambda: mask(attention_mask=IDS > 0, eligible=IDS.float()), "expected eligible to be torch.bool, got torch.float32"),
+        (lambda: mask(special_ids=(0, None)), "expected special_ids to be whole numbers, got [0, None]"),
+        (lambda: mask(special_ids=(1.9,)), "expected special_ids to be whole numbers, got [1.9]"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: token_contrastive(x, K, TARGET),
+        lambda x: token_similarity(x, K),
+        lambda x: info_nce(x, K),
+        lambda x: varlen_attention(x[:, None], x[:, None], x[:, None], CU),
+    ],
+)
+def test_forward_mode_is_refused_not_zero(function):
+    with pytest.raises(NotImplementedError, match="to be without a tangent, there is no forward mode"):
+        torch.func.jvp(function, (Q,), (torch.ones_like(Q),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="without a tangent"):
+        function(forward_ad.make_dual(Q, torch.ones_like(Q)))
+    with forward_ad.dual_level():
+        function(Q)  # no tangent, no error
+
+
+def test_a_fast_layer_says_what_torchs_says():
+    for width, bias in ((3, None), (4, torch.zeros(1)), (4, torch.zeros(5, dtype=torch.float64))):
+        plain, fast = torch.nn.Linear(4, 5), torch.nn.Linear(4, 5)
+        use_fast_layers(fast)
+        said = []
+        for layer in (plain, fast):
+            if bias is not None:
+                layer.bias = torch.nn.Parameter(bias)
+            try:
+                said.append(layer(torch.ones(2, width)).shape)
+            except RuntimeError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
