@@ -42,7 +42,8 @@ def test_a_provider_that_differs_or_does_not_fit_has_no_time(monkeypatch):
 
     def providers(shape, device):
         calls = plain(shape, device)
-        wrong = bench_gpu.trained(lambda z1, *rest: bench_gpu.EAGER["info_nce"](2 * z1.detach() - z1, *rest), arguments(shape, device))
+        eager = bench_gpu.EAGER["info_nce"]
+        wrong = bench_gpu.trained(lambda z1, *rest: eager(2 * z1.detach() - z1, *rest), arguments(shape, device))
         return {**calls, "triton": lambda: calls["eager"]() * 1.1, "backwards": wrong, "large": out_of_memory}
 
     monkeypatch.setattr(bench_gpu, "providers", providers)

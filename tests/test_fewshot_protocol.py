@@ -57,6 +57,11 @@ def test_repeats_in_train_are_told(tiny_checkpoint, files, tmp_path, caplog):  #
     assert "2 texts of train are repeats, 1 of them with another label" in caplog.text
 
 
+def test_a_folder_of_a_checkpoint_is_left_alone(tiny_checkpoint, files):  # noqa: F811
+    with pytest.raises(ValueError, match="expected output_dir to be a folder that holds no checkpoint, got "):
+        experiment(tiny_checkpoint, files, tiny_checkpoint).check()
+
+
 @pytest.mark.parametrize("kind", ["bert", "albert", "distilbert", "electra", "modernbert"])
 def test_dropout_of_a_head_is_none_of_the_encoder(kind):
     lm = make_lm(kind)  # some configurations name dropouts of heads that are not there

@@ -102,7 +102,8 @@ def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path):
     CMLMModel.from_pretrained(tmp_path / "start").save_pretrained(tmp_path / "out")
     encoder.tokenizer.save_pretrained(tmp_path / "out")
     copy_pooling(str(tmp_path / "start"), tmp_path / "out")
-    before, after = (SentenceTransformer(str(tmp_path / name), device="cpu").encode(["a clever fox"]) for name in ("start", "out"))
+    models = [SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("start", "out")]
+    before, after = (model.encode(["a clever fox"]) for model in models)
     assert after.shape == (1, 8)
     assert before == pytest.approx(after, abs=1e-6)
 

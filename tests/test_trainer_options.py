@@ -202,7 +202,7 @@ def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer)
 @pytest.mark.parametrize(
     "options",
     [{"bf16_full_eval": True}, {"fp16_full_eval": True}, {"train_sampling_strategy": "group_by_length"},
-     {"auto_find_batch_size": True, "max_tokens": 500}],  # fmt: skip
+     {"auto_find_batch_size": True, "max_tokens": 500}],
 )
 def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {next(iter(options))} to be "):

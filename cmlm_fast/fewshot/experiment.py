@@ -125,6 +125,7 @@ class FewShotExperiment:
         rule = "a folder, or a path where one can be made"
         blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents))
         expect(not blocked, "output_dir", rule, folder)
+        expect(not (folder / "config.json").exists(), "output_dir", "a folder that holds no checkpoint", folder)
         check_backend(self.backend)
         return Grid(self, methods)
 

@@ -131,8 +131,8 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
         p, dropped, dp = weights_of(query, key, value, by, log_sum, i, i, 0, length, sample, window, k0, k1, threshold,
                                     SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
         # Σ p is not quite 1: a large log_sum is rounded by more than dp and its mean differ.
-        inverse = (1 / tl.where(inside, tl.sum(p, 1), 1.0))[:, None]
-        p, dropped = p * inverse, dropped * inverse
+        share = (1 / tl.where(inside, tl.sum(p, 1), 1.0))[:, None]
+        p, dropped = p * share, dropped * share
         zero = tl.zeros((BLOCK, WIDTH), ACC)
         at = ((begin + i).to(tl.int64) * H + head)[:, None] * D + d[None, :]
         mask = inside[:, None] & columns

@@ -114,7 +114,8 @@ def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(given, Tensor):
             raise TypeError(f"cmlm_fast::{op}: expected {name} to be a tensor, got {type(given).__name__}")
         if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:  # its derivative would be lost
-            raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be without a tangent, there is no forward mode, got one")
+            rule = "without a tangent, there is no forward mode"
+            raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be {rule}, got one")
     tensors = tuple(rows.values())
     device_type = tensors[0].device.type
     if not autocast_is_on(device_type):
