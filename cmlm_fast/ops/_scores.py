@@ -37,8 +37,9 @@ def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: to
 
 
 def scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows."""
-    if rows.dtype == factor.dtype:
+    """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows; on the CPU
+    only where it comes first."""
+    if rows.dtype == factor.dtype or rows.device.type == "cpu":
         return rows * factor
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
 

@@ -113,6 +113,6 @@ class _HeadLosses(torch.autograd.Function):
                 of_weight[part] = product(slopes[:, part].T, scaled)
         if by_bias:
             rest = grad - (high := grad.to(dtype))
-            of_bias = (slopes.T @ torch.cat([high, rest.to(dtype)], 1)).to(ctx.parameters).sum(1)
+            of_bias = (torch.cat([high, rest.to(dtype)], 1).T @ slopes).to(ctx.parameters).sum(0)
         of_hidden = (product(slopes, weight.T) * grad).to(dtype) if by_hidden else None
         return of_hidden, of_weight, of_bias, None, None
