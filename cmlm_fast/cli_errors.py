@@ -41,6 +41,8 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
+    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":  # it is read at the import, which may have been before
+        logging.set_verbosity_error()
     logging.disable_progress_bar()  # of loading and saving; the training's bar is another
     if not ranks.is_main():
         import datasets
