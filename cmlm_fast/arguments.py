@@ -52,10 +52,10 @@ class CMLMTrainingArguments(TrainingArguments):
         if self.contrastive_batch_size is not None:
             batches = self.contrastive_batch_size // self.per_device_train_batch_size
             whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
-            if not whole or self.gradient_accumulation_steps % batches or self.max_tokens is not None:
-                rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
-                        f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
-                self._refuse(True, "contrastive_batch_size", rule)
+            broken = not whole or self.gradient_accumulation_steps % batches > 0 or self.max_tokens is not None
+            rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
+                    f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
+            self._refuse(broken, "contrastive_batch_size", rule)
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False

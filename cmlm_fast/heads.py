@@ -15,7 +15,8 @@ def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
     own_bias = getattr(head, "bias", None) is not None and getattr(lm.get_output_embeddings(), "bias", None) is None  # ESM
     gelu = nn.functional.gelu
     steps: list[Any] | None
-    known = hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters
+    known = hidden is not None or (  # looked up once, not in every step
+        hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters)
     if not known or (hasattr(predictions, "transform") and hasattr(predictions, "dense")):  # FNet and others, MobileBERT
         steps = None
     elif hasattr(predictions, "transform"):  # BERT and its kin

@@ -196,7 +196,7 @@ class CMLMModel(nn.Module):
         table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
         first = self._first_position(attention_mask.shape[1]) if table is not None or jitter is not None else 0
         # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
-        if jitter is not None or self._pad_of_positions() is not None:
+        if jitter is not None or self.pad_of_positions() is not None:
             position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
             inputs["position_ids"] = torch.cat([position, position if jitter is None else position + jitter[:, None]])
         hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
@@ -237,7 +237,7 @@ class CMLMModel(nn.Module):
 
     def _first_position(self, length: int) -> int:
         """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
-        pad = self._pad_of_positions()
+        pad = self.pad_of_positions()
         first = 0 if pad is None else pad + 1
         most = self.config.max_position_embeddings - first - length
         if most < 0:
@@ -248,7 +248,7 @@ class CMLMModel(nn.Module):
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
         return first
 
-    def _pad_of_positions(self) -> int | None:
+    def pad_of_positions(self) -> int | None:
         """The pad id behind which RoBERTa's positions begin; None for encoders whose positions begin at 0."""
         pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
         return None if pad is None else int(pad)
@@ -319,7 +319,7 @@ class CMLMModel(nn.Module):
         state = self.state_dict() if state_dict is None else dict(state_dict)
         lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
         # RoBERTa's positions begin behind the pad id of its configuration, which the Trainer overwrites with the tokenizer's.
-        if (pad := self._pad_of_positions()) is not None:
+        if (pad := self.pad_of_positions()) is not None:
             self.lm.config.pad_token_id = pad
         # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
         # a checkpoint is read back by these.

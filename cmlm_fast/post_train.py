@@ -298,7 +298,7 @@ def _most_tokens(model: CMLMModel, jitter: int) -> int:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is None:
         return 2**31
-    pad = getattr(model.lm.base_model.embeddings, "padding_idx", None)
+    pad = model.pad_of_positions()
     return int(most) - jitter - (0 if pad is None else pad + 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -39,6 +40,10 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_a_temperature_may_be_any_number():
+    assert torch.equal(info_nce(Q, K, temperature=np.float32(0.5)), info_nce(Q, K, temperature=0.5))
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,8 @@ def _marked(row: Row | None) -> str:
     if row is None or row.difference is None:
         return ""
     apart = row.low is not None and row.high is not None and row.low * row.high > 0
-    return _points(row.difference) + ("\\*" if apart else "") + _difference(row)[len(_points(row.difference)):]
+    number, space, ends = _difference(row).partition(" ")
+    return number + ("\\*" if apart else "") + space + ends
 
 
 def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, Cell]]]:
