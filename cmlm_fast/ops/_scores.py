@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -66,7 +67,7 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
     """`temperature` as the 0-dim tensor that the raw ops take; a number is checked here, a tensor by the kernel."""
     dtype = loss_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        number = hasattr(temperature, "__float__") and 0.0 < temperature < float("inf")
+        number = isinstance(temperature, (int, float, np.number)) and 0.0 < temperature < float("inf")
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
