@@ -111,12 +111,13 @@ def waits(step: Callable[[Any], Any], batch: Any) -> str:
 
 
 def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapping[str, Any], until: float) -> dict[str, str]:
-    """Add the compiled providers, checked and compiled, to those that have taken no step yet. None is begun after `until`.
+    """Add the compiled providers, checked against others that have taken no step and compiled. None is begun after `until`.
 
     Returns:
         name -> why it is absent.
     """
-    absent, plain = {}, {name: providers[name] for name in ("ours", "naive")}
+    absent: dict[str, str] = {}
+    plain = {name: new(name) for name in ("ours", "naive")}
     # They share code: what the layers of one take is counted with the other's.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64

@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable, "-W", "ignore")
 # What only a GPU shows comes first, should the step be stopped; the reference, plain PyTorch, is left to the CPU.
 SWEEPS = ("tests/test_cuda_gpu.py", "tests/test_training_gpu.py", "tests/test_varlen_attention.py", "tests/test_parity.py",
-          "tests/test_registration.py", "-k", "not reference-cuda")  # fmt: skip
+          "tests/test_registration.py", "tests/test_compiling.py", "tests/test_mlm_cross_entropy.py",
+          "-k", "not reference-cuda")  # fmt: skip
 # Mostly the host compiles. Few tests at a time for each worker, else the first files' are all one worker's.
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 14)), "--maxschedchunk", "2") if find_spec("xdist") else ()
 DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"

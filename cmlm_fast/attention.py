@@ -34,13 +34,17 @@ SHORT, NARROW = 128, 256
 
 
 class Packing:
-    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device.
+    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device. `fits`:
+    whether the op varlen_attention is made for them.
 
-    A class of its own, not a tuple, since compiled layers pass it on, and torch.compile makes code anew for other numbers.
+    A class of its own, not a tuple, since torch.compile makes code anew for other numbers that compiled layers look at.
     """
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
         self.lengths, self.cu_seqlens = lengths, cu_seqlens
+        on_cpu = cu_seqlens is not None and cu_seqlens.device.type == "cpu"
+        on_gpu = cu_seqlens is not None and cu_seqlens.is_cuda and max(lengths, default=0) <= SHORT and _has_kernel()
+        self.fits = on_cpu or on_gpu
 
 
 def use_packed_attention(lm: Any) -> bool:
@@ -51,7 +55,6 @@ def use_packed_attention(lm: Any) -> bool:
     return True
 
 
-@torch.compiler.disable  # compiled layers call it as it is: kernels of our own, and a seed that each call draws
 def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
                       scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
                       packing: Packing | None = None, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
@@ -67,18 +70,25 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                         is_causal=False)  # fmt: skip
         return out, None
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; gradients of x[0] would be copies
+    cu_seqlens = packing.cu_seqlens
+    if cu_seqlens is None or not packing.fits or (q.is_cuda and row_bytes(q) > NARROW):
+        return _by_torch(q, k, v, packing, scaling, dropout, sliding_window)[None], None
+    # From torch's generator of the device, whose state checkpoints keep and activation checkpointing replays.
+    seed = torch.randint(2**62, (), device=q.device) if dropout else 0
+    backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
+    out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
+                           backend=backend)  # fmt: skip
+    return out[None], None
+
+
+@torch.compiler.disable  # code for these lengths alone; and dropout's seed is no tensor here
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, dropout: float,
+              sliding_window: int | None) -> Tensor:  # fmt: skip
+    """[T, heads, D] by PyTorch's kernels."""
     lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    short = q.is_cuda and max(lengths) <= SHORT and row_bytes(q) <= NARROW
-    if cu_seqlens is not None and (q.device.type == "cpu" or (short and _has_kernel())):
-        # From torch's generator, whose state checkpoints keep and activation checkpointing replays.
-        seed = int(torch.randint(2**62, ())) if dropout else 0
-        backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
-        out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
-                               backend=backend)  # fmt: skip
-        return out[None], None
     if cu_seqlens is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None], None
+        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)
     parts, begin = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -88,7 +98,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         part = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, dropout_p=dropout, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin += count * length
-    return torch.cat(parts)[None], None
+    return torch.cat(parts)
 
 
 @cache

@@ -175,17 +175,22 @@ def resolve(
     for least in _changes.get((device.type, name, dtype), ()):  # compiled, sizes are guarded on here alone
         if size >= least:
             band = least
-    found = _resolved.get((name, device.type, choice, dtype, band))
-    return _resolve(name, device.type, choice, dtype, band) if found is None else found
+    key = (name, device.type, choice, dtype, band)
+    if torch.compiler.is_compiling():  # compiled code would be made anew with the first change of what was found
+        return _resolve(*key)
+    found = _resolved.get(key)
+    if found is None:
+        _resolved[key] = found = _resolve(*key)
+    return found
 
 
 def instead(name: str, device: torch.device) -> Any:
-    """The torch op that runs in the place of a PyTorch function, on the CPU; None where that function runs itself.
+    """The torch op that runs in the place of a PyTorch function; None where that function runs itself.
 
-    That is so on other devices, without compiled kernels, and under a named backend that has none for this op.
+    That is so on devices without a kernel for this op, and under a named backend that has none.
     """
-    choice = _current or "cpp"
-    return op(name, _SUFFIX[choice]) if device.type == "cpu" and _absence(name, "cpu", choice) is None else None
+    choice = _current or {"cpu": "cpp", "cuda": "triton"}.get(device.type)
+    return None if choice is None or _absence(name, device.type, choice) is not None else op(name, _SUFFIX[choice])
 
 
 def preference(name: str, device_type: str, dtype: torch.dtype | None = None, size: int = 0) -> tuple[str, ...]:
@@ -206,8 +211,7 @@ def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype 
     reason = _absence(name, device_type, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
-    _resolved[name, device_type, asked, dtype, band] = found = op(name, _SUFFIX[choice])
-    return found
+    return op(name, _SUFFIX[choice])
 
 
 def check_backend(backend: str | None) -> None:

@@ -232,7 +232,7 @@ class CMLMModel(nn.Module):
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
         hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=Packing(twice, cu_twice), **inputs)
-        states = hidden.last_hidden_state[0]
+        states = hidden.last_hidden_state.squeeze(0)
         return take_rows(states, at1), take_rows(states, at2)
 
     def _first_position(self, length: int) -> int:

@@ -76,8 +76,8 @@ def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor |
     return _reduce(-log_p.sum(1) / count.clamp_min(1), count > 0, reduction)
 
 
-def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: int,
-                           window: int) -> Tensor:  # fmt: skip
+def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float,
+                           seed: int | Tensor, window: int) -> Tensor:  # fmt: skip
     """varlen_attention as a user writes it: a loop over the sequences."""
     bounds, parts = cu.tolist(), [query[:0] + key[:0] + value[:0]]
     for b, (begin, end) in enumerate(pairwise(bounds)):
@@ -88,7 +88,7 @@ def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor
             scores = scores.masked_fill((position[:, None] - position).abs() >= window, float("-inf"))
         weights = torch.softmax(scores, -1)
         if dropout:
-            weights = weights * keep_mask(end - begin, query.shape[1], b, dropout, seed, query.device) / (1 - dropout)
+            weights = weights * keep_mask(end - begin, query.shape[1], b, dropout, int(seed), query.device) / (1 - dropout)
         parts.append((weights @ v).transpose(0, 1))
     return torch.cat(parts)
 

@@ -166,7 +166,7 @@ def test_a_backend_of_cuda_is_chosen_inside_torch_compile(build, monkeypatch):
 
     torch._dynamo.reset()
     assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(())) == 1
-    assert [key[2] for key in backends._resolved] == ["cuda"]
+    assert not backends._resolved  # compiled code would depend on what was found before, and be made anew
 
 
 def test_blocks_of_use_backend_that_end_in_another_order_leave_no_trace():

@@ -30,7 +30,7 @@ class Step:
     """One training step's ops on fixed memory; calling it returns losses, gradients and masks."""
 
     def __init__(self, device="cuda", large=False):
-        n, m, b = (2048, 4096, 5000) if large else (200, 300, 70)
+        n, m, b = (2048, 4097, 5001) if large else (200, 300, 70)  # odd: their products take padded copies
         self.leaves = [rows(k, seed=s, device=device).requires_grad_() for s, k in enumerate((n, m, b, b))]
         self.leaves.append(torch.tensor(0.07, device=device, requires_grad=True))
         self.target = torch.arange(n, device=device)

@@ -32,6 +32,28 @@ def test_equals_cross_entropy_with_ignored_rows(reduction, bias, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_a_vocabulary_that_cublas_is_slow_with(bias, dtype):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(n, 48, generator=generator).to(dtype) / 4 for n in (40, 1003)]
+    leaves += [torch.randn(1003, generator=generator).to(dtype)] if bias else []
+    target = torch.randint(0, 1003, (40,), generator=generator)
+    target[0], target[::3] = 1002, -100
+    truth = [x.double().requires_grad_() for x in leaves]
+    exact = F.cross_entropy(F.linear(*truth), target)
+    ours = [x.cuda().requires_grad_() for x in leaves]
+    with torch.profiler.profile() as profile:
+        got = mlm_cross_entropy(ours[0], ours[1], ours[2] if bias else None, target.cuda())
+    assert "cmlm_fast::softmax_loss_triton" in {event.key for event in profile.key_averages()}
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    assert got.item() == pytest.approx(exact.item(), rel=near)
+    for found, true in zip(torch.autograd.grad(got, ours), torch.autograd.grad(exact, truth), strict=True):
+        assert found.dtype == dtype and (found.double().cpu() - true).norm() < near * true.norm()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("rows", [0, 5])
 def test_nothing_to_predict_gives_zero_not_nan(reduction, rows):

@@ -55,8 +55,10 @@ def rows(n, d=8, **options):
 
 
 IDS = torch.arange(5, 69).view(4, 16) % 45 + 5
+TOP = torch.tensor([0, 1], dtype=torch.int32)  # bounds count up to the number of rows
 TWELVE, TWENTY = torch.arange(12), torch.arange(20)
 HEAD_TARGET = torch.tensor([1, 2, -100, 4, 29, -100, 0, 3, -100, 5, 6, 7])
+BOUNDS, SEED = torch.tensor([0, 5, 12], dtype=torch.int32), torch.tensor(2**40)
 Q, K, VOCABULARY = rows(12).requires_grad_(), rows(20), rows(30)
 
 PUBLIC = {
@@ -69,6 +71,7 @@ PUBLIC = {
     "token_similarity": lambda step: cmlm_fast.token_similarity(Q, K).sum(),
     "info_nce": lambda step: cmlm_fast.info_nce(Q, K[:12], scheme="nt_xent"),
     "mlm_cross_entropy": lambda step: cmlm_fast.mlm_cross_entropy(Q, VOCABULARY, None, HEAD_TARGET),
+    "varlen_attention": lambda step: cmlm_fast.varlen_attention(*[Q[:, None]] * 3, BOUNDS, dropout=0.2, seed=SEED + step).sum(),
 }
 
 
@@ -81,7 +84,7 @@ def test_public_function_compiles_once(name):
     plain = [call(step).item() for step in range(2, 8)]
     assert [compiled(step).item() for step in range(2, 8)] == pytest.approx(plain, rel=1e-6)
     # A changing step becomes a dynamic integer at its first change; everything else compiles once.
-    assert counter.frame_count <= (2 if name == "complementary_mask" else 1)
+    assert counter.frame_count <= (2 if name in ("complementary_mask", "varlen_attention") else 1)
 
 
 VARIED = {
@@ -89,6 +92,7 @@ VARIED = {
     "info_nce": lambda a, b, i: cmlm_fast.info_nce(a, b[: a.shape[0]]),
     "info_nce with labels": lambda a, b, i: cmlm_fast.info_nce(a, b[: a.shape[0]], labels=i % 3),
     "mlm_cross_entropy": lambda a, b, i: cmlm_fast.mlm_cross_entropy(a, VOCABULARY, None, i),
+    "varlen_attention": lambda a, b, i: cmlm_fast.varlen_attention(*[a[:, None]] * 3, i[[0, -1]].int() + TOP).sum(),
 }
 
 

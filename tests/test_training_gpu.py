@@ -40,18 +40,20 @@ def test_packed_equals_padded(kind, autocast, near, tiny_lm, tiny_rows, tiny_tok
         assert len(pairs) > 10 and error < near
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("last", [17, 200])  # Triton's kernels; flash attention, or SDPA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dropout_of_packed_attention(dtype, last):
+def test_dropout_of_packed_attention(dtype, last, compiled):
     # With equal scores and values of one, an output is the share of weights kept by 1 − p: their mean is one.
     lengths, p = (40, 40, last), 0.25
     cu_seqlens = torch.tensor([0, 40, 80, 80 + last], dtype=torch.int32, device="cuda")
     options = {"device": "cuda", "dtype": dtype, "requires_grad": True}
     zero, value = (torch.full((1, 4, 80 + last, 64), fill, **options) for fill in (0.0, 1.0))
+    attend = torch.compile(attention_forward, dynamic=True) if compiled else attention_forward
 
     def draw(seed):
         torch.manual_seed(seed)
-        out, _ = attention_forward(torch.nn.Module(), zero, zero, value, None, dropout=p, packing=Packing(lengths, cu_seqlens))
+        out, _ = attend(torch.nn.Module(), zero, zero, value, None, dropout=p, packing=Packing(lengths, cu_seqlens))
         (gradient,) = torch.autograd.grad(out.float().sum(), value)
         return out.float(), gradient.float()
 

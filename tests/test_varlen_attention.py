@@ -71,7 +71,7 @@ def test_long_sequences(window, backend, device):
     grad = torch.randn(151, 1, 16, device=device).bfloat16()
 
     def run(suffix, *inputs):
-        options = (0.25, 0.1, 7, window)
+        options = (0.25, 0.1, torch.tensor(7, device=device), window)
         out, lse = op("varlen_attention", suffix)(*inputs, cu, *options)
         upstream = grad.to(out.dtype)
         return out, lse, *op("varlen_attention_backward", suffix)(upstream, *inputs, cu, lse, *options)

@@ -2,7 +2,8 @@
 
 attend    grid sequences × heads → all rows of the sequence, BLOCK at a time, with the softmax of the keys seen so far
 gradient  the same grid; a sequence of at most BLOCK tokens makes its scores once and all three gradients of them, a longer one
-          walks its tiles three times: the rows' Σ p·dp (kept in `delta`), dq, then dk and dv
+          walks its tiles three times: the rows' Σ p·dp (kept in `delta`), dq, then dk and dv. In 16 bits a second launch takes
+          those of more than BLOCK and at most 2·BLOCK tokens, as one tile of that size
 Memory: of a sequence of at most BLOCK tokens q, k, v and out are read or written once, in the backward pass seven such arrays.
 Tensor cores take operands of the rows' dtype; scores, softmax and sums are float32 (float64 for float64).
 Deterministic: a row has one writer, and sums run in the order of the tiles.
@@ -42,24 +43,24 @@ def scores_of(q, k, i, j, length, window, SCALE: tl.constexpr, PRECISION: tl.con
 
 
 @triton.jit
-def kept(i, j0, sample, k0, k1, threshold, GAIN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def kept(i, j0, sample, seed, threshold, GAIN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """What dropout multiplies the weights of rows i and keys j0 … j0 + BLOCK by: 0, or GAIN. One draw gives four."""
     counter = (j0 // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     c0 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + counter[None, :]
     c1 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + i.to(tl.uint32)[:, None]
     c2 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + sample.to(tl.uint32)
     c3 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + (sample >> 32).to(tl.uint32)
-    k0, k1 = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, k0, k1)
+    word = tl.load(seed)
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, word.to(tl.uint32), (word >> 32).to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, BLOCK))
     return tl.where(words.to(tl.int64) >= threshold, tl.full((), GAIN, ACC), tl.zeros((), ACC))
 
 
-_RUNTIME = ["T", "H", "window", "k0", "k1", "threshold"]
+_RUNTIME = ["T", "H", "window", "threshold", "skip"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def attend(q, k, v, cu, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_head, window, k0, k1, threshold,
+def attend(q, k, v, cu, seed, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_head, window, threshold,
            SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
            PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """out [T, H, D] and lse [H, T]."""
@@ -82,7 +83,7 @@ def attend(q, k, v, cu, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_h
             down = tl.exp(largest - raised)
             weight = weight * down + tl.sum(p, 1)
             if GAIN != 1:
-                p *= kept(i, j0, sample, k0, k1, threshold, GAIN, ACC, BLOCK)
+                p *= kept(i, j0, sample, seed, threshold, GAIN, ACC, BLOCK)
             value = rows_at(v, begin + j, d, v_row, j < length, D)
             total = multiply(p.to(value.dtype), value, total * down[:, None], PRECISION)
             largest = raised
@@ -95,7 +96,7 @@ def attend(q, k, v, cu, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_h
 
 
 @triton.jit
-def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, k0, k1, threshold, SCALE: tl.constexpr,
+def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, seed, threshold, SCALE: tl.constexpr,
                GAIN: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """(softmax p, p after dropout, gradient by p) of rows i and keys j."""
     s = scores_of(query, key, i, j, length, window, SCALE, PRECISION, ACC)
@@ -103,19 +104,27 @@ def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, 
     dp = multiply(g, tl.trans(value), tl.zeros((BLOCK, BLOCK), ACC), PRECISION)
     dropped = p
     if GAIN != 1:
-        keep = kept(i, j0, sample, k0, k1, threshold, GAIN, ACC, BLOCK)
+        keep = kept(i, j0, sample, seed, threshold, GAIN, ACC, BLOCK)
         dropped, dp = p * keep, dp * keep
     return p, dropped, dp
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row, q_head, k_row, k_head, v_row, v_head,
-             window, k0, k1, threshold, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-             BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """dq, dk, dv [T, H, D] of the gradient g of out; delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p."""
+def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row, q_head, k_row, k_head, v_row, v_head,
+             window, threshold, skip, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+             BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
+    """dq, dk, dv [T, H, D] of the gradient g of out; delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p.
+
+    Sequences of BLOCK < length <= skip are left to another launch; with ONE_TILE only those of skip < length <= BLOCK are done.
+    """
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
+    if ONE_TILE:
+        if (length <= skip) | (length > BLOCK):
+            return
+    elif (length > BLOCK) & (length <= skip):
+        return
     sample = sequence.to(tl.int64) * H + head
     g, q, k, v = g + head * g_head, q + head * q_head, k + head * k_head, v + head * v_head
     lse, delta, inverse = lse + head * T, delta + head * T, delta + (H + head) * T
@@ -128,7 +137,7 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
         query, key = rows_at(q, begin + i, d, q_row, inside, D), rows_at(k, begin + i, d, k_row, inside, D)
         value, by = rows_at(v, begin + i, d, v_row, inside, D), rows_at(g, begin + i, d, g_row, inside, D)
         log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
-        p, dropped, dp = weights_of(query, key, value, by, log_sum, i, i, 0, length, sample, window, k0, k1, threshold,
+        p, dropped, dp = weights_of(query, key, value, by, log_sum, i, i, 0, length, sample, window, seed, threshold,
                                     SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
         # Σ p is not quite 1: a large log_sum is rounded by more than dp and its mean differ.
         share = (1 / tl.where(inside, tl.sum(p, 1), 1.0))[:, None]
@@ -140,7 +149,7 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
         ds = (p * (dp - tl.sum(dp * p, 1)[:, None]) * SCALE).to(query.dtype)
         tl.store(dq + at, multiply(ds, key, zero, PRECISION).to(dtype), mask=mask)
         tl.store(dk + at, multiply(tl.trans(ds), query, zero, PRECISION).to(dtype), mask=mask)
-    else:
+    elif not ONE_TILE:
         for i0 in range(0, length, BLOCK):
             i = i0 + tl.arange(0, BLOCK)
             inside = i < length
@@ -150,7 +159,7 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
             for j0 in range(0, length, BLOCK):
                 j = j0 + tl.arange(0, BLOCK)
                 key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
-                p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
+                p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, seed, threshold,
                                       SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
                 own += tl.sum(dp * p, 1)
                 weight += tl.sum(p, 1)
@@ -162,7 +171,7 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
             for j0 in range(0, length, BLOCK):
                 j = j0 + tl.arange(0, BLOCK)
                 key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
-                p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
+                p, _, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, seed, threshold,
                                       SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
                 ds = p * weight[:, None] * (dp - own[:, None]) * SCALE
                 total = multiply(ds.to(key.dtype), key, total, PRECISION)
@@ -180,7 +189,7 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
                 log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
                 own = tl.load(delta + begin + i, mask=inside, other=0.0)
                 weight = tl.load(inverse + begin + i, mask=inside, other=0.0)[:, None]
-                p, dropped, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, k0, k1, threshold,
+                p, dropped, dp = weights_of(query, key, value, by, log_sum, i, j, j0, length, sample, window, seed, threshold,
                                             SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
                 p, dropped = p * weight, dropped * weight
                 by_value = multiply(tl.trans(dropped.to(by.dtype)), by, by_value, PRECISION)
@@ -191,18 +200,12 @@ def gradient(g, q, k, v, cu, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row,
             tl.store(dv + at, by_value.to(dtype), mask=(j < length)[:, None] & columns)
 
 
-def _constants(query: Tensor, scale: float, dropout: float) -> dict[str, Any]:
+def _constants(query: Tensor, scale: float, dropout: float, block: int) -> dict[str, Any]:
     width = query.shape[2]
     acc = tl.float64 if query.dtype == torch.float64 else tl.float32
     padded = max(16, triton.next_power_of_2(width))  # what tl.dot takes
-    return {"SCALE": scale, "GAIN": 1 / (1 - dropout), "D": width, "WIDTH": padded, "BLOCK": _BLOCK, "PRECISION": "ieee",
+    return {"SCALE": scale, "GAIN": 1 / (1 - dropout), "D": width, "WIDTH": padded, "BLOCK": block, "PRECISION": "ieee",
             "ACC": acc}  # fmt: skip
-
-
-def _numbers(dropout: float, seed: int, window: int) -> tuple[Any, ...]:
-    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    signed = [word - 2**32 if word >= 2**31 else word for word in (low, high)]
-    return window, *signed, int(dropout * 2.0**32)
 
 
 def _launch(query: Tensor) -> dict[str, int]:
@@ -215,9 +218,10 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 @on_device
-def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: Tensor,
+                     window: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op: out [T, H, D], lse [H, T]."""
-    _check(query, key, value, cu, *options)
+    _check(query, key, value, cu, scale, dropout, seed, window)
     if interpreted(query):
         _check_values(cu, query.shape[0])
     tokens, heads, _ = query.shape
@@ -227,14 +231,14 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, *opt
         return out, lse
     rows = [_unit_stride(x) for x in (query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
-    attend[(cu.shape[0] - 1, heads)](*rows, cu, out, lse, tokens, heads, *strides, *_numbers(*options[1:]),
-                                     **_constants(query, *options[:2]), **_launch(query))  # fmt: skip
+    attend[(cu.shape[0] - 1, heads)](*rows, cu, seed, out, lse, tokens, heads, *strides, window, int(dropout * 2.0**32),
+                                     **_constants(query, scale, dropout, _BLOCK), **_launch(query))  # fmt: skip
     return out, lse
 
 
 @on_device
 def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lse: Tensor,
-                              *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                              scale: float, dropout: float, seed: Tensor, window: int) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients by query, key and value."""
     tokens, heads, _ = query.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
@@ -243,6 +247,9 @@ def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: T
     rows = [_unit_stride(x) for x in (grad, query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     delta = lse.new_empty((2, *lse.shape))
-    gradient[(cu.shape[0] - 1, heads)](*rows, cu, lse, delta, dq, dk, dv, tokens, heads, *strides, *_numbers(*options[1:]),
-                                       **_constants(query, *options[:2]), **_launch(query))  # fmt: skip
+    larger = query.element_size() == 2 and query.shape[2] <= 64  # beyond, larger tiles would spill registers
+    for block, skip in ((_BLOCK, 2 * _BLOCK), (2 * _BLOCK, _BLOCK)) if larger else ((_BLOCK, 0),):
+        gradient[(cu.shape[0] - 1, heads)](*rows, cu, seed, lse, delta, dq, dk, dv, tokens, heads, *strides, window,
+                                           int(dropout * 2.0**32), skip, **_constants(query, scale, dropout, block),
+                                           ONE_TILE=block > _BLOCK, **_launch(query))  # fmt: skip
     return dq, dk, dv

@@ -1,7 +1,7 @@
 """MLM loss at the masked positions: cross entropy of hidden · weightᵀ + bias against the vocabulary.
 
-A composite: the products are PyTorch's own (in float32 on the CPU the faster library's), and between them stands on the CPU the
-op `softmax_loss`, which gives loss and gradient in one pass over the logits.
+A composite: the products are PyTorch's own (in float32 on the CPU the faster library's), and between them stands the op
+`softmax_loss`, which gives loss and gradient in one pass over the logits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from .token_contrastive import check_reduction
 
 _NAME = "mlm_cross_entropy"
 _VOCABULARY_PART = 4096
+_EVEN = 64  # cuBLAS multiplies matrices of 30,522 columns at a third of the rate
 
 
 def mlm_cross_entropy(
@@ -91,8 +92,12 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softmax_loss: Any) -> Tensor:
-        ctx.parameters = weight.dtype
+        ctx.parameters, ctx.vocabulary = weight.dtype, len(weight)
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        rest = -len(weight) % _EVEN if hidden.is_cuda and hidden.element_size() == 2 else 0
+        if rest:  # columns whose softmax is 0
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            weight, bias = F.pad(weight, (0, 0, 0, rest)), F.pad(bias, (0, rest), value=float("-inf"))
         losses, slopes = softmax_loss(product(hidden, weight, bias), target)
         ctx.save_for_backward(hidden, weight, slopes)
         out: Tensor = losses
@@ -108,11 +113,13 @@ class _HeadLosses(torch.autograd.Function):
         of_weight, of_bias, dtype, grad = None, None, hidden.dtype, grad[:, None]
         if by_weight:
             of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).to(dtype).T
-            for begin in range(0, len(weight), _VOCABULARY_PART):  # a part is widened while it is in cache
-                part = slice(begin, begin + _VOCABULARY_PART)
+            size = len(weight) if weight.is_cuda else _VOCABULARY_PART  # a part is widened while it is in the CPU's cache
+            for begin in range(0, len(weight), size):
+                part = slice(begin, begin + size)
                 of_weight[part] = product(slopes[:, part].T, scaled)
+            of_weight = of_weight[: ctx.vocabulary]
         if by_bias:
             rest = grad - (high := grad.to(dtype))
-            of_bias = (torch.cat([high, rest.to(dtype)], 1).T @ slopes).to(ctx.parameters).sum(0)
+            of_bias = (torch.cat([high, rest.to(dtype)], 1).T @ slopes).to(ctx.parameters).sum(0)[: ctx.vocabulary]
         of_hidden = (product(slopes, weight.T) * grad).to(dtype) if by_hidden else None
         return of_hidden, of_weight, of_bias, None, None

@@ -28,11 +28,16 @@ def _check(logits: Tensor, target: Tensor) -> None:
     expect(_NAME, right, "target", f"int64 of shape [N = {logits.shape[0]}] on {logits.device}", target)
 
 
-def _reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    _check(logits, target)
+def check_values(logits: Tensor, target: Tensor) -> None:
+    """Raise RuntimeError where a target is no column."""
     vocabulary = logits.shape[1]
     good = ((target >= 0) & (target < vocabulary)) | (target == IGNORE)
     expect_values(_NAME, good.all(), "target", f"in [0, V = {vocabulary}) or {IGNORE}", target[~good].tolist()[:1])
+
+
+def _reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    _check(logits, target)
+    check_values(logits, target)
     x, valid = logits.to(loss_dtype(logits.dtype)), (target != IGNORE)[:, None]
     column = target.clamp_min(0)[:, None]
     losses = torch.where(valid, torch.logsumexp(x, 1, keepdim=True) - x.gather(1, column), 0.0)[:, 0]

@@ -25,14 +25,15 @@ from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
 
 _NAME = "varlen_attention"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens"
-_OPTIONS = "float scale, float dropout, SymInt seed, int window"
+_OPTIONS = "float scale, float dropout, Tensor seed, int window"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD_SCHEMA = (
     f"(Tensor grad_out, {_INPUTS}, Tensor lse, {_OPTIONS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: int, window: int) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: Tensor,
+           window: int) -> None:  # fmt: skip
     expect(_NAME, query.dim() == 3 and query.shape[2] >= 1, "query", "of shape [T, H, D], D >= 1", list(query.shape))
     expect(_NAME, query.dtype in FLOATING, "query", "float32, bfloat16, float16 or float64", query.dtype)
     for name, tensor in (("key", key), ("value", value)):
@@ -43,6 +44,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, 
            f"{cu.dtype} {list(cu.shape)}")  # fmt: skip
     expect(_NAME, cu.device == query.device, "cu_seqlens", f"on {query.device}", cu.device)
     expect(_NAME, 0.0 <= dropout < 1.0, "dropout", "in [0, 1)", dropout)
+    expect(_NAME, seed.dtype == torch.int64 and seed.dim() == 0, "seed", "int64 of shape []", seed)
+    expect(_NAME, seed.device == query.device, "seed", f"on {query.device} like query", seed.device)
     expect(_NAME, window >= 0, "window", ">= 0", window)
 
 
@@ -67,7 +70,7 @@ def keep_mask(length: int, heads: int, sequence: int, dropout: float, seed: int,
     return words[:, :, :length] >= int(dropout * 2.0**32)
 
 
-def _weights(query: Tensor, key: Tensor, rows: slice, sequence: int, scale: float, dropout: float, seed: int,
+def _weights(query: Tensor, key: Tensor, rows: slice, sequence: int, scale: float, dropout: float, seed: Tensor,
              window: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """q, k [H, L, D] in the accumulation dtype, log-sum-exp, softmax, and what dropout multiplies it by, of one sequence."""
     q, k = (x[rows].transpose(0, 1).to(loss_dtype(x.dtype)) for x in (query, key))
@@ -78,7 +81,7 @@ def _weights(query: Tensor, key: Tensor, rows: slice, sequence: int, scale: floa
         s = s.masked_fill((position[:, None] - position).abs() >= window, float("-inf"))
     keep = torch.ones_like(s)
     if dropout:
-        keep = keep_mask(length, heads, sequence, dropout, seed, s.device).to(s.dtype) / (1 - dropout)
+        keep = keep_mask(length, heads, sequence, dropout, int(seed), s.device).to(s.dtype) / (1 - dropout)
     return q, k, torch.logsumexp(s, -1), torch.softmax(s, -1), keep
 
 
@@ -87,7 +90,7 @@ def _sequences(cu: Tensor) -> Iterator[tuple[int, slice]]:
     return ((b, slice(bounds[b], bounds[b + 1])) for b in range(len(bounds) - 1) if bounds[b] < bounds[b + 1])
 
 
-def _reference(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: int,
+def _reference(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float, seed: Tensor,
                window: int) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check(query, key, value, cu, scale, dropout, seed, window)
     _check_values(cu, query.shape[0])
@@ -100,7 +103,7 @@ def _reference(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: flo
 
 
 def _backward_reference(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lse: Tensor, scale: float,
-                        dropout: float, seed: int, window: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                        dropout: float, seed: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     for b, rows in _sequences(cu):
         q, k, _, p, keep = _weights(query, key, rows, b, scale, dropout, seed, window)
@@ -127,17 +130,18 @@ def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *res
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.scale, ctx.dropout, ctx.seed, ctx.window = inputs
+    *tensors, ctx.scale, ctx.dropout, seed, ctx.window = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, output[1], seed)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
-    options = (ctx.scale, ctx.dropout, ctx.seed, ctx.window)
-    return *op("varlen_attention_backward", ctx.backend)(grad, *ctx.saved_tensors, *options), *(None,) * 5
+    *tensors, seed = ctx.saved_tensors
+    options = (ctx.scale, ctx.dropout, seed, ctx.window)
+    return *op("varlen_attention_backward", ctx.backend)(grad, *tensors, *options), *(None,) * 5
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -148,7 +152,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         rows = random_rows([(tokens, heads * d)] * 3, dtype, device, tokens + d)
         q, k, v = (x.view(tokens, heads, d) for x in rows)
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
-        return q, k, v, cu, d**-0.5, dropout, seed, window
+        return q, k, v, cu, d**-0.5, dropout, torch.tensor(seed, device=device), window
 
     yield "ragged", make([7, 1, 0, 33, 64], 2, 32)
     yield "odd-width", make([5, 18], 3, 13)
@@ -167,7 +171,8 @@ contracts[_NAME] = Contract(_NAME, _samples, FLOATING, differentiable=(0, 1, 2))
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None = None,
-                     dropout: float = 0.0, seed: int = 0, window: int = 0, backend: str | None = None) -> Tensor:  # fmt: skip
+                     dropout: float = 0.0, seed: int | Tensor = 0, window: int = 0,
+                     backend: str | None = None) -> Tensor:  # fmt: skip
     """Softmax attention of each token to those of its own sequence.
 
     Equivalent eager code, sequence by sequence on [H, L, D]: `F.scaled_dot_product_attention(q, k, v, scale=scale)`.
@@ -177,7 +182,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         cu_seqlens: int32 [B + 1]; sequence b is [cu_seqlens[b], cu_seqlens[b + 1]).
         scale: of the scores; default 1/√D.
         dropout: probability that a weight is dropped, in [0, 1).
-        seed: 64-bit seed of the dropout; the same seed drops the same weights.
+        seed: 64-bit seed of the dropout; the same seed drops the same weights. Also as int64 [] on query's device, which can
+            be drawn there, inside torch.compile too, without a wait.
         window: tokens i, j attend to each other where |i − j| < window; 0: everywhere.
         backend: "reference", "cpp" or "triton"; None chooses. Triton's kernels are made for many sequences of at most some
             hundred tokens; one of thousands is one program per head.
@@ -199,8 +205,11 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     expect(_NAME, isinstance(cu_seqlens, Tensor), "cu_seqlens", "a tensor", type(cu_seqlens).__name__)
     expect(_NAME, not isinstance(scale, Tensor), "scale", "a number, which gets no gradient", "a tensor")
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
-    args = (query, key, value, cu_seqlens, scale, float(dropout), seed - 2**64 if seed >= 2**63 else seed, window)
+    if not isinstance(seed, Tensor):
+        word = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
+        # Filled on the device: a copy to it would wait.
+        seed = torch.full((), word - 2**64 if word >= 2**63 else word, dtype=torch.int64, device=query.device)
+    args = (query, key, value, cu_seqlens, scale, float(dropout), seed, window)
     _check(*args)
     out: Tensor = resolve(_NAME, query.device, backend, query.dtype, row_bytes(query))(*args)[0]
     return out

@@ -36,9 +36,10 @@ struct Call {
 };
 
 Call check(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seqlens, double scale, double dropout,
-           int64_t seed, int64_t window) {
+           const Tensor& seed, int64_t window) {
+  check_tensor(kOp, "seed", seed, ScalarType::Long, {});
   Call call{rows_of("query", query, query), rows_of("key", key, query), rows_of("value", value, query),
-            torch::stable::contiguous(cu_seqlens), scale, dropout, seed, window, 0, 0};
+            torch::stable::contiguous(cu_seqlens), scale, dropout, *seed.const_data_ptr<int64_t>(), window, 0, 0};
   check_tensor(kOp, "cu_seqlens", call.cu, ScalarType::Int, {-1});
   CMLM_CHECK(kOp, call.cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]", describe(call.cu));
   CMLM_CHECK(kOp, dropout >= 0 && dropout < 1, "dropout", "in [0, 1)", dropout);
@@ -107,7 +108,7 @@ Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarT
 Tensor rows_like(const Tensor& x) { return empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
 
 std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale, double dropout,
-                                            int64_t seed, int64_t window) {
+                                            Tensor seed, int64_t window) {
   isa();  // a wrong CMLM_FAST_ISA is reported here, not from a worker thread
   const Call call = check(query, key, value, cu_seqlens, scale, dropout, seed, window);
   const auto dtype = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
@@ -123,7 +124,7 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor val
 
 std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,
                                                              Tensor cu_seqlens, Tensor lse, double scale, double dropout,
-                                                             int64_t seed, int64_t window) {
+                                                             Tensor seed, int64_t window) {
   const Call call = check(query, key, value, cu_seqlens, scale, dropout, seed, window);
   const Tensor grad = rows_of("grad_out", grad_out, query);
   const auto dtype = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

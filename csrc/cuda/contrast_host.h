@@ -141,6 +141,13 @@ class ContrastRun {
     return array;
   }
 
+  // Rows that the products over a side's rows take. cuBLAS is two to three times as slow where 16-bit columns are no multiple of 8:
+  // then the side is copied, with rows of zeros at its end, and the scores of those get weights of 0.
+  int64_t padded_rows(int s) const {
+    const bool even = sizeof(T) == 2 && sizeof(typename RowTask<P>::Score) == 2 && s == (p_.self ? 0 : 1);
+    return even ? round_up(p_.side[s].rows, 8) : p_.side[s].rows;
+  }
+
   void prepare() {
     const bool rescale = std::is_same_v<T, Fp16> && p_.normalize;
     task_.rescale = rescale;
@@ -148,7 +155,9 @@ class ContrastRun {
     for (int s = 0; s < (p_.self ? 1 : 2); ++s) {
       task_.full_scale[s] = memory<M>(p_.side[s].rows);
       if (p_.marked()) task_.marks[s] = memory<int64_t>(p_.side[s].rows + kColumnPad);
-      if (rescale || p_.self) task_.copy[s] = memory<T>(p_.side[s].rows * p_.side[s].width);
+      const int64_t padded = padded_rows(s) * p_.side[s].width, count = p_.side[s].rows * p_.side[s].width;
+      if (rescale || p_.self || padded > count) task_.copy[s] = memory<T>(padded);
+      if (padded > count) launch_.clear(task_.copy[s] + count, (padded - count) * sizeof(T));
     }
     const int64_t rows = p_.side[0].rows + (p_.self ? 0 : p_.side[1].rows);
     launch_(contrast_prepare<P>, dim3(static_cast<unsigned>(ceil_div(rows, kRowThreads / 32))), kRowThreads, 0, task_);
@@ -174,6 +183,7 @@ class ContrastRun {
       if constexpr (!in_place) task_.weights = memory<T>(chunk * pitch);
     }
     if constexpr (in_place) task_.weights = reinterpret_cast<T*>(task_.scores);
+    const Rows<const T> columns{y.first, padded_rows(o), y.width, y.width};
     M* part = along ? memory<M>(chunk * x.width) : nullptr;
     // The other side's gradient grows chunk by chunk: in float, unless it is done with the first. float16 has no room for the sum of
     // a popular row's weights, before `project` scales it.
@@ -181,7 +191,7 @@ class ContrastRun {
     if constexpr (std::is_same_v<T, M>)
       sums = across ? p_.gradient[o][0] : nullptr;
     else if (across && (chunks > 1 || std::is_same_v<T, Fp16>))
-      sums = memory<M>(y.rows * y.width);
+      sums = memory<M>(columns.rows * y.width);
     task_.side = s, task_.pitch = pitch, task_.softmax = softmax, task_.weigh = weigh;
     const bool columns_too = softmax && anchors() == 2;
     const int64_t across_columns = ceil_div(y.rows, kRowThreads * (16 / static_cast<int64_t>(sizeof(Score))));
@@ -190,12 +200,11 @@ class ContrastRun {
       task_.share_rows = round_up(ceil_div(chunk, shares), kRowsPerBlock);
       task_.parts = memory<M>((ceil_div(chunk, task_.share_rows) + 1) * 3 * y.rows);
     }
-    const Rows<const T> columns{y.first, y.rows, y.width, y.width};
     for (int64_t first = 0; first < x.rows; first += chunk) {
       const int64_t count = std::min(chunk, x.rows - first);
       task_.first = first, task_.rows = count;
       const Rows<const T> rows{x.first + first * x.width, count, x.width, x.width};
-      multiply_transposed(launch_, rows, columns, Rows<Score>{task_.scores, count, y.rows, pitch});
+      multiply_transposed(launch_, rows, columns, Rows<Score>{task_.scores, count, columns.rows, pitch});
       if (columns_too) {  // before the rows' launch may put weights in the place of scores
         task_.shares = static_cast<int>(ceil_div(count, task_.share_rows)), task_.last = first + count == x.rows;
         const dim3 grid(static_cast<unsigned>(across_columns), static_cast<unsigned>(task_.shares));
@@ -203,14 +212,14 @@ class ContrastRun {
         launch_(contrast_merge<P>, dim3(static_cast<unsigned>(ceil_div(y.rows, kRowThreads))), kRowThreads, 0, task_);
       }
       launch_(contrast_rows<P>, dim3(static_cast<unsigned>(ceil_div(count, kRowsPerBlock))), kRowThreads, kRowsShared<M>, task_);
-      const Rows<const T> weights{task_.weights, count, y.rows, pitch};
+      const Rows<const T> weights{task_.weights, count, columns.rows, pitch};
       if (along) {
         multiply(launch_, weights, columns, Rows<M>{part, count, x.width, x.width});
         project(part, s, first, count);
       }
       if (!across) continue;
       if (sums != nullptr)
-        add_transposed(launch_, weights, rows, first == 0, Rows<M>{sums, y.rows, y.width, y.width});
+        add_transposed(launch_, weights, rows, first == 0, Rows<M>{sums, columns.rows, y.width, y.width});
       else
         add_transposed(launch_, weights, rows, true, Rows<T>{p_.gradient[o][0], y.rows, y.width, y.width});
     }
