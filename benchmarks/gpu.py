@@ -65,12 +65,13 @@ def sanitizer(tool: str) -> Step:
 
 
 STEPS = (
-    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 60, gpu=False),
+    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 50, gpu=False),
     Step("doctor", (*PYTHON, "-c", DOCTOR), 8, gpu=False),
     # -v: names what fails at once, should the step be stopped.
-    Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 150),
+    Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 70, asked=True),
-    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 110),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
+    Step("layers", (*PYTHON, "-m", "benchmarks.bench_layers_gpu", "--out", "{out}"), 30),
     Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--seconds", "75", "--out", "{out}", "--trace"), 120),
     Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 50),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
@@ -156,7 +157,7 @@ def main() -> None:
             (out / f"{step.name}.{suffix}").unlink(missing_ok=True)
         print(f"{step.name} ({step.seconds} s): {shlex.join(step.command).replace('{out}', str(out))}", flush=True)
         outcomes.append(Outcome(step.name, "needs a GPU") if step.gpu and options.dry else run(step, out, patience))
-    measured = any(outcome.step in ("ops", "train") and outcome.outcome != "needs a GPU" for outcome in outcomes)
+    measured = any(outcome.step in ("ops", "layers", "train") and outcome.outcome != "needs a GPU" for outcome in outcomes)
     if measured and (kept := collect(out)) is not None:
         print(f"results: {kept}")
     sys.exit(0 if summarise(outcomes, out) else 1)

@@ -38,10 +38,10 @@ def head() -> str:
 
 
 def collect(out: Path, commit: str | None = None) -> Path | None:
-    """Write OUT/<device>.json of those of OUT/ops.json and OUT/train.json that measured `commit` (or do not know what);
-    None where neither did."""
+    """Write OUT/<device>.json of those of OUT/ops.json, layers.json and train.json that measured `commit` (or do not know
+    what); None where none did."""
     commit = head() if commit is None else commit
-    files = {name: out / f"{name}.json" for name in ("ops", "train")}
+    files = {name: out / f"{name}.json" for name in ("ops", "layers", "train")}
     parts: dict[str, Any] = {}
     for name, file in files.items():
         with contextlib.suppress(OSError, ValueError):  # absent, or cut off where its step was stopped
@@ -54,6 +54,8 @@ def collect(out: Path, commit: str | None = None) -> Path | None:
     found["versions"]["torch"] = next(iter(parts.values()))["torch"]
     if "ops" in parts:
         found |= {"ceilings": parts["ops"]["ceilings"], "ops": parts["ops"]["rows"]}
+    if "layers" in parts:
+        found |= {"layers": parts["layers"]["rows"]}
     if "train" in parts:
         found |= {"train_rate": parts["train"]["rate"], "train": parts["train"]["rows"]}
     path = out / (re.sub(r"\W+", "-", device.lower()) + ".json")
