@@ -158,7 +158,7 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
         absent = compile_too(providers, new, work, until)
         yield row_of(case, rate, flops, providers, work, rounds, absent, differences)
-        for name in providers.keys() & {"ours", "strong", "ours compiled"} if trace is not None else ():
+        for name in providers.keys() & {"ours", "ours compiled"} if trace is not None else ():
             (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(profile(providers[name].step, work[name]))
 
 
@@ -196,7 +196,7 @@ def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> str:
             step(batch)
         torch.cuda.synchronize()
     table = found.key_averages()
-    return "\n".join(table.table(sort_by=by, row_limit=45, max_name_column_width=90)
+    return "\n".join(table.table(sort_by=by, row_limit=110, max_name_column_width=100)
                      for by in ("self_cuda_time_total", "self_cpu_time_total"))  # fmt: skip
 
 
