@@ -1,6 +1,6 @@
 """An optimizer step of post-training on a GPU beside both baselines, and the share of the matrix rate that real tokens reach.
 
-    python -m benchmarks.bench_train_gpu [--out DIR] [--case NAME ...] [--rounds N] [--seconds N] [--trace]
+    python -m benchmarks.bench_train_gpu [--out DIR] [--case NAME ...] [--rounds N] [--seconds N] [--trace | --compile]
 
 BERT-base and RoBERTa-base in bfloat16, made from their configurations, dropout and all. Sequences have the lengths of real
 sentences (Rotten Tomatoes in BERT's word pieces, at most 78), ids are random by Zipf's law: of text a step's time depends on
@@ -9,7 +9,8 @@ step is all of it from token rows on, and speed-ups are by real token. "ours com
 layers compiled by torch.compile, before anything is timed; speed-ups are those of the faster of ours. One step of each of ours
 runs under PyTorch's watch for waits. MFU is the operations of a step's products (of real tokens) a second, by the rate of a
 product of 8192³ in this run.
-DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables.
+DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables. --compile times nothing: a
+later run then finds compiled layers in torch.compile's cache.
 """
 
 from __future__ import annotations
@@ -137,17 +138,34 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
     return absent
 
 
+def maker(config: Any, tokenizer: Any, folder: str) -> Callable[[str], Any]:
+    """Name of a provider → one with weights of its own."""
+    from transformers import AutoModelForMaskedLM
+
+    def lm() -> Any:
+        with torch.device("cuda"):  # where random weights take no time
+            return AutoModelForMaskedLM.from_config(config)
+
+    return lambda name: make(name, torch.bfloat16, tokenizer, folder, lm)
+
+
+def compile_only(case: str) -> dict[str, str]:
+    """Compile the layers of both providers; name -> why not."""
+    config = configuration(case)
+    tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
+    work = {name: batches(rows, name)[:1] for name in ("naive", *COMPILED)}
+    with tempfile.TemporaryDirectory() as folder:
+        return compile_too({}, maker(config, tokenizer, folder), work, float("inf"))
+
+
 def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> Iterator[dict[str, Any]]:
     """The row of a case: first, of one round, without the compiled providers, should time run out while they are made; then of
     all. Traces are made after both."""
-    from transformers import AutoModelForMaskedLM
-
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
     work = {name: batches(rows, name) for name in (*PROVIDERS, *COMPILED)}
     with tempfile.TemporaryDirectory() as folder:
-        lm = lambda: AutoModelForMaskedLM.from_config(config).cuda()  # noqa: E731
-        new = lambda name: make(name, torch.bfloat16, tokenizer, folder, lm)  # noqa: E731
+        new = maker(config, tokenizer, folder)
         providers = {name: new(name) for name in PROVIDERS}
         differences = check(providers, work["naive"][0][:64])
         if any(not value < 0.05 for value in differences.values()):
@@ -221,7 +239,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=40, help="nothing is compiled that would be begun later")
     parser.add_argument("--trace", action="store_true", help="also write tables of the profiler")
+    parser.add_argument("--compile", action="store_true", help="only fill torch.compile's cache")
     options = parser.parse_args()
+    if options.compile:
+        print({case: compile_only(case) for case in options.case or CASES})
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + options.seconds
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +49,7 @@ class Step:
         seconds: its budget.
         gpu: whether it needs a GPU.
         asked: runs only where --step names it, and does not count in the run's time.
+        beside: runs beside the steps after it until the first of them that is none such ends; no time of its own.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Step:
     seconds: int
     gpu: bool = True
     asked: bool = False
+    beside: bool = False
 
 
 def sanitizer(tool: str) -> Step:
@@ -67,16 +70,18 @@ def sanitizer(tool: str) -> Step:
 STEPS = (
     Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 50, gpu=False),
     Step("doctor", (*PYTHON, "-c", DOCTOR), 8, gpu=False),
+    *(Step(f"compile-{case}", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--compile", "--case", case), 130, beside=True)
+      for case in ("bert-base", "roberta-base")),
     # -v: names what fails at once, should the step be stopped.
-    Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 140),
+    Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 130),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 70, asked=True),
-    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 100),
-    Step("layers", (*PYTHON, "-m", "benchmarks.bench_layers_gpu", "--out", "{out}"), 30),
-    Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--seconds", "75", "--out", "{out}", "--trace"), 120),
-    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 50),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
+    Step("layers", (*PYTHON, "-m", "benchmarks.bench_layers_gpu", "--out", "{out}"), 40),
+    Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--seconds", "110", "--out", "{out}", "--trace"), 165),
+    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 35),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(contrast_rows|contrast_columns|mask_bernoulli)$",
-                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 35),
+                     *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 25),
     sanitizer("memcheck"),
     sanitizer("racecheck"),
     sanitizer("synccheck"),
@@ -92,27 +97,32 @@ class Outcome:
     seconds: float = 0.0
 
 
-def run(step: Step, out: Path, patience: int = 1) -> Outcome:
-    """Run one step in a process group of its own, so that nothing of it outlives its budget."""
+def start(step: Step, out: Path, patience: int = 1) -> Callable[[], Outcome]:
+    """Start a step in a process group of its own, so that nothing of it outlives its budget; the call waits for its end."""
     command = [part.replace("{out}", str(out)) for part in step.command]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "CMLM_FAST_TRITON_CONFIGS": str(out / "triton.json")}
-    start = time.perf_counter()
+    begin, seconds = time.perf_counter(), patience * step.seconds
     with (out / f"{step.name}.log").open("w") as log:
         try:
             process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log,
                                        stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
         except OSError as error:  # no such program
             log.write(str(error))
-            return Outcome(step.name, f"failed ({error.strerror}: {command[0]})")
+            absent = Outcome(step.name, f"failed ({error.strerror}: {command[0]})")
+            return lambda: absent
+
+    def finish() -> Outcome:
         try:
-            code = process.wait(patience * step.seconds)
+            code = process.wait(max(begin + seconds - time.perf_counter(), 0))
             outcome = "ok" if code == 0 else f"failed ({code})"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            outcome = f"stopped after its {patience * step.seconds} s"
-    return Outcome(step.name, outcome, round(time.perf_counter() - start, 1))
+            outcome = f"stopped after its {seconds} s"
+        return Outcome(step.name, outcome, round(time.perf_counter() - begin, 1))
+
+    return finish
 
 
 def summarise(outcomes: list[Outcome], out: Path) -> bool:
@@ -149,14 +159,23 @@ def main() -> None:
         major, minor = torch.cuda.get_device_capability()
         suffix = "a" if (major, minor) == (9, 0) else ""
         os.environ.setdefault("CMLM_FAST_CUDA_ARCHS", f"{major}{minor}{suffix}-real")  # for this GPU alone
-    outcomes, patience = [], DRY_PATIENCE if options.dry else 1
+    outcomes: list[Outcome] = []
+    beside: list[Callable[[], Outcome]] = []
+    patience = DRY_PATIENCE if options.dry else 1
     for step in STEPS:
         if step.name not in options.step if options.step else step.asked:
             continue
         for suffix in ("txt", "json"):  # of an earlier run
             (out / f"{step.name}.{suffix}").unlink(missing_ok=True)
         print(f"{step.name} ({step.seconds} s): {shlex.join(step.command).replace('{out}', str(out))}", flush=True)
-        outcomes.append(Outcome(step.name, "needs a GPU") if step.gpu and options.dry else run(step, out, patience))
+        if step.gpu and options.dry:
+            outcomes.append(Outcome(step.name, "needs a GPU"))
+            continue
+        beside.append(start(step, out, patience))
+        if not step.beside:
+            outcomes += [finish() for finish in beside]
+            beside = []
+    outcomes += [finish() for finish in beside]
     measured = any(outcome.step in ("ops", "layers", "train") and outcome.outcome != "needs a GPU" for outcome in outcomes)
     if measured and (kept := collect(out)) is not None:
         print(f"results: {kept}")

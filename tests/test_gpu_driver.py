@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -27,7 +29,9 @@ def python(name, code, seconds=60, needs_gpu=False):
 
 
 def test_budgets_leave_the_run_below_nine_minutes():
-    assert sum(step.seconds for step in STEPS if not step.asked) <= LIMIT < 9 * 60
+    assert sum(step.seconds for step in STEPS if not (step.asked or step.beside)) <= LIMIT < 9 * 60
+    for step, after in pairwise(STEPS):
+        assert not step.beside or step.seconds <= after.seconds  # is at its end when the next one is
     assert len({step.name for step in STEPS}) == len(STEPS)
 
 
@@ -62,6 +66,17 @@ def test_a_failing_step_fails_the_run_and_the_later_ones_still_run(monkeypatch, 
     assert outcomes["absent"].startswith("failed (No such file") and outcomes["works"] == "ok"
     printed = capsys.readouterr().out
     assert "broken here" in printed and "found: 42" in printed
+
+
+def test_a_step_beside_others_runs_while_they_do(monkeypatch, tmp_path):
+    waits = "import pathlib, time\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.05)"
+    steps = (
+        replace(python("first", waits.format(str(tmp_path / "here"))), beside=True),
+        python("second", f"import pathlib; pathlib.Path({str(tmp_path / 'here')!r}).touch()"),
+        replace(python("alone", "raise SystemExit(5)"), beside=True),
+    )
+    code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=steps)
+    assert code == 1 and outcomes == {"first": "ok", "second": "ok", "alone": "failed (5)"}
 
 
 def test_without_a_gpu_and_without_dry_it_refuses(monkeypatch, tmp_path):
