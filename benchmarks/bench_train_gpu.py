@@ -8,7 +8,7 @@ lengths and on how often tokens repeat. As in bench_train, losses and gradients 
 step is all of it from token rows on, and speed-ups are by real token. "ours compiled" and "strong compiled" have the encoder's
 layers compiled by torch.compile, before anything is timed; speed-ups are those of the faster of ours. One step of each of ours
 runs under PyTorch's watch for waits. MFU is the operations of a step's products (of real tokens) a second, by the rate of a
-product of 8192³ in this run.
+product of 8192³ in this run. With --trace, "device ms" is how long of a step the device works, by PyTorch's profiler.
 DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables. --compile times nothing: a
 later run then finds compiled layers in torch.compile's cache.
 """
@@ -175,9 +175,11 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
             seconds(providers[name].step, work[name])
         yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
         absent = compile_too(providers, new, work, until)
-        yield row_of(case, rate, flops, providers, work, rounds, absent, differences)
+        yield (row := row_of(case, rate, flops, providers, work, rounds, absent, differences))
         for name in providers.keys() & {"ours", "ours compiled"} if trace is not None else ():
-            (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(profile(providers[name].step, work[name]))
+            found, row["device ms"][name] = profile(providers[name].step, work[name])
+            (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(found)
+            yield row
 
 
 def row_of(case: str, rate: float, flops: float, providers: Mapping[str, Any], work: Mapping[str, Any], rounds: int,
@@ -200,12 +202,13 @@ def row_of(case: str, rate: float, flops: float, providers: Mapping[str, Any], w
         "best": best, "speedup": {name: round(long[name] / long[best], 2) for name in ms if name != best},
         "TFLOP": round(flops / 1e12, 2), "MFU": round(flops / (ms[best] / 1e3) / rate, 3),
         "peak GB": {name: round(n / 1e9, 1) for name, n in peak.items()}, "waits": found, "absent": absent,
-        "difference from naive": differences,
+        "difference from naive": differences, "device ms": {},
     }  # fmt: skip
 
 
-def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> str:
-    """Where a step's time goes, on the device and on the host."""
+def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> tuple[str, float]:
+    """Where a step's time goes, on the device and on the host; for how many milliseconds of a step the device works."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -214,8 +217,10 @@ def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> str:
             step(batch)
         torch.cuda.synchronize()
     table = found.key_averages()
+    kernels = [event for event in table if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    busy = sum(event.self_device_time_total for event in kernels) / 1e3 / len(work[:2])
     return "\n".join(table.table(sort_by=by, row_limit=110, max_name_column_width=100)
-                     for by in ("self_cuda_time_total", "self_cpu_time_total"))  # fmt: skip
+                     for by in ("self_cuda_time_total", "self_cpu_time_total")), round(busy, 2)  # fmt: skip
 
 
 def report(results: dict[str, Any]) -> str:
@@ -227,6 +232,7 @@ def report(results: dict[str, Any]) -> str:
         waiting = {name: found for name, found in row["waits"].items() if found}
         lines += [f"{row['case']}: {', '.join(times)}; x: as long a token as {row['best']}, MFU {row['MFU']:.0%}, "
                   f"waits: {waiting or 'none'}, peak GB {row['peak GB']}"]  # fmt: skip
+        lines += [f"    of a step of {name} the device works {ms} ms" for name, ms in row["device ms"].items()]
         lines += [f"    absent: {name}, {why}" for name, why in row["absent"].items()]
     return "\n".join(lines) + "\n"
 
