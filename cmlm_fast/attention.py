@@ -34,17 +34,26 @@ SHORT, NARROW = 128, 256
 
 
 class Packing:
-    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device. `fits`:
-    whether the op varlen_attention is made for them.
+    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device.
 
     A class of its own, not a tuple, since torch.compile makes code anew for other numbers that compiled layers look at.
     """
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
         self.lengths, self.cu_seqlens = lengths, cu_seqlens
-        on_cpu = cu_seqlens is not None and cu_seqlens.device.type == "cpu"
-        on_gpu = cu_seqlens is not None and cu_seqlens.is_cuda and max(lengths, default=0) <= SHORT and _has_kernel()
-        self.fits = on_cpu or on_gpu
+
+
+class PackingForOp(Packing):
+    """Of sequences that the op varlen_attention is made for. A class, since by a flag compiled layers are not told apart."""
+
+
+def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> Packing:
+    """The packing of a batch."""
+    if cu_seqlens is None:
+        return Packing(lengths, None)
+    on_cpu = cu_seqlens.device.type == "cpu"
+    fits = on_cpu or (cu_seqlens.is_cuda and max(lengths, default=0) <= SHORT and _has_kernel())
+    return (PackingForOp if fits else Packing)(lengths, cu_seqlens)
 
 
 def use_packed_attention(lm: Any) -> bool:
@@ -72,7 +81,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         return out, None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; gradients of x[0] would be copies
     cu_seqlens = packing.cu_seqlens
-    if cu_seqlens is None or not packing.fits or (q.is_cuda and row_bytes(q) > NARROW):
+    if cu_seqlens is None or not isinstance(packing, PackingForOp) or (q.is_cuda and row_bytes(q) > NARROW):
         return _by_torch(q, k, v, packing, scaling, dropout, sliding_window)[None], None
     # From torch's generator of the device, whose state checkpoints keep and activation checkpointing replays.
     seed = torch.randint(2**62, (), device=q.device) if dropout else 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import Packing, use_packed_attention
+from .attention import packing_of, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
@@ -231,7 +231,7 @@ class CMLMModel(nn.Module):
         twice = (*(n for n in lengths for _ in range(2)), *([rest] if rest else []))
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
-        hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=Packing(twice, cu_twice), **inputs)
+        hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=packing_of(twice, cu_twice), **inputs)
         states = hidden.last_hidden_state.squeeze(0)
         return take_rows(states, at1), take_rows(states, at2)
 

@@ -9,7 +9,7 @@ from test_trainer import make_trainer, weights
 from torch._dynamo.utils import counters
 
 from cmlm_fast import CMLMConfig, CMLMModel
-from cmlm_fast.attention import Packing, attention_forward
+from cmlm_fast.attention import Packing, attention_forward, packing_of
 from cmlm_fast.compiling import compile_layers
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -53,13 +53,26 @@ def test_equal_to_uncompiled_and_compiled_once(masked):
     assert graphs[0] > 0 and len(set(graphs)) == 1
 
 
+def test_where_pytorch_attends_layers_are_compiled_once_more(masked, monkeypatch):
+    # As on a GPU, where sequences above 128 tokens are another's; here, where there are few of them.
+    monkeypatch.setattr("cmlm_fast.modeling.packing_of", lambda *args: (packing_of if len(args[0]) > 6 else Packing)(*args))
+    plain, compiled = (CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)) for _ in range(2))
+    compiled.compile_layers()
+    batches = [masked(rows) for rows in ((0, 5, 9, 12), (1, 200), (7, 8), (300, 201, 3, 4), range(11), (6, 10))]
+    for number, batch in enumerate(batches):
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            (loss, gradient), (loss_compiled, gradient_compiled) = step(plain, batch), step(compiled, batch)
+        torch.testing.assert_close(loss_compiled, loss, rtol=1e-4, atol=0)
+        assert (gradient_compiled - gradient).norm() < 1e-4 * gradient.norm()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(compiled, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     lengths = (40, 30, 17)
-    packing = Packing(lengths, torch.tensor([0, 40, 70, 87], dtype=torch.int32, device=device))
+    packing = packing_of(lengths, torch.tensor([0, 40, 70, 87], dtype=torch.int32, device=device))
     query, key, value, upstream = torch.randn(4, 1, 4, 87, 16, device=device).unbind()
     attend = torch.compile(attention_forward, dynamic=True) if compiled else attention_forward
     value.requires_grad_()

@@ -9,7 +9,7 @@ from test_modeling import packed_and_padded
 from test_trainer import history, make_trainer, weights
 
 from cmlm_fast import CMLMConfig, CMLMModel
-from cmlm_fast.attention import Packing, attention_forward
+from cmlm_fast.attention import attention_forward, packing_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,7 +53,7 @@ def test_dropout_of_packed_attention(dtype, last, compiled):
 
     def draw(seed):
         torch.manual_seed(seed)
-        out, _ = attend(torch.nn.Module(), zero, zero, value, None, dropout=p, packing=Packing(lengths, cu_seqlens))
+        out, _ = attend(torch.nn.Module(), zero, zero, value, None, dropout=p, packing=packing_of(lengths, cu_seqlens))
         (gradient,) = torch.autograd.grad(out.float().sum(), value)
         return out.float(), gradient.float()
 

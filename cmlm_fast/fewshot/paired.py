@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import Packing
+from ..attention import packing_of
 from ..data import CMLMDataCollator
 from ..losses import CMLMLoss, Views
 from ..modeling import CMLMModel, CMLMOutput, row_bounds
@@ -68,7 +68,7 @@ class PairedModel(CMLMModel):
             position = position - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
             inputs = {name: value[None] for name, value in inputs.items()}
             inputs["position_ids"] = (position + self._first_position(max(lengths)))[None]
-            encoded = self.lm.base_model(input_ids=input_ids[None], packing=Packing(lengths, cu_seqlens), **inputs)
+            encoded = self.lm.base_model(input_ids=input_ids[None], packing=packing_of(lengths, cu_seqlens), **inputs)
             first = cu_seqlens[:-1].long()
         elif attention_mask is not None:
             can = can & attention_mask.bool()

@@ -50,8 +50,7 @@ def kept(i, j0, sample, seed, threshold, GAIN: tl.constexpr, ACC: tl.constexpr, 
     c1 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + i.to(tl.uint32)[:, None]
     c2 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + sample.to(tl.uint32)
     c3 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + (sample >> 32).to(tl.uint32)
-    word = tl.load(seed)
-    w0, w1, w2, w3 = philox(c0, c1, c2, c3, word.to(tl.uint32), (word >> 32).to(tl.uint32))
+    w0, w1, w2, w3 = philox(c0, c1, c2, c3, seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK, BLOCK))
     return tl.where(words.to(tl.int64) >= threshold, tl.full((), GAIN, ACC), tl.zeros((), ACC))
 
@@ -67,7 +66,7 @@ def attend(q, k, v, cu, seed, out, lse, T, H, q_row, q_head, k_row, k_head, v_ro
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
-    sample = sequence.to(tl.int64) * H + head
+    sample, seed = sequence.to(tl.int64) * H + head, tl.load(seed)
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     d = tl.arange(0, WIDTH)
     for i0 in range(0, length, BLOCK):
@@ -104,7 +103,7 @@ def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, 
     dp = multiply(g, tl.trans(value), tl.zeros((BLOCK, BLOCK), ACC), PRECISION)
     dropped = p
     if GAIN != 1:
-        keep = kept(i, j0, sample, seed, threshold, GAIN, ACC, BLOCK)
+        keep = kept(i, j0, sample, tl.load(seed), threshold, GAIN, ACC, BLOCK)  # loaded once, it costs 55 registers more
         dropped, dp = p * keep, dp * keep
     return p, dropped, dp
 
