@@ -187,10 +187,13 @@ def resolve(
 def instead(name: str, device: torch.device) -> Any:
     """The torch op that runs in the place of a PyTorch function; None where that function runs itself.
 
-    That is so on devices without a kernel for this op, and under a named backend that has none.
+    That is so on devices without a kernel for this op, under a named backend that has none, and, but for the CPU, under
+    `reference`: PyTorch's function is plain PyTorch.
     """
-    choice = _current or {"cpu": "cpp", "cuda": "triton"}.get(device.type)
-    return None if choice is None or _absence(name, device.type, choice) is not None else op(name, _SUFFIX[choice])
+    choice = _current or {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+    if choice == "reference" and device.type != "cpu":
+        return None
+    return None if _absence(name, device.type, choice) is not None else op(name, _SUFFIX[choice])
 
 
 def preference(name: str, device_type: str, dtype: torch.dtype | None = None, size: int = 0) -> tuple[str, ...]:

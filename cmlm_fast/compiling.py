@@ -1,7 +1,7 @@
 """torch.compile of an encoder's repeated layers, one by one; the rest of the model runs as it is.
 
 All layers share one compilation, for any number of tokens: it takes seconds, and no batch makes it anew. The op
-varlen_attention is part of a layer's code; where PyTorch's kernels attend, it is compiled once more, in two pieces around them.
+varlen_attention is part of a layer's code; where PyTorch's kernels attend, it is compiled once more, in pieces around them.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ class CMLMTrainer(ResumableTrainer):
         else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
             view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
             second = (1.0 - config.rate) * config.complement_rate
-            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=seed ^ INDEPENDENT)
+            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
         known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None

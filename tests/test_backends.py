@@ -118,6 +118,12 @@ def test_ops_in_the_place_of_functions_of_pytorch_heed_the_named_backend(backend
     assert ran == (set() if suffix is None else {f"cmlm_fast::dropout{suffix}", f"cmlm_fast::softmax_loss{suffix}"})
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
+def test_on_a_gpu_functions_of_pytorch_are_replaced_by_kernels_alone(backend):
+    with cmlm_fast.use_backend(backend):
+        assert all(backends.instead(name, torch.device("cuda")) is None for name in ("dropout", "softmax_loss"))
+
+
 def test_environment_variable_names_the_backend():
     code = (
         "import torch; from cmlm_fast.backends import resolve; print(resolve('info_nce', torch.device('cpu')))"

@@ -32,6 +32,19 @@ def test_equals_cross_entropy_with_ignored_rows(reduction, bias, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("label", [-1, 30, 31, 64])
+def test_where_nothing_checks_it_a_target_that_is_no_word_gives_nan(label, monkeypatch):
+    pytest.importorskip("triton")
+    from cmlm_fast.kernels import softmax_loss as kernel
+
+    monkeypatch.setattr(kernel, "interpreted", lambda tensor: False)  # which checks values
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.randn(2, 32, device=device)
+    logits[:, 30:] = float("-inf")  # what evens out the vocabulary
+    losses, slopes = kernel.softmax_loss(logits, torch.tensor([label, 3], device=device))
+    assert losses[0].isnan() and slopes[0].isnan().all() and losses[1].isfinite() and slopes[1].isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("bias", [True, False])

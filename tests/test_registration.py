@@ -87,6 +87,19 @@ def test_public_function_compiles_once(name):
     assert counter.frame_count <= (2 if name in ("complementary_mask", "varlen_attention") else 1)
 
 
+def test_a_seed_that_changes_is_a_number_that_compiled_code_can_hold():
+    torch._dynamo.reset()
+    ones = torch.ones(12, 1, 4)
+
+    def draw(seed):
+        masked = cmlm_fast.complementary_mask(IDS, mask_token_id=3, vocab_size=50, special_ids=(0, 1, 2, 3), seed=seed)
+        return cmlm_fast.varlen_attention(ones, ones, ones, BOUNDS, dropout=0.5, seed=seed), masked.role
+
+    compiled = torch.compile(draw, fullgraph=True)  # Inductor's code has no number of more than 64 bits
+    for seed in (1, 2, 3, -1, 2**63 - 1, 2**63 + 5, 2**64 - 1):
+        assert all(map(torch.equal, compiled(seed), draw(seed)))
+
+
 VARIED = {
     "token_contrastive": lambda a, b, i: cmlm_fast.token_contrastive(a, b, i, query_token=i, key_token=b[:, 0].long()),
     "info_nce": lambda a, b, i: cmlm_fast.info_nce(a, b[: a.shape[0]]),

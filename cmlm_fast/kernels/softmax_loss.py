@@ -21,7 +21,7 @@ _BLOCK = 4096
 
 @triton.jit
 def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """losses [N], slopes [N, V] of logits [N, V]."""
+    """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is no column, or one whose logit is −∞."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target + row)
     logits, slopes = logits + row * V, slopes + row * V
@@ -35,11 +35,12 @@ def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, BLOCK: tl
     log_sum = largest + tl.log(total)
     valid = label != IGNORED
     own = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(ACC)
-    tl.store(losses + row, tl.where(valid, log_sum - own, 0.0))
+    wrong = valid & ~(own > float("-inf"))
+    tl.store(losses + row, tl.where(valid, tl.where(wrong, float("nan"), log_sum - own), 0.0))
     for begin in range(0, V, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(ACC)
-        slope = tl.exp(x - log_sum) - (at == label).to(ACC)
+        slope = tl.where(wrong, float("nan"), tl.exp(x - log_sum) - (at == label).to(ACC))
         tl.store(slopes + at, tl.where(valid, slope, 0.0).to(slopes.dtype.element_ty), mask=at < V)
 
 

@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from operator import index
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .._library import expect
+
 _WORD = 0xFFFFFFFF
+
+
+def signed_seed(op: str, seed: Any) -> int:
+    """`seed`, a whole number of 64 bits with or without a sign, as the int64 of the same bits."""
+    rule = "a whole number in [-2⁶³, 2⁶⁴)"
+    if not isinstance(seed, int):
+        expect(op, hasattr(seed, "__index__"), "seed", rule, seed)
+        seed = int(seed)
+    # Compiled code, where a changing seed is a symbol, has no number of more than 64 bits: nothing is masked, and from 2⁶³ on
+    # `index` makes it a constant again.
+    expect(op, -(2**63) <= seed < 2**64, "seed", rule, seed)
+    return index(seed) - 2**64 if seed >= 2**63 else seed
 
 
 def philox(counter: Tensor, sample: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

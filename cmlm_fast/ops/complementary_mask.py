@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .._library import Contract, contracts, declare, expect, expect_values
 from ..backends import resolve
-from ._philox import philox
+from ._philox import philox, signed_seed
 
 _NAME = "complementary_mask"
 _SCHEMA = (
@@ -236,7 +236,7 @@ def complementary_mask(
         complement_rate: share of the remaining units masked in view 2, in [0, 1].
         sampling: "exact" masks floor(rate·n + ½) units of each sequence, at least one; "bernoulli" draws each unit by itself.
         mask_share, random_share: shares of masked tokens that become `mask_token_id`, or a random id; the rest stay.
-        seed: 64-bit key of the random numbers.
+        seed: 64-bit key of the random numbers, in [-2⁶³, 2⁶⁴); a negative one stands for the same bits without a sign.
         step: training step, in [0, 2³²).
         sample_ids: int64 [B], default 0..B-1: the id of each sequence in the data set. Masks depend on
             (seed, step, sample id) alone, not on batch, padding on the right, device or backend.
@@ -281,7 +281,6 @@ def complementary_mask(
     if not isinstance(special_ids, Tensor):
         expect(_NAME, all(map(_is_id, special_ids)), "special_ids", "whole numbers", list(special_ids))
         special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(tuple(special_ids), device)
-    seed = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
     args = (
         input_ids.reshape(-1).contiguous(),
         cu_seqlens.contiguous(),
@@ -296,7 +295,7 @@ def complementary_mask(
         sampling == "exact",
         float(mask_share),
         float(random_share),
-        seed - 2**64 if seed >= 2**63 else seed,
+        signed_seed(_NAME, seed),
         step,
     )
     _check(*args)

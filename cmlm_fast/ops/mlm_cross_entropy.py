@@ -41,7 +41,7 @@ def mlm_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype or option breaks its rule.
-        RuntimeError: a target outside [0, V) (checked on the CPU).
+        RuntimeError: a target outside [0, V) (checked on the CPU; on a GPU loss and gradients are NaN, or the device stops).
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
     >>> round(mlm_cross_entropy(hidden, weight, None, torch.tensor([3, -100])).item(), 4)  # log 8

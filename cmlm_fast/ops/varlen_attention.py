@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._library import Contract, contracts, declare, expect, expect_values, op
 from ..backends import resolve
-from ._philox import philox
+from ._philox import philox, signed_seed
 from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
 
 _NAME = "varlen_attention"
@@ -181,9 +182,10 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         query, key, value: [T, H, D] of one dtype, float32, bfloat16, float16 or float64; tokens packed end to end.
         cu_seqlens: int32 [B + 1]; sequence b is [cu_seqlens[b], cu_seqlens[b + 1]).
         scale: of the scores; default 1/√D.
-        dropout: probability that a weight is dropped, in [0, 1).
-        seed: 64-bit seed of the dropout; the same seed drops the same weights. Also as int64 [] on query's device, which can
-            be drawn there, inside torch.compile too, without a wait.
+        dropout: probability that a weight is dropped, in [0, 1); in evaluation, too: there is no mode.
+        seed: 64-bit seed of the dropout, in [-2⁶³, 2⁶⁴). The same seed drops the same weights, so give each call and layer its
+            own; `torch.randint(2**62, (), device=query.device)` draws one, int64 [], where the kernel reads it: nothing waits,
+            and torch.compile traces it.
         window: tokens i, j attend to each other where |i − j| < window; 0: everywhere.
         backend: "reference", "cpp" or "triton"; None chooses. Triton's kernels are made for many sequences of at most some
             hundred tokens; one of thousands is one program per head.
@@ -204,11 +206,13 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     query, key, value = autocast_rows(_NAME, query=query, key=key, value=value)
     expect(_NAME, isinstance(cu_seqlens, Tensor), "cu_seqlens", "a tensor", type(cu_seqlens).__name__)
     expect(_NAME, not isinstance(scale, Tensor), "scale", "a number, which gets no gradient", "a tensor")
+    number = (int, float, np.number)
+    expect(_NAME, scale is None or isinstance(scale, number), "scale", "a number", scale)
+    expect(_NAME, isinstance(dropout, number), "dropout", "a number in [0, 1)", dropout)
+    expect(_NAME, isinstance(window, (int, np.integer)), "window", "a whole number >= 0", window)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    if not isinstance(seed, Tensor):
-        word = (seed if isinstance(seed, int) else int(seed)) & (2**64 - 1)
-        # Filled on the device: a copy to it would wait.
-        seed = torch.full((), word - 2**64 if word >= 2**63 else word, dtype=torch.int64, device=query.device)
+    if not isinstance(seed, Tensor):  # filled on the device: a copy to it would wait
+        seed = torch.full((), signed_seed(_NAME, seed), dtype=torch.int64, device=query.device)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed, window)
     _check(*args)
     out: Tensor = resolve(_NAME, query.device, backend, query.dtype, row_bytes(query))(*args)[0]
