@@ -46,6 +46,8 @@ class Packing:
 class PackingForOp(Packing):
     """Of sequences that the op varlen_attention is made for. A class, since by a flag compiled layers are not told apart."""
 
+    cu_seqlens: Tensor
+
 
 def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> Packing:
     """The packing of a batch."""
@@ -79,25 +81,30 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                         is_causal=False)  # fmt: skip
         return out, None
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [T, heads, D]; gradients of x[0] would be copies
-    cu_seqlens = packing.cu_seqlens
-    if cu_seqlens is None or not isinstance(packing, PackingForOp) or (q.is_cuda and row_bytes(q) > NARROW):
-        return _by_torch(q, k, v, packing, scaling, dropout, sliding_window)[None], None
+    if not isinstance(packing, PackingForOp) or (query.is_cuda and row_bytes(query) > NARROW):
+        return _by_torch(query, key, value, packing, scaling, dropout, sliding_window), None
+    q, k, v = map(_rows, (query, key, value))
     # From torch's generator of the device, whose state checkpoints keep and activation checkpointing replays.
     seed = torch.randint(2**62, (), device=q.device) if dropout else 0
     backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
-    out = varlen_attention(q, k, v, cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
+    out = varlen_attention(q, k, v, packing.cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
                            backend=backend)  # fmt: skip
     return out[None], None
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[T, heads, D] of [1, heads, T, D]; the gradient of x[0] would be a copy into zeros."""
+    return x.squeeze(0).transpose(0, 1)
+
+
 @torch.compiler.disable  # code for these lengths alone; and dropout's seed is no tensor here
-def _by_torch(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float | None, dropout: float,
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float,
               sliding_window: int | None) -> Tensor:  # fmt: skip
-    """[T, heads, D] by PyTorch's kernels."""
+    """As `attention_forward`, by PyTorch's kernels."""
+    q, k, v = map(_rows, (query, key, value))
     lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
     if cu_seqlens is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)
+        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None]
     parts, begin = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
@@ -107,7 +114,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, packing: Packing, scaling: float 
         part = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, dropout_p=dropout, scale=scaling)
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin += count * length
-    return torch.cat(parts)
+    return torch.cat(parts)[None]
 
 
 @cache
