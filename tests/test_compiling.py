@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_lm
+from sweep import DEVICES
 from test_trainer import make_trainer, weights
 from torch._dynamo.utils import counters
 
@@ -66,11 +67,9 @@ def test_where_pytorch_attends_layers_are_compiled_once_more(masked, monkeypatch
         assert (gradient_compiled - gradient).norm() < 1e-4 * gradient.norm()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_backward_pass_drops_what_the_forward_pass_dropped(compiled, device):
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
     lengths = (40, 30, 17)
     packing = packing_of(lengths, torch.tensor([0, 40, 70, 87], dtype=torch.int32, device=device))
     query, key, value, upstream = torch.randn(4, 1, 4, 87, 16, device=device).unbind()
