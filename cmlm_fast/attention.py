@@ -39,20 +39,16 @@ class Packing:
     A class of its own, not a tuple, since torch.compile makes code anew for other numbers that compiled layers look at.
     """
 
-    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> None:
+    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
         self.lengths, self.cu_seqlens = lengths, cu_seqlens
 
 
 class PackingForOp(Packing):
     """Of sequences that the op varlen_attention is made for. A class, since by a flag compiled layers are not told apart."""
 
-    cu_seqlens: Tensor
 
-
-def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor | None) -> Packing:
+def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor) -> Packing:
     """The packing of a batch."""
-    if cu_seqlens is None:
-        return Packing(lengths, None)
     on_cpu = cu_seqlens.device.type == "cpu"
     fits = on_cpu or (cu_seqlens.is_cuda and max(lengths, default=0) <= SHORT and _has_kernel())
     return (PackingForOp if fits else Packing)(lengths, cu_seqlens)
@@ -103,7 +99,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
     """As `attention_forward`, by PyTorch's kernels."""
     q, k, v = map(_rows, (query, key, value))
     lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
-    if cu_seqlens is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
         return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None]
     parts, begin = [], 0
     for length, run in groupby(lengths):
