@@ -49,7 +49,11 @@ def bench(
     from .results import Results
 
     suite = "full" if full else "quick"
-    plan, where = chosen(op, shape, suite), checked_device(device)
+    where = checked_device(device)
+    asked = chosen(op, shape, suite)
+    plan = [(o, s) for o, s in asked if shape or not s.unfit(where)]
+    if not plan:
+        raise ValueError(f"bench: expected --shape, without which nothing runs here: {asked[0][1].unfit(where)}; got none")
     names = {p.name for o, _ in plan for p in o.providers}
     if provider and not any(part in name for part in provider for name in names):
         raise ValueError(f"bench: expected --provider to be a part of {'; '.join(sorted(names))}, got {provider}")
@@ -66,6 +70,9 @@ def bench(
         console.print(f"{op_name}: {name} grows with {axis} to the {exponent:.2f} ({points} sizes)")
     for line in run.absences(found.absent):
         console.print(f"not run: {line}")
+    for o, s in asked:
+        if (o, s) not in plan:
+            console.print(f"not run: {o.name} {s.label} (--shape runs it): {s.unfit(where)}")
     console.print(f"written to {output}")
 
 

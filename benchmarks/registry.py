@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cmlm_fast.backends import BACKENDS, available
+from cmlm_fast.doctor import bfloat16_hardware
 
 from .memory import free_bytes
 
@@ -58,6 +59,12 @@ class Shape:
     sizes: Mapping[str, Any]
     suite: str = "quick"
     sweep: str = ""
+
+    def unfit(self, device: torch.device) -> str:
+        """Why it is timed on this device only where it is asked for, or ""."""
+        if device.type == "cpu" and self.sizes.get("dtype") == "bfloat16" and not bfloat16_hardware():
+            return "this CPU does not multiply bfloat16 in hardware, and takes up to a hundred times as long"
+        return ""
 
 
 @dataclass(frozen=True)

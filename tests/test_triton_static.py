@@ -39,7 +39,7 @@ def compiled(tmp_path_factory):
                                         stderr=subprocess.PIPE, text=True)  # fmt: skip
     tables = {}
     for output, run in runs.items():
-        message = run.communicate(timeout=900)[1]
+        message = run.communicate(timeout=1800)[1]
         assert run.returncode == 0, message
         tables.update(json.loads(output.read_text())["chips"])
     return tables
