@@ -9,15 +9,19 @@ hidden rubbish; and what a disk damaged later is noticed before it is used.
     damage(folder)               what is not as it was sealed, in words
     newest_whole(folder)         the newest checkpoint-N without damage
     rotate(folder, limit, step)  all but the newest `limit` go
+    in_use(folder)               a lock that others see
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -68,6 +72,31 @@ def discard(folder: Path) -> None:
         shutil.rmtree(hidden)
 
 
+@contextmanager
+def in_use(folder: Path) -> Iterator[Callable[[], bool] | None]:
+    """Inside, other processes see that the folder is used; yields a call that says whether this one alone does, and ends that
+    use (it keeps the others out if so), or None where there is no such folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield None
+        return
+
+    def alone() -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        there = folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())
+        yield alone if there else None
+    finally:
+        os.close(descriptor)
+
+
 def damage(folder: Path) -> str | None:
     """None for a folder as it was sealed, else what differs first."""
     try:
@@ -101,10 +130,16 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def rotate(folder: Path, limit: int | None, step: int, keep: str | None = None) -> None:
-    """Remove all but the newest `limit` checkpoints up to `step`, and `keep`; None or 0 removes none."""
+    """Remove all but `limit` checkpoints up to `step`: the newest, and `keep`, beside which the newest always stays. A limit
+    of None or 0 removes none."""
     found = [path for path in checkpoints(folder) if step_of(path) <= step]
-    for path in found[:-limit] if limit else ():
-        if keep is None or path != Path(keep):
+    if not limit:
+        return
+    kept = [path for path in found if keep is not None and path.resolve() == Path(keep).resolve()]
+    if kept and kept[0] not in found[-limit:]:
+        limit = max(limit - 1, 1)
+    for path in found[:-limit]:
+        if path not in kept:
             discard(path)
 
 

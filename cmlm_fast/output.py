@@ -20,6 +20,10 @@ from .checkpoints import STAGING, checkpoints, newest_whole
 
 _CHUNK = bytes(1 << 20)
 _BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
+# What a checkpoint may have beside its config.json: weights, tokenizer, and modules of sentence-transformers.
+_OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", "contrast.safetensors", "tokenizer*", "vocab.*", "merges.txt",
+               "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
+               "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*")  # fmt: skip
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # safetensors and torch.save report a failed write as an exception of their own, with these words.
 _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
@@ -57,7 +61,8 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
         if checkpoint is None:
             raise ValueError(f"expected output_dir to hold a whole checkpoint-N to resume from, got {folder}")
         return checkpoint
-    if not overwrite and folder.exists() and any(path.name not in _BEGUN for path in folder.iterdir()):
+    begun = (path.name in _BEGUN or path.name.startswith(STAGING) for path in (folder.iterdir() if folder.exists() else ()))
+    if not overwrite and not all(begun):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
 
@@ -103,10 +108,14 @@ def _fill(file: IO[bytes], size: int) -> None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write to; its entries are renamed into `folder` when the block ends without an error."""
+    """A hidden folder to write a checkpoint to. When the block ends without an error its entries are renamed into `folder`,
+    and what `folder` has of another checkpoint and this one lacks goes: it would be loaded with it."""
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging
+        names = {path.name for path in staging.iterdir()}
+        for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.name not in names]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in staging.iterdir():
             target = folder / path.name
             if target.is_dir():

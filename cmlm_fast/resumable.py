@@ -46,7 +46,10 @@ class ResumableTrainer(Trainer):
             raise ValueError(f"{type(self).__name__}: expected resume_from_checkpoint to be {rule}")
         if resume_from_checkpoint and self.is_fsdp_enabled:  # before the model is sharded
             self.resume_from(resume_from_checkpoint)
-        result = super().train(resume_from_checkpoint or None, **options)
+        try:
+            result = super().train(resume_from_checkpoint or None, **options)
+        finally:
+            self.is_in_train = False  # after an error, too: what is logged then is no training's
         self._check_finite()
         self._check_weights(self.model)
         return result
@@ -108,25 +111,28 @@ class ResumableTrainer(Trainer):
         self._check_finite()
         self._check_weights(model)
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        staging = folder / f"{checkpoints.STAGING}{name}"
+        staging, best = folder / f"{checkpoints.STAGING}{name}", self.state.best_global_step
         save = super()._save_checkpoint
         try:
             self._on_all_ranks(lambda: shutil.rmtree(staging, ignore_errors=True) if self.args.should_save else None)
             self._staging = staging
+            # The Trainer would wait for all ranks once the model is written, also for one that could not write it, and look
+            # for the best checkpoint in the hidden folder.
+            self.state.best_global_step = None
             self._on_all_ranks(lambda: save(model, trial))
-            best = self.state.best_model_checkpoint
-            if best is not None and Path(best).parent == staging:
-                self.state.best_model_checkpoint = str(folder / name)
+            if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").is_dir()):
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+            self.state.best_global_step = best
             self._on_all_ranks(lambda: self._put_in_place(staging / name, folder / name) if self.args.should_save else None)
         finally:
-            self._staging = None
+            self._staging, self.state.best_global_step = None, best
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
     def _put_in_place(self, written: Path, target: Path) -> None:
-        self.state.save_to_json(str(written / "trainer_state.json"))  # the path of the best checkpoint may have changed
+        self.state.save_to_json(str(written / "trainer_state.json"))  # with the best checkpoint
         checkpoints.seal(written)
         checkpoints.publish(written, target)
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint

