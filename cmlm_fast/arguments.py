@@ -42,9 +42,13 @@ class CMLMTrainingArguments(TrainingArguments):
             self._refuse(bool(getattr(self, name)), name, "off")
         self._refuse(self.auto_find_batch_size and (self.max_tokens or self.contrastive_batch_size) is not None,
                      "auto_find_batch_size", "off with max_tokens or contrastive_batch_size, which do not change with it")
-        # It draws from PyTorch's own generator: ranks would disagree, and a resumed run with the one that was cut.
-        self._refuse(self.train_sampling_strategy == "group_by_length", "train_sampling_strategy",
+        # They draw from PyTorch's own generator, or deal the batches out themselves: ranks would disagree, and a resumed run
+        # with the one that was cut.
+        self._refuse(self.train_sampling_strategy in ("group_by_length", "batch_rebalance"), "train_sampling_strategy",
                      "another, packed batches have no padding to save")  # fmt: skip
+        budget = self.max_tokens is not None
+        self._refuse(budget and self.train_sampling_strategy != "random", "train_sampling_strategy", "random with max_tokens")
+        self._refuse(budget and self.dataloader_drop_last, "dataloader_drop_last", "False with max_tokens")
         small = (self.metric_for_best_model or "").endswith(_SMALL_IS_BETTER)  # behind eval_, or eval_ and a data set's name
         if small and self.greater_is_better is None:  # the Trainer lets all grow that do not end in "loss"
             self.greater_is_better: bool | None = False

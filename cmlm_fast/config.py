@@ -36,7 +36,8 @@ class CMLMConfig:
         learn_temperature: learn both τ, as a logit scale log(1/τ) of at most log 100.
         scope: a masked token's candidates are the other view's tokens of the whole "batch" or of its "sequence".
         exclude_same_token: the same token elsewhere is no negative.
-        position_jitter: view 2's positions are shifted by a draw from [0, position_jitter]; 0 is off.
+        position_jitter: view 2's positions are shifted by a draw from [0, position_jitter]; 0 is off. Of encoders with a
+            position table alone: relative positions do not change.
         scheme: "cross" contrasts view 1 with view 2, "nt_xent" all 2B vectors with each other.
         pooling: a sequence's vector is the "mean" of its eligible tokens or its first token ("cls").
         projection: width of a two-layer head on that vector; 0 is none. It is dropped from what is saved for others.

@@ -47,7 +47,8 @@ class CMLMModel(nn.Module):
         config: the objective.
 
     Raises:
-        ValueError: a masked LM whose head is of no known kind, or one that PEFT has wrapped.
+        ValueError: a masked LM whose head is of no known kind, or one that PEFT has wrapped; a position_jitter for one whose
+            positions are relative.
 
     Example:
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
@@ -69,6 +70,10 @@ class CMLMModel(nn.Module):
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         self.lm = lm
         self.cmlm = config or CMLMConfig()
+        table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
+        if self.cmlm.position_jitter and table is None:
+            rule = "0 for an encoder without a position table, which a shift does not change"
+            raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
         self.loss = CMLMLoss(self.cmlm)
         lm_transform(lm)  # an unknown kind is an error now, not in the first step
         self.takes_packed = use_packed_attention(lm)

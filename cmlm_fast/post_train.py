@@ -23,6 +23,7 @@ import torch
 
 from . import ranks
 from .backends import check_backend, use_backend
+from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, check_numbers, expect
@@ -69,6 +70,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     checkpoint = None
     if ranks.is_main():  # it tells the others, when they run
         checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
+    start, folder = Path(options.model).resolve(), Path(options.output_dir).resolve()
+    cleared = options.overwrite and start.is_dir() and any(path in checkpoints(folder) for path in (start, *start.parents))
+    expect(not cleared, "model", "elsewhere than in a checkpoint of output_dir, which overwrite removes", options.model)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers import set_seed
@@ -93,6 +97,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
     check_length(model, length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
+    if options.scheduler == "polynomial" and (steps := options.max_steps) > 0:  # which would divide by what the warm-up leaves
+        warm = arguments.get_warmup_steps(steps)
+        expect(warm < steps, "warmup", f"less than all {steps} steps, for the polynomial scheduler", warm)
     _check_reports(arguments)
     tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
     train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
@@ -247,8 +254,8 @@ def _check_reports(arguments: CMLMTrainingArguments) -> None:
 
 def _settings(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
     """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
-    names = ("seed", "epochs", "max_steps", "max_tokens", "contrastive_batch_size", "learning_rate", "weight_decay", "warmup",
-             "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
+    names = ("seed", "epochs", "max_steps", "batch_size", "max_tokens", "contrastive_batch_size", "learning_rate",
+             "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
     kept = {name: getattr(options, name) for name in names}
     if kept["contrastive_batch_size"] is not None:
         kept["contrastive_batch_size"] *= arguments.world_size

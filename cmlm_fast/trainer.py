@@ -119,6 +119,7 @@ class CMLMTrainer(ResumableTrainer):
         self.mask_settings = settings
         self._sums = _Sums()
         self._cache: GradientCache | None = None
+        self._first = False  # no batch of this training was seen
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
@@ -175,29 +176,36 @@ class CMLMTrainer(ResumableTrainer):
         config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
         return config
 
-    def train(self, *args: Any, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
+        if resume_from_checkpoint and self.args.dataloader_persistent_workers:
+            # Such a loader draws from PyTorch's generator once in a training, not once an epoch.
+            logger.warning("dataloader_persistent_workers: from the next epoch on dropout is not that of an uncut run")
         if self.args.device.type == "cpu":
             keep_freed_memory()
-        self._sums = _Sums()  # of another training
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
             # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.accelerator.free_memory()
-        return super().train(*args, **options)
+        return super().train(resume_from_checkpoint, **options)
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **options: Any) -> Any:
+        self._first, self._sums = True, _Sums()  # others are of another training, or one that auto_find_batch_size gave up
+        return super()._inner_training_loop(batch_size, *args, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
         args, dataset = self.args, self.train_dataset
         if args.max_tokens is None:
-            return self._shared(super().get_train_dataloader())
+            return self._shared(super().get_train_dataloader(), args.dataloader_drop_last)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
         loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
                             num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
-                            prefetch_factor=args.dataloader_prefetch_factor,
+                            prefetch_factor=args.dataloader_prefetch_factor, in_order=args.dataloader_in_order,
+                            multiprocessing_context=args.dataloader_multiprocessing_context,
                             persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
         # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
         return prepare_data_loader(loader, num_processes=1, process_index=0)
@@ -210,15 +218,16 @@ class CMLMTrainer(ResumableTrainer):
         """As `get_eval_dataloader`."""
         return self._shared(super().get_test_dataloader(test_dataset))
 
-    def _shared(self, loader: DataLoader) -> DataLoader:
+    def _shared(self, loader: DataLoader, drop_last: bool = False) -> DataLoader:
         shard = loader.batch_sampler
         if self.accelerator.num_processes == 1:
             return loader
         if not isinstance(shard, BatchSamplerShard):
             rule = "one with a length, without dispatch_batches, where several ranks share it"
             raise ValueError(f"CMLMTrainer: expected dataset to be {rule}, got {type(loader.dataset).__name__}")
-        batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=shard.drop_last)
-        names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers")
+        batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=drop_last)
+        names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers",
+                 "in_order", "multiprocessing_context")  # fmt: skip
         options: dict[str, Any] = {name: getattr(loader, name) for name in names}
         return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), self.args.device,
                                    num_processes=1, process_index=0, put_on_device=True)  # fmt: skip
@@ -256,8 +265,16 @@ class CMLMTrainer(ResumableTrainer):
         if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
             return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
-        if not batches or (len(batches) < num_batches and not has_length(self.train_dataset)):
+        first, self._first = self._first, False
+        if len(batches) < num_batches and not has_length(self.train_dataset):
+            if first and not (batches and self.state.global_step):
+                # The Trainer counts a stream as one pass without end, and has skipped what the steps before took.
+                seen = self.state.global_step * self.args.gradient_accumulation_steps
+                rule = f"a stream of at least {seen + num_batches} batches (it is resumed within its first pass alone)"
+                raise ValueError(f"CMLMTrainer: expected train_dataset to be {rule}, got {len(batches)} after {seen}")
             return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
+        if not batches:
+            return [], None
         loss = self.accelerator.unwrap_model(self.model).loss
         divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
         batches = [{**batch, "divisor": divisor} for batch in batches]

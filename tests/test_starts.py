@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,20 @@ def test_the_default_length_is_what_the_model_takes(tmp_path, tiny_tokenizer, se
     assert prepare(options).settings["max_length"] == 64
     with pytest.raises(ValueError, match="expected position_jitter to be < 64, the positions the model has, got 70"):
         prepare(PostTrainOptions(**{**vars(options), "objective": {"position_jitter": 70}}))
+    for scheduler in ("polynomial", "linear"):
+        steps = {"scheduler": scheduler, "max_steps": 5, "warmup": 5}
+        with nullcontext() if scheduler == "linear" else pytest.raises(ValueError, match="warmup to be less than all 5 steps"):
+            prepare(PostTrainOptions(**{**vars(options), **steps}))
+
+
+def test_a_start_that_overwrite_would_remove_is_refused(tmp_path, tiny_tokenizer, sentence_file):
+    start = tmp_path / "out" / "checkpoint-2"
+    make_lm().save_pretrained(start)
+    tiny_tokenizer.save_pretrained(start)
+    options = PostTrainOptions(str(start), sentence_file, str(tmp_path / "out"), bf16=False, overwrite=True)
+    with pytest.raises(ValueError, match="expected model to be elsewhere than in a checkpoint of output_dir"):
+        prepare(options)
+    assert prepare(PostTrainOptions(**{**vars(options), "output_dir": str(tmp_path / "other")}))
 
 
 def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import make_lm
@@ -11,6 +13,7 @@ from test_trainer import history, make_trainer, weights
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments, checkpoints
 from cmlm_fast.data import CMLMDataCollator
+from cmlm_fast.output import DivergedError
 
 
 @pytest.fixture
@@ -202,7 +205,8 @@ def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer)
 @pytest.mark.parametrize(
     "options",
     [{"bf16_full_eval": True}, {"fp16_full_eval": True}, {"train_sampling_strategy": "group_by_length"},
-     {"auto_find_batch_size": True, "max_tokens": 500}],
+     {"train_sampling_strategy": "batch_rebalance"}, {"train_sampling_strategy": "sequential", "max_tokens": 500},
+     {"dataloader_drop_last": True, "max_tokens": 500}, {"auto_find_batch_size": True, "max_tokens": 500}],
 )
 def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {next(iter(options))} to be "):
@@ -220,6 +224,73 @@ def test_a_stream_makes_whole_steps_alone(tmp_path, tiny_rows, tiny_tokenizer):
         assert history(stream, name) == pytest.approx(history(once, name), rel=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "steps", "words"), [
+    (8, 0, "at least 2 batches .*, got 1 after 0"),  # too few for a step of two
+    (40, 3, "at least 8 batches .*, got 0 after 6"),  # cut in its second pass
+])  # fmt: skip
+def test_a_stream_that_cannot_go_on_is_refused(rows, steps, words, tmp_path, tiny_rows, tiny_tokenizer):
+    def trainer(**options):
+        stream = tiny_rows.select(range(rows)).to_iterable_dataset()
+        options |= {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        return make_trainer(tmp_path, stream, tiny_tokenizer, **options)
+
+    if steps:
+        trainer(max_steps=steps).train()
+    with pytest.raises(ValueError, match=f"expected train_dataset to be a stream of {words}"):
+        trainer().train(resume_from_checkpoint=bool(steps))
+
+
+def test_a_stream_resumes_within_its_first_pass(tmp_path, tiny_rows, tiny_tokenizer):
+    def trainer(name, **options):
+        options |= {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+        return make_trainer(tmp_path / name, tiny_rows.to_iterable_dataset(), tiny_tokenizer, **options)
+
+    whole, rest = trainer("whole"), trainer("cut")
+    whole.train()
+    trainer("cut", max_steps=3).train()
+    rest.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(rest), strict=True))
+
+
+def test_a_batch_size_that_was_given_up_is_not_logged(tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, auto_find_batch_size=True, logging_steps=2, max_steps=2)
+    step, calls = trainer.training_step, []
+
+    def once(*args, **options):
+        calls.append(step(*args, **options))
+        if len(calls) == 1:
+            raise RuntimeError("CUDA out of memory. (as PyTorch says)")
+        return calls[-1]
+
+    monkeypatch.setattr(trainer, "training_step", once)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    config = trainer.cmlm
+    parts = config.mlm_weight * entry["mlm"] + config.token_weight * entry["token"] + config.sequence_weight * entry["sequence"]
+    # Means over both steps' tokens, and the mean over steps: not the same, but close.
+    assert len(calls) == 3 and parts == pytest.approx(float(sum(calls[1:])) / 2, rel=2e-3)
+
+
+def test_a_training_that_diverged_leaves_a_trainer_that_evaluates(tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, held=tiny_rows.select(range(8)))
+    monkeypatch.setattr(trainer, "compute_loss", lambda model, *rest, **_: torch.nan * sum(p.sum() for p in model.parameters()))
+    with pytest.raises(DivergedError, match="the loss is not finite at step 1"):
+        trainer.train()
+    monkeypatch.undo()
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_a_resumed_run_that_cannot_repeat_its_dropout_is_told(tmp_path, tiny_rows, tiny_tokenizer, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+    make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_steps=1, **options).train()
+    assert "dataloader_persistent_workers" not in caplog.text
+    make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_steps=2, **options).train(resume_from_checkpoint=True)
+    assert "dataloader_persistent_workers: from the next epoch on" in caplog.text
+
+
 def test_workers_of_batches_by_tokens_fetch_as_many_as_is_asked(tmp_path, tiny_rows, tiny_tokenizer):
-    options = {"max_tokens": 200, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 5}
-    assert make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options).get_train_dataloader().prefetch_factor == 5
+    options = {"max_tokens": 200, "dataloader_num_workers": 1, "dataloader_prefetch_factor": 5,
+               "dataloader_in_order": False, "dataloader_multiprocessing_context": "spawn"}  # fmt: skip
+    loader = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options).get_train_dataloader()
+    assert loader.prefetch_factor == 5 and not loader.in_order
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
