@@ -93,6 +93,7 @@ app({["post-train", "--model", tiny_checkpoint, "--train-file", sentence_file, "
     for options, words in ((("--seed", "1"), "expected seed to be 42, as in the run to resume, got 1"),
                            (("--gradient-accumulation", "2"), "expected ranks × batch_size × gradient_accumulation to be "),
                            (("--batch-size", "4"), "expected batch_size to be "),
+                           (("--token-temperature", "0.3"), "expected token_temperature to be "),
                            (("--eval-share", "0.3"), "expected eval_share to be "),
                            (("--max-length", "20"), "expected max_length to be ")):  # fmt: skip
         other = post_train(tiny_checkpoint, sentence_file, cut, "--resume", *options)
