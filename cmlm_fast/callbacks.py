@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import threading
-from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -45,9 +44,12 @@ class MetricsFile(TrainerCallback):
         self.path = path
         if checkpoint is not None and path.exists():
             last = int(checkpoint.name.rpartition("-")[2])
-            # A training that reached its end has a line about its time, then the scores after it.
-            before = takewhile(lambda entry: "train_runtime" not in entry, self._entries())
-            kept = [json.dumps(entry) for entry in before if entry["step"] <= last]
+            kept, ended = [], None
+            for entry in self._entries():
+                if "train_runtime" in entry:  # a training's last line, before the scores after it
+                    ended = entry["step"]
+                if entry["step"] <= last and entry["step"] != ended:
+                    kept.append(json.dumps(entry))
             new = path.with_name(".saving-metrics")
             new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(new, path)

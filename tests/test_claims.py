@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,8 @@ from test_trainer import history, make_trainer
 
 from cmlm_fast import CMLMConfig, CMLMModel
 from cmlm_fast.data import CMLMDataCollator, tokenize_texts
-from cmlm_fast.fewshot import fine_tune, finetune
+from cmlm_fast.fewshot import fine_tune, finetune, post_training
+from cmlm_fast.fewshot.methods import METHODS
 from cmlm_fast.fewshot.paired import PairCollator, PairedModel
 from cmlm_fast.layers import use_fast_layers
 from cmlm_fast.ops._philox import position_shift
@@ -165,3 +167,40 @@ def test_a_seed_decides_the_head_of_a_fine_tuning(tiny_checkpoint, sentences, mo
         fine_tune(tiny_checkpoint, sentences[:4], ["a", "b"] * 2, sentences[4:8], ["a", "b"] * 2, epochs=1, seed=seed,
                   learning_rate=1e-9)  # fmt: skip
     assert np.abs(seen[0] - seen[1]).max() > 1e-4
+
+
+def test_methods_get_their_own_rows_words_and_draws(sentences, tiny_tokenizer, tmp_path, monkeypatch):
+    texts, seen = post_training.UnlabelledTexts(Dataset.from_dict({"text": sentences[:40]}), tiny_tokenizer, max_length=32), []
+
+    class MadeError(Exception):
+        pass
+
+    def trainer(model, arguments, train_dataset, data_collator, **options):
+        batch = data_collator([train_dataset[i] for i in range(8)])
+        seen.append((set(train_dataset.column_names), batch["two"].tolist() if "two" in batch else None, torch.rand(()).item()))
+        raise MadeError
+
+    monkeypatch.setattr(post_training, "CountingTrainer", trainer)
+    CMLMModel(make_lm()).save_pretrained(tmp_path / "start")
+    schedule = post_training.Schedule(epochs=1.0, max_steps=1, batch_size=8, learning_rate=1e-3, warmup=0.0)
+    methods = (METHODS["tapt"], replace(METHODS["tapt"], whole_word=True), METHODS["seq-eda"], METHODS["seq-eda"])
+    for seed, method in enumerate(methods):
+        with pytest.raises(MadeError):
+            post_training.post_train(tmp_path / "start", texts, method, schedule, seed=seed, bf16=False, folder=tmp_path / "out")
+    assert ["unit_ids" in columns for columns, _, _ in seen] == [False, True, False, False]
+    assert seen[2][1] != seen[3][1] and len({drawn for *_, drawn in seen}) == 4
+
+
+def test_texts_held_out_are_drawn_by_the_seed(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    options = {"train": files["train"], "test": None, "validation": 80}
+    one, two = (set(experiment(tiny_checkpoint, options, tmp_path / "out", seed=seed).check().test_texts) for seed in (0, 1))
+    assert one != two
+
+
+def test_a_learned_temperature_stays_in_bounds(tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig(learn_temperature=True), max_steps=2)
+    with torch.no_grad():
+        trainer.model.loss.token.temperature.logit_scale.fill_(6.0)
+    trainer.train()
+    # At the beginning of a step a scale is at most log 100; one step of 1e-3 leaves it near that.
+    assert history(trainer, "token_temperature")[-1] == pytest.approx(0.01, rel=0.01)

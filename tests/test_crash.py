@@ -180,11 +180,12 @@ def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_mode
 
 def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    entries = [{"step": 0, "eval_loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "train_runtime": 1.0},
-               {"step": 2, "eval_loss": 2.5}]  # fmt: skip
+    # The first leg was stopped after step 1, the second one reached its end at step 2.
+    entries = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "train_runtime": 1.0},
+               {"step": 2, "loss": 1.9}, {"step": 2, "train_runtime": 1.0}, {"step": 2, "eval_loss": 2.5}]  # fmt: skip
     path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     MetricsFile(path, tmp_path / "checkpoint-2")
-    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:2]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[1], entries[3]]
 
 
 def test_publish_replaces_a_folder_of_that_name(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,16 +28,17 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
     monkeypatch.setattr(grid.Grid, "_check_dropout", lambda self, lm: None)
     monkeypatch.setattr(post_training, "CMLMTrainingArguments", lambda *a, **o: trained.append(o) or real(*a, **o))
     made = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("scl", "tapt"), shots=(2,), draws=2, seed=7,
-                      batch_size=9, warmup=0.3, learning_rate=1e-4, fine_tune_batch_size=5,
-                      fine_tune_learning_rate=3e-4)  # fmt: skip
+                      batch_size=9, warmup=0.3, learning_rate=1e-4, fine_tune_batch_size=5, epochs=0.1, max_steps=-1,
+                      fine_tune_learning_rate=3e-4, bf16=True)  # fmt: skip
     made.run()
     checked = made.check()
     for (texts, options), (d, name) in zip(tuned, [(d, name) for d in (0, 1) for name in ("scl", "tapt")], strict=True):
         assert texts == [checked.texts[i] for i in draw(checked.labels, 2, 7 + d)]
         assert options == {"epochs": 2.0, "learning_rate": 3e-4, "batch_size": 5, "max_length": 32, "seed": 7 + d,
-                           "bf16": False, "contrast": METHODS[name].contrast}  # fmt: skip
-    names = ("seed", "warmup_steps", "learning_rate", "per_device_train_batch_size")
-    assert [tuple(options[name] for name in names) for options in trained] == [(7, 0.3, 1e-4, 9), (8, 0.3, 1e-4, 9)]
+                           "bf16": True, "contrast": METHODS[name].contrast}  # fmt: skip
+    names = ("seed", "warmup_steps", "learning_rate", "per_device_train_batch_size", "bf16", "max_steps")
+    rest = (0.3, 1e-4, 9, True, math.ceil(0.1 * math.ceil(len(checked.texts) / 9)))
+    assert [tuple(options[name] for name in names) for options in trained] == [(7, *rest), (8, *rest)]
 
 
 @pytest.mark.parametrize(("rows", "rule"), [(2, "so large that"), (10, "so large that"), (98, "so small that")])
