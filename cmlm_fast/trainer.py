@@ -82,7 +82,8 @@ class CMLMTrainer(ResumableTrainer):
     Parts of weight 0 are not computed, and not logged.
 
     Raises:
-        ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed.
+        ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed; in
+            `train`, a stream of too few batches for a step, or resumed behind its first pass.
 
     Example:
         >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)

@@ -186,7 +186,8 @@ def test_methods_get_their_own_rows_words_and_draws(sentences, tiny_tokenizer, t
     methods = (METHODS["tapt"], replace(METHODS["tapt"], whole_word=True), METHODS["seq-eda"], METHODS["seq-eda"])
     for seed, method in enumerate(methods):
         with pytest.raises(MadeError):
-            post_training.post_train(tmp_path / "start", texts, method, schedule, seed=seed, bf16=False, folder=tmp_path / "out")
+            post_training.post_train(tmp_path / "start", texts, method, schedule, seed=seed, bf16=False,
+                                     folder=tmp_path / "out")  # fmt: skip
     assert ["unit_ids" in columns for columns, _, _ in seen] == [False, True, False, False]
     assert seen[2][1] != seen[3][1] and len({drawn for *_, drawn in seen}) == 4
 
