@@ -1,0 +1,44 @@
+"""benchmarks/bench_train_gpu.py on the CPU: a small encoder, nothing of the device is asked, nothing is compiled."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_lm
+
+if torch.cuda.is_available():
+    pytest.skip("make gpu measures there", allow_module_level=True)
+
+from benchmarks import bench_train_gpu
+from benchmarks.bench_train_gpu import batches, make_rows, measure, report, tokens
+
+
+@pytest.mark.parametrize("most", [8, 4])
+def test_rows_and_report(most, monkeypatch):
+    config = make_lm(vocab_size=300, hidden_dropout_prob=0.1).config
+    monkeypatch.setattr(bench_train_gpu, "configuration", lambda case: config)
+    monkeypatch.setattr(bench_train_gpu, "CASES", {"small": 8})
+    monkeypatch.setattr(bench_train_gpu, "MOST_NAIVE", most)
+    monkeypatch.setattr(bench_train_gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(bench_train_gpu, "waits", lambda step, batch: step(batch) and "")
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
+    first, row = measure("small", 1e12, 2, until=0.0)
+    timed = {"ours", "strong", "naive"} if most == 8 else {"ours", "strong"}
+    assert first["ms"].keys() == row["ms"].keys() == timed and row["best"] == "ours"
+    assert row["case"] == "small 8 sentences bfloat16" and 0 < row["MFU"] < 1
+    assert row["difference from naive"].keys() == {"ours", "strong"} and max(row["difference from naive"].values()) < 0.05
+    assert set(row["absent"].values()) == {"TimeoutError: no time was left to compile it"}
+    text = report({"device": "none", "rate": 1e12, "rows": [row]})
+    assert all(f"{name} {ms} ms" in text for name, ms in row["ms"].items()) and "absent: ours compiled" in text
+
+
+def test_batches_have_the_lengths_of_the_sentences():
+    rows = make_rows(1000)
+    assert len(rows) == 8530 and sorted(len(row["input_ids"]) for row in rows)[-1] == 78
+    mixed, grouped = batches(rows, "ours", 512), batches(rows, "strong compiled", 512)
+    assert {len(batch) for batch in (*mixed, *grouped)} == {512} and len(mixed) == len(grouped) == 4
+    assert tokens(mixed) == pytest.approx(tokens(grouped), rel=0.05)
+    spread = [max(lengths) - min(lengths) for lengths in ([len(row["input_ids"]) for row in batch] for batch in grouped)]
+    assert max(spread) < 15
