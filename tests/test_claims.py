@@ -23,6 +23,7 @@ from cmlm_fast.fewshot import fine_tune, finetune, post_training
 from cmlm_fast.fewshot.methods import METHODS
 from cmlm_fast.fewshot.paired import PairCollator, PairedModel
 from cmlm_fast.layers import use_fast_layers
+from cmlm_fast.modeling import row_bounds
 from cmlm_fast.ops._philox import position_shift
 from cmlm_fast.trainer import EVALUATION_STEP
 
@@ -45,13 +46,14 @@ def test_dropout_drops_its_share_and_others_each_time():
 def test_what_is_not_eligible_is_as_good_as_special(tiny_rows, tiny_tokenizer):
     model = CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)).eval()
     batch = batch_of(tiny_rows, tiny_tokenizer, model.cmlm)
-    out = torch.tensor([batch["input_ids"][batch["role"] == 0].mode().values.item()])
-    keep = batch["input_ids"] != out
+    ids = batch["input_ids"]
+    out = ids[(batch["role"] == 0) & ~torch.isin(ids, batch["special_ids"])][:1]
+    keep = ids != out
     batch["role"] = torch.where(keep, batch["role"], 0)
     by_mask = model(**batch, eligible=keep).sums
     by_id = model(**{**batch, "special_ids": torch.cat([batch["special_ids"], out])}).sums
     torch.testing.assert_close(by_mask, by_id)
-    assert not torch.allclose(by_mask[1:], model(**batch).sums[1:])
+    assert (by_mask[1:] - model(**batch).sums[1:]).abs().min() > 1e-4
 
 
 def test_the_held_out_loss_is_weighted(tmp_path, tiny_rows, tiny_tokenizer):
@@ -158,6 +160,32 @@ def test_macro_f1_weighs_every_class_that_is_tested_alike(tiny_checkpoint, sente
     test = ["a", "a", "a", "b"]
     score = fine_tune(tiny_checkpoint, sentences[:6], ["a", "b", "c"] * 2, sentences[6:10], test, epochs=1)
     assert score.accuracy == 0.75 and score.macro_f1 == pytest.approx((2 * 0.75 / 1.75 + 0) / 2)
+
+
+def test_a_fine_tuning_is_told_contrast_seed_and_length(tiny_checkpoint, sentences, monkeypatch):
+    class MadeError(Exception):
+        pass
+
+    def trainer(contrast, model, arguments, train_dataset, **options):
+        assert contrast == METHODS["scl"].contrast is not None and arguments.seed == 5
+        assert {len(row["input_ids"]) for row in train_dataset} == {6}
+        raise MadeError
+
+    monkeypatch.setattr("cmlm_fast.fewshot.contrast.ContrastTrainer", trainer)
+    with pytest.raises(MadeError):
+        fine_tune(tiny_checkpoint, sentences[:4], ["a", "b"] * 2, sentences[4:6], ["a", "b"], seed=5, max_length=6,
+                  contrast=METHODS["scl"].contrast)  # fmt: skip
+
+
+def test_presets_of_one_part_change_nothing_else():
+    for name, weights in (("tapt", (1.0, 0.0, 0.0)), ("seq", (0.0, 0.0, 1.0))):
+        given = dict(zip(("mlm_weight", "token_weight", "sequence_weight"), weights, strict=True))
+        assert CMLMConfig.from_preset(name) == CMLMConfig(**given)
+
+
+def test_a_padded_sequence_begins_at_its_first_token():
+    bounds, first = row_bounds(torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0]]))
+    assert bounds.tolist() == [0, 4, 8] and first.tolist() == [2, 4]
 
 
 def test_a_seed_decides_the_head_of_a_fine_tuning(tiny_checkpoint, sentences, monkeypatch):

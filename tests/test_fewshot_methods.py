@@ -111,7 +111,9 @@ def test_eda_does_as_much_as_it_says():
     assert Eda({}, (), 0, 32).share == 0.1
 
 
-def test_like_tokens_are_the_nearest_that_occur():
+@pytest.mark.parametrize("rows", [1024, 2])
+def test_like_tokens_are_the_nearest_that_occur(rows, monkeypatch):
+    monkeypatch.setattr("cmlm_fast.fewshot.augment._ROWS", rows)
     embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.6], [0.0, 1.0], [1.0, 0.01]])
     assert like_tokens(embeddings, torch.tensor([0, 1, 2, 3, 3]), most=2) == {0: [1, 2], 1: [0, 2], 2: [1, 0], 3: [2, 1]}
 
