@@ -160,6 +160,10 @@ def test_macro_f1_weighs_every_class_that_is_tested_alike(tiny_checkpoint, sente
     test = ["a", "a", "a", "b"]
     score = fine_tune(tiny_checkpoint, sentences[:6], ["a", "b", "c"] * 2, sentences[6:10], test, epochs=1)
     assert score.accuracy == 0.75 and score.macro_f1 == pytest.approx((2 * 0.75 / 1.75 + 0) / 2)
+    # One is taken for "c", which still is not tested.
+    monkeypatch.setattr(finetune.np, "argmax", lambda scores, axis: np.array([2, 0, 0, 0]))
+    score = fine_tune(tiny_checkpoint, sentences[:6], ["a", "b", "c"] * 2, sentences[6:10], ["a"] * 4, epochs=1)
+    assert score.accuracy == 0.75 and score.macro_f1 == pytest.approx(2 * 0.75 / 1.75)
 
 
 def test_a_fine_tuning_is_told_contrast_seed_and_length(tiny_checkpoint, sentences, monkeypatch):

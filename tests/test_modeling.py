@@ -253,6 +253,7 @@ BAD = {
     "rate": {"rate": 1.5}, "mask_share": {"mask_share": -0.1}, "random_share": {"mask_share": 0.9, "random_share": 0.2},
     "mlm_weight": {"mlm_weight": float("nan")}, "token_temperature": {"token_temperature": 0.0}, "scope": {"scope": "all"},
     "pooling": {"pooling": "max"}, "position_jitter": {"position_jitter": -1},
+    "sequence_temperature": {"learn_temperature": True, "sequence_temperature": 0.005},  # its scale is at most log 100
     "token_weight": {"rate": 0.0, "complement_rate": 0.0, "mlm_weight": 0.0},
 }  # fmt: skip
 
