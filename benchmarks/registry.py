@@ -63,7 +63,7 @@ class Shape:
     def unfit(self, device: torch.device) -> str:
         """Why it is timed on this device only where it is asked for, or ""."""
         if device.type == "cpu" and self.sizes.get("dtype") == "bfloat16" and not bfloat16_hardware():
-            return "this CPU does not multiply bfloat16 in hardware, and takes about ten times as long as for float32"
+            return "this CPU does not multiply bfloat16 in hardware, and takes longer for it than for float32"
         return ""
 
 

@@ -70,8 +70,7 @@ class CMLMModel(nn.Module):
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         self.lm = lm
         self.cmlm = config or CMLMConfig()
-        table = getattr(getattr(lm.base_model, "embeddings", None), "position_embeddings", None)
-        if self.cmlm.position_jitter and table is None:
+        if self.cmlm.position_jitter and not self._has_position_table():
             rule = "0 for an encoder without a position table, which a shift does not change"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
         self.loss = CMLMLoss(self.cmlm)
@@ -198,8 +197,7 @@ class CMLMModel(nn.Module):
         inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
         if token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
-        table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
-        first = self._first_position(attention_mask.shape[1]) if table is not None or jitter is not None else 0
+        first = self._first_position(attention_mask.shape[1]) if self._has_position_table() else 0
         # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
         if jitter is not None or self.pad_of_positions() is not None:
             position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
@@ -239,6 +237,9 @@ class CMLMModel(nn.Module):
         hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=packing_of(twice, cu_twice), **inputs)
         states = hidden.last_hidden_state.squeeze(0)
         return take_rows(states, at1), take_rows(states, at2)
+
+    def _has_position_table(self) -> bool:
+        return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None) is not None
 
     def _first_position(self, length: int) -> int:
         """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""

@@ -18,7 +18,7 @@ def test_rows_and_report(most, monkeypatch):
     config = make_lm(vocab_size=300, hidden_dropout_prob=0.1).config
     monkeypatch.setattr(bench_train_gpu, "configuration", lambda case: config)
     monkeypatch.setattr(bench_train_gpu, "CASES", {"small": 8})
-    monkeypatch.setattr(bench_train_gpu, "MOST_NAIVE", most)
+    monkeypatch.setattr(bench_train_gpu, "BATCH", most)
     monkeypatch.setattr(bench_train_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(bench_train_gpu, "waits", lambda step, batch: step(batch) and "")
     for name in ("synchronize", "reset_peak_memory_stats"):

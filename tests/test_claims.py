@@ -28,6 +28,10 @@ from cmlm_fast.ops._philox import position_shift
 from cmlm_fast.trainer import EVALUATION_STEP
 
 
+class MadeError(Exception):
+    """Ends a training when its trainer is made."""
+
+
 def test_a_shift_is_of_its_word_of_philox():
     for sample in (0, 7, 2**40 + 5, -3):
         words = philox(0xFFFFFFFF, 5, sample & 0xFFFFFFFF, (sample >> 32) & 0xFFFFFFFF, 9, 1)
@@ -167,9 +171,6 @@ def test_macro_f1_weighs_every_class_that_is_tested_alike(tiny_checkpoint, sente
 
 
 def test_a_fine_tuning_is_told_contrast_seed_and_length(tiny_checkpoint, sentences, monkeypatch):
-    class MadeError(Exception):
-        pass
-
     def trainer(contrast, model, arguments, train_dataset, **options):
         assert contrast == METHODS["scl"].contrast is not None and arguments.seed == 5
         assert {len(row["input_ids"]) for row in train_dataset} == {6}
@@ -203,9 +204,6 @@ def test_a_seed_decides_the_head_of_a_fine_tuning(tiny_checkpoint, sentences, mo
 
 def test_methods_get_their_own_rows_words_and_draws(sentences, tiny_tokenizer, tmp_path, monkeypatch):
     texts, seen = post_training.UnlabelledTexts(Dataset.from_dict({"text": sentences[:40]}), tiny_tokenizer, max_length=32), []
-
-    class MadeError(Exception):
-        pass
 
     def trainer(model, arguments, train_dataset, data_collator, **options):
         batch = data_collator([train_dataset[i] for i in range(8)])
