@@ -32,7 +32,7 @@ def bench(
         bool, typer.Option("--full", help="every shape, up to 16 M tokens and 8,192 × 65,536 scores; hours")
     ] = False,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="time for the rounds of a shape, of which there are at least 5")
+        float, typer.Option(min=0.0, help="for the timed rounds of a shape, at least 5; checks and compilation come on top")
     ] = 1.0,
     output: Annotated[Path, typer.Option(help="the results go here, after each shape")] = Path("out/bench.json"),
     update: Annotated[
@@ -84,9 +84,11 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
     for name in ops or ():
         if name not in names:
             raise ValueError(f"bench: expected --op to be one of {', '.join(names)}, got {name!r}")
-    plan = [(o, s) for o in OPS if not ops or o.name in ops for s in o.chosen(suite, tuple(shapes or ()))]
+    wanted = [o for o in OPS if not ops or o.name in ops]
+    plan = [(o, s) for o in wanted for s in o.chosen(suite, tuple(shapes or ()))]
     if not plan:
-        raise ValueError(f"bench: expected --shape to be a part of a shape's label, got {shapes}")
+        labels = "; ".join(dict.fromkeys(s.label for o in wanted for s in o.chosen(suite, ())))
+        raise ValueError(f"bench: expected --shape to be a part of one of {labels}; got {', '.join(shapes or ())}")
     return plan
 
 

@@ -139,7 +139,7 @@ def cells(row: Row, group: list[Row]) -> tuple[str, ...]:
 def table(found: Results) -> Table:
     """The rows for people; the fastest of a shape is bold."""
     where = found.machine
-    title = f"{where['device']}, {where['threads']} threads, torch {found.versions['torch']}, commit {found.commit}"
+    title = f"{where['device']}, {where['threads']} threads, torch {found.versions['torch']}, code of commit {found.commit}"
     made = Table(title=title)
     for head in ("op, shape", *HEADS):
         made.add_column(

@@ -25,7 +25,7 @@ class CMLMTrainingArguments(TrainingArguments):
             sequences; see `data.TokenBudgetSampler`.
         contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
             `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
-            caching, which costs one more forward pass; the token part keeps to its batch.
+            caching, which costs one more forward pass; the token part keeps to its batch. Not with `max_tokens`.
         torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
             torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
             a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
@@ -56,16 +56,21 @@ class CMLMTrainingArguments(TrainingArguments):
         if self.contrastive_batch_size is not None:
             batches = self.contrastive_batch_size // self.per_device_train_batch_size
             whole = batches * self.per_device_train_batch_size == self.contrastive_batch_size and batches >= 1
-            broken = not whole or self.gradient_accumulation_steps % batches > 0 or self.max_tokens is not None
+            self._refuse(budget, "contrastive_batch_size", "None with max_tokens")
             rule = (f"a multiple of per_device_train_batch_size = {self.per_device_train_batch_size} that divides the "
-                    f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps, without max_tokens")
-            self._refuse(broken, "contrastive_batch_size", rule)
+                    f"{self.gradient_accumulation_steps} batches of gradient_accumulation_steps")
+            self._refuse(not whole or self.gradient_accumulation_steps % batches > 0, "contrastive_batch_size", rule)
         # The collator takes what it needs; and looking for NaN each step would wait for the device each step.
         self.remove_unused_columns = False
         self.logging_nan_inf_filter = False
         if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
             logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
             self._n_gpu = 1
+
+    def check_schedule(self, steps: int) -> None:
+        """Raise ValueError where the schedule divides by the steps that its warm-up leaves, and it leaves none of `steps`."""
+        broken = self.lr_scheduler_type == "polynomial" and self.get_warmup_steps(steps) >= steps
+        self._refuse(broken, "warmup_steps", f"0 or to leave one of {steps} steps, for the polynomial schedule")
 
     def _refuse(self, broken: bool, name: str, rule: str) -> None:
         if broken:

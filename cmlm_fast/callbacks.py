@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .output import Stopped
 
@@ -30,6 +32,33 @@ class QuietProgress(ProgressCallback):
         """End the bar of a training that was cut, so that a message gets a line of its own."""
         if self.training_bar is not None:
             self.training_bar.close()
+
+
+class TrainingTime(TrainerCallback, ExportableState):
+    """Seconds of a training, also those before the checkpoint that it goes on from, whose trainer_state.json says them.
+
+    Args:
+        checkpoint: folder checkpoint-N that the run goes on from, or None.
+    """
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self._before, self._begin = 0.0, time.perf_counter()
+        if checkpoint is not None:
+            saved = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["stateful_callbacks"]
+            if type(self).__name__ in saved:  # not of earlier versions
+                self._before = saved[type(self).__name__]["attributes"]["seconds"]
+
+    def seconds(self) -> float:
+        """Until now."""
+        return self._before + time.perf_counter() - self._begin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What was before, loading and scores, is no training."""
+        self._begin = time.perf_counter()
+
+    def state(self) -> dict[str, Any]:
+        """As the Trainer keeps it with a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.seconds()}}
 
 
 class MetricsFile(TrainerCallback):

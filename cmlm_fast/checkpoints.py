@@ -44,15 +44,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(folder: Path) -> None:
-    """Write manifest.json, name -> [bytes, CRC-32] of every file below, and flush files and folders to the disk."""
+    """Write manifest.json, name -> [bytes, CRC-32] of every file below, and flush all of it to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
-        _flush(path)
     with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1)
-    _flush(folder / _MANIFEST)
-    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+    flush(folder)
+
+
+def flush(folder: Path) -> None:
+    """Have files and folders below on the disk."""
+    for path in (*folder.rglob("*"), folder):
         _flush(path)
 
 

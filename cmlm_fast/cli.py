@@ -52,7 +52,7 @@ _OBJECTIVE = "Objective (default: what the preset says)"
 def post_train_command(
     model: Annotated[str, typer.Option(help="folder or hub id of the encoder")],
     train_file: Annotated[str, typer.Option(help=".txt, .csv, .tsv, .jsonl, .json, .parquet, or a saved datasets folder")],
-    output_dir: Annotated[str, typer.Option(help="new or empty folder")],
+    output_dir: Annotated[str, typer.Option(help="new or empty folder, or with --overwrite or --resume")],
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     text_pair_column: Annotated[str | None, typer.Option(help="column of the second text of a pair")] = None,
     preset: Annotated[Preset, typer.Option(help="the objective")] = Preset.balanced,
@@ -65,7 +65,9 @@ def post_train_command(
     max_steps: Annotated[int, _option("optimizer steps; -1: whole epochs")] = _default("max_steps"),
     batch_size: Annotated[int, _option("sequences per step and device")] = _default("batch_size"),
     max_tokens: Annotated[int | None, _option("tokens per batch, in place of --batch-size")] = None,
-    contrastive_batch_size: Annotated[int | None, _option("sequences contrasted together, a multiple of --batch-size")] = None,
+    contrastive_batch_size: Annotated[
+        int | None, _option("sequences contrasted together, a multiple of --batch-size; not with --max-tokens")
+    ] = None,
     gradient_accumulation: Annotated[int, _option("batches per step")] = _default("gradient_accumulation"),
     learning_rate: Annotated[float, _option("peak of the schedule")] = _default("learning_rate"),
     weight_decay: Annotated[float, _option("of AdamW")] = _default("weight_decay"),

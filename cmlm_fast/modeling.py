@@ -22,6 +22,7 @@ from .measures import measure
 from .ops._philox import position_shift
 from .ops._rows import take_rows
 from .ops.mlm_cross_entropy import head_losses
+from .pooling import read_pooling, write_pooling
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class CMLMModel(nn.Module):
     _keys_to_ignore_on_save = None
 
     _compiled: Mapping[str, Any] | None = None  # with what options, if at all
+    _pooling: Mapping[str, bytes | None] = {}  # files of sentence-transformers that the start had
 
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
@@ -124,6 +126,7 @@ class CMLMModel(nn.Module):
             logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
         model = cls(lm, config)
         model.load_contrast(path)
+        model._pooling = read_pooling(path, **options)
         return model
 
     def tie_weights(self) -> None:
@@ -314,7 +317,8 @@ class CMLMModel(nn.Module):
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.
 
-        What belongs to the contrast alone, projection and learned temperatures, goes into a file of its own beside it.
+        What belongs to the contrast alone, projection and learned temperatures, goes into a file of its own beside it; so do
+        the pooling files of sentence-transformers, where `from_pretrained` found some.
 
         Args:
             path: folder, made where missing.
@@ -333,6 +337,7 @@ class CMLMModel(nn.Module):
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
         if rest:
             save_file(rest, Path(path) / _CONTRAST)
+        write_pooling(self._pooling, Path(path))
 
     def load_contrast(self, path: str | Path) -> None:
         """Take projection and learned temperatures from a folder that `save_pretrained` wrote.

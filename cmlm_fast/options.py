@@ -26,7 +26,8 @@ class PostTrainOptions:
         whole_word: mask whole words.
         epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
         max_tokens: tokens per batch, in place of batch_size; None: batch_size.
-        contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts them.
+        contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts them;
+            not with max_tokens.
         max_steps: optimizer steps; -1: as many as `epochs` needs.
         warmup: share of the steps, below 1, or their number.
         bf16: None: where this machine multiplies bfloat16 in hardware.
@@ -88,9 +89,9 @@ def check_numbers(options: PostTrainOptions) -> None:
     for name in ("max_tokens", "contrastive_batch_size"):
         expect(getattr(options, name) is None or getattr(options, name) >= 1, name, ">= 1", getattr(options, name))
     if options.contrastive_batch_size is not None:
-        rule = f"a multiple of batch_size = {options.batch_size}, without max_tokens"
-        whole = options.contrastive_batch_size % options.batch_size == 0 and options.max_tokens is None
-        expect(whole, "contrastive_batch_size", rule, options.contrastive_batch_size)
+        size, rule = options.contrastive_batch_size, f"a multiple of batch_size = {options.batch_size}"
+        expect(options.max_tokens is None, "contrastive_batch_size", "left out with max_tokens", size)
+        expect(size % options.batch_size == 0, "contrastive_batch_size", rule, size)
     for name in ("epochs", "learning_rate"):
         value = getattr(options, name)
         expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)

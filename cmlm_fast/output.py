@@ -7,6 +7,7 @@ folder inside the output folder (so on the same disk) and renamed into place onc
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from .checkpoints import STAGING, checkpoints, newest_whole
+from .checkpoints import STAGING, checkpoints, flush, newest_whole
 
+#: Written last of all: where it is, the run is finished.
+SUMMARY = "summary.json"
 _CHUNK = bytes(1 << 20)
 _BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
 # What a checkpoint may have beside its config.json: weights, tokenizer, and modules of sentence-transformers.
@@ -70,8 +73,8 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
 def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind.
 
-    `fresh` also removes earlier checkpoints and metrics, which a later `--resume` would otherwise take up; other files
-    stay. Raises DiskError, and leaves nothing that was not there, when the trial file cannot be written.
+    `fresh` also removes earlier checkpoints, metrics and summary, which a later `--resume` would otherwise take up; other
+    files stay. Raises DiskError, and leaves nothing that was not there, when the trial file cannot be written.
     """
     created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
@@ -89,7 +92,7 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
     if fresh:
         for path in checkpoints(folder):
             shutil.rmtree(path)
-        for name in _BEGUN:
+        for name in (*_BEGUN, SUMMARY):
             (folder / name).unlink(missing_ok=True)
 
 
@@ -106,6 +109,12 @@ def _fill(file: IO[bytes], size: int) -> None:
     file.flush()
 
 
+def finished_run(folder: Path) -> dict[str, Any] | None:
+    """The summary of the run whose folder it is, if that has ended."""
+    path = folder / SUMMARY
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """A hidden folder to write a checkpoint to. When the block ends without an error its entries are renamed into `folder`,
@@ -113,10 +122,11 @@ def staged(folder: Path) -> Iterator[Path]:
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging
+        flush(staging)
         names = {path.name for path in staging.iterdir()}
         for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.name not in names]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        for path in staging.iterdir():
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == SUMMARY):
             target = folder / path.name
             if target.is_dir():
                 shutil.rmtree(target)

@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 _FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
-def copy_pooling(model: str, folder: Path) -> None:
-    """Copy modules.json and what it names from checkpoint `model` (a folder or hub id) to `folder`; none, none copied.
+def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
+    """modules.json of checkpoint `model` (a folder or hub id) and what it names: settings and weights of each module behind
+    the encoder (pooling, Dense, ...). A module without files is a folder with None. Empty where there is no modules.json:
+    `SentenceTransformer` then takes the mean over tokens.
 
-    That is settings and weights of each module behind the encoder (pooling, Dense, ...).
-
-    Without them `SentenceTransformer(folder)` takes the mean over tokens.
+    `options` are those of `from_pretrained`; the ones that say where a file is found are heeded.
     """
-    modules = _file(model, "modules.json")
+    options = {name: value for name, value in options.items() if name in _WHERE}
+    modules = _read(model, "modules.json", options)
     if modules is None:
-        return
-    listed = json.loads(modules.read_text(encoding="utf-8"))
-    files = ("config.json", "model.safetensors", "pytorch_model.bin")
-    inner = [f"{module['path']}/{name}" for module in listed if module["path"] for name in files]
-    for name in ("modules.json", *_FILES, *inner):
-        source = _file(model, name)
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)  # a module without settings is a folder without files
-        if source is not None:
-            shutil.copyfile(source, target)
+        return {}
+    found: dict[str, bytes | None] = {"modules.json": modules, **{name: _read(model, name, options) for name in _FILES}}
+    for module in filter(None, (each["path"] for each in json.loads(modules))):
+        found[f"{module}/"] = None
+        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+            found[f"{module}/{name}"] = _read(model, f"{module}/{name}", options)
+    return {name: contents for name, contents in found.items() if contents is not None or name.endswith("/")}
 
 
-def _file(model: str, name: str) -> Path | None:
-    if Path(model).is_dir():
-        return Path(model) / name if (Path(model) / name).is_file() else None
+def write_pooling(files: Mapping[str, bytes | None], folder: Path) -> None:
+    """Write what `read_pooling` found to a checkpoint."""
+    for name, contents in files.items():
+        if contents is None:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        else:
+            (folder / name).write_bytes(contents)
+
+
+def _read(model: str | Path, name: str, options: Mapping[str, Any]) -> bytes | None:
     from transformers.utils import cached_file
 
     found = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False)  # fmt: skip
-    return None if found is None else Path(found)
+                        _raise_exceptions_for_connection_errors=False, **options)  # fmt: skip
+    return None if found is None else Path(found).read_bytes()

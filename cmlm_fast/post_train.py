@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -27,8 +27,7 @@ from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, check_numbers, expect
-from .output import Stopped, check_output, disk_errors, open_output, staged, what_is_kept
-from .pooling import copy_pooling
+from .output import SUMMARY, Stopped, check_output, disk_errors, finished_run, open_output, staged, what_is_kept
 from .report import plot_curves
 from .same_run import check_settings, write_settings
 
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
     from .data import TextCounts
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 #: Schedules of the learning rate that need no numbers of their own.
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
@@ -97,9 +98,8 @@ def prepare(options: PostTrainOptions) -> Prepared:
     check_length(model, length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
-    if options.scheduler == "polynomial" and (steps := options.max_steps) > 0:  # which would divide by what the warm-up leaves
-        warm = arguments.get_warmup_steps(steps)
-        expect(warm < steps, "warmup", f"less than all {steps} steps, for the polynomial scheduler", warm)
+    if options.max_steps > 0:  # else the trainer knows
+        arguments.check_schedule(options.max_steps)
     _check_reports(arguments)
     tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
     train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
@@ -134,11 +134,15 @@ def run(prepared: Prepared) -> dict[str, Any]:
 def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     from transformers import PrinterCallback, ProgressCallback
 
-    from .callbacks import MetricsFile, QuietProgress
+    from .callbacks import MetricsFile, QuietProgress, TrainingTime
     from .trainer import CMLMTrainer
 
     options, folder = prepared.options, Path(prepared.options.output_dir)
     prepared.checkpoint = ranks.of_main(prepared.checkpoint)
+    finished: dict[str, Any] | None = ranks.of_main(finished_run(folder) if prepared.checkpoint else None)
+    if finished is not None:
+        logger.warning("%s holds a finished run: nothing is left to do", folder)
+        return finished
     size = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
     # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps, but no more than it
     # writes. Those of an earlier leg are there already.
@@ -149,12 +153,13 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
     fresh = prepared.checkpoint is None
     ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
+    spent = TrainingTime(prepared.checkpoint)
     with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
         if fresh and ranks.is_main():
             write_settings(folder, prepared.settings)
         trainer = CMLMTrainer(
             prepared.model, prepared.arguments, train_dataset=prepared.train, eval_dataset=prepared.evaluation,
-            processing_class=prepared.tokenizer, callbacks=[metrics, stop],
+            processing_class=prepared.tokenizer, callbacks=[metrics, spent, stop],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback if prepared.arguments.disable_tqdm else ProgressCallback)
         trainer.add_callback(progress)
@@ -164,9 +169,8 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
                 prepared.arguments.eval_on_start = True
             else:
                 before = trainer.evaluate()
-        begin = time.perf_counter()
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
-        seconds = time.perf_counter() - begin
+        seconds = spent.seconds()
         if stop.stopped:
             raise Stopped(stop.stopped)
         after = trainer.evaluate() if prepared.evaluation is not None else {}
@@ -183,9 +187,8 @@ def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any]) 
     with staged(folder) as staging:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
-        copy_pooling(prepared.options.model, staging)
         plot_curves(trainer.state.log_history, staging / "curves.png")
-        (staging / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        (staging / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str, float], steps: int,

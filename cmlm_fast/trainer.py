@@ -152,6 +152,11 @@ class CMLMTrainer(ResumableTrainer):
             model.compile_layers(self.args.torch_compile_backend, self.args.torch_compile_mode)
         return model
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As the Trainer's."""
+        self.args.check_schedule(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def call_model_init(self, trial: Any = None) -> CMLMModel:
         """As the Trainer's."""
         return self._checked(super().call_model_init(trial))
@@ -271,8 +276,10 @@ class CMLMTrainer(ResumableTrainer):
             if first and not (batches and self.state.global_step):
                 # The Trainer counts a stream as one pass without end, and has skipped what the steps before took.
                 seen = self.state.global_step * self.args.gradient_accumulation_steps
-                rule = f"a stream of at least {seen + num_batches} batches (it is resumed within its first pass alone)"
-                raise ValueError(f"CMLMTrainer: expected train_dataset to be {rule}, got {len(batches)} after {seen}")
+                rule = f"a stream of at least {num_batches} batches, a step's"
+                if seen:
+                    rule += f", behind the {seen} that the checkpoint has seen (it is resumed within its first pass alone)"
+                raise ValueError(f"CMLMTrainer: expected train_dataset to be {rule}, got {len(batches)}")
             return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
         if not batches:
             return [], None

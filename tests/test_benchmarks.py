@@ -147,7 +147,7 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["--op", "softmax"], "expected --op to be one of complementary_mask, token_contrastive"),
-        (["--shape", "bert-huge"], "expected --shape to be a part of a shape's label"),
+        (["--shape", "bert-huge"], "expected --shape to be a part of one of 64x128"),
         (["--provider", "nobody"], "expected --provider to be a part of"),
         (["--output", "."], "expected --output to be a file"),
         (["--device", "tpu"], "expected --device to be one that is here"),

@@ -114,8 +114,25 @@ app({["post-train", "--model", tiny_checkpoint, "--train-file", sentence_file, "
     assert all(torch.equal(a[name], b[name]) for name in a)
     steps = [line["step"] for line in lines(cut) if "loss" in line]
     assert steps == [2, 4] == [line["step"] for line in lines(whole) if "loss" in line]
-    first, again = (json.loads((folder / "summary.json").read_text())["held_out_before_after"] for folder in (whole, cut))
-    assert first == again
+    first, again = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
+    assert first["held_out_before_after"] == again["held_out_before_after"]
+    state = json.loads((cut / "checkpoint-2" / "trainer_state.json").read_text())
+    assert again["train_seconds"] > state["stateful_callbacks"]["TrainingTime"]["attributes"]["seconds"] > 0
+
+
+def test_a_finished_run_is_left_as_it_is(tiny_checkpoint, sentence_file, tmp_path, caplog):
+    folder = tmp_path / "out"
+    assert post_train(tiny_checkpoint, sentence_file, folder).exit_code == 0
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = post_train(tiny_checkpoint, sentence_file, folder, "--resume")
+    assert result.exit_code == 0 and "holds a finished run: nothing is left to do" in caplog.text, result.output
+    assert "optimizer steps" in result.stdout and files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    caplog.clear()
+    for name in ("summary.json", "model.safetensors"):  # as of a run killed while it wrote its model
+        (folder / name).unlink()
+    result = post_train(tiny_checkpoint, sentence_file, folder, "--resume")
+    assert result.exit_code == 0 and not caplog.text and (folder / "model.safetensors").exists()
+    assert len([line for line in lines(folder) if "train_runtime" in line]) == 1
 
 
 def test_columns_and_pairs(tiny_checkpoint, sentences, tmp_path):
@@ -168,6 +185,8 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
                         "expected contrastive_batch_size to be given with a sequence_weight > 0 only, got 64"),
         "vocabulary": (["--model", small], "expected model to be one whose tokenizer has at most 150 ids, the rows of its"),
         "tokens": (["--max-tokens", "20"], "expected max_tokens to be >= "),
+        "budget": (["--contrastive-batch-size", "16", "--max-tokens", "64"],
+                   "expected contrastive_batch_size to be left out with max_tokens, got 16"),
         "contrast": (["--contrastive-batch-size", "7"], "expected contrastive_batch_size to be a multiple of batch_size = "),
         "precision": (["--bf16", "--fp16"], "expected bf16 and fp16 to be at most one of them, got both"),
         "file": (["--train-file", "missing.txt"], "expected train_file to be an existing file or folder, got missing.txt"),

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from cmlm_fast import checkpoints
-from cmlm_fast.callbacks import MetricsFile, StopOnSignal
-from cmlm_fast.output import Stopped, check_output, staged
+from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
+from cmlm_fast.output import Stopped, check_output, finished_run, staged
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +186,33 @@ def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):
     path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     MetricsFile(path, tmp_path / "checkpoint-2")
     assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[1], entries[3]]
+
+
+def test_what_is_renamed_into_place_is_on_the_disk_before_and_the_summary_comes_last(tmp_path, monkeypatch):
+    events, flush, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (events.append(Path(os.readlink(f"/proc/self/fd/{file}")).name), flush(file)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append(f"-> {Path(new).name}"), replace(old, new)))
+    checkpoints.publish(make_checkpoint(tmp_path / "new", 4), tmp_path / "checkpoint-4")
+    written = {"weights.bin", "inner", "shard.bin", "manifest.json", "checkpoint-4"}
+    assert set(events[:5]) == written and events[5:] == ["-> checkpoint-4", tmp_path.name]
+    events.clear()
+    names = {"summary.json", "model.safetensors", "config.json", "a"}
+    with staged(tmp_path) as staging:
+        for name in names:
+            (staging / name).write_text("{}")
+    assert names < set(events[:5]) and set(events[5:]) == {f"-> {name}" for name in names}
+    assert events[-1] == "-> summary.json" and finished_run(tmp_path) == {}
+
+
+def test_a_checkpoint_knows_how_long_it_was_trained(tmp_path, tiny_rows, tiny_tokenizer):
+    from test_trainer import make_trainer
+
+    spent = TrainingTime(None)
+    spent._before = 1_000.0
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, save_strategy="steps", save_steps=2, max_steps=2)
+    trainer.add_callback(spent)
+    trainer.train()
+    assert 1_000 < TrainingTime(tmp_path / "checkpoint-2").seconds() < spent.seconds() + 60
 
 
 def test_publish_replaces_a_folder_of_that_name(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,8 @@ from conftest import make_lm
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 
-from cmlm_fast import CMLMModel, CMLMTrainer
+from cmlm_fast import CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.options import PostTrainOptions
-from cmlm_fast.pooling import copy_pooling
 from cmlm_fast.post_train import prepare
 
 
@@ -92,10 +91,22 @@ def test_the_default_length_is_what_the_model_takes(tmp_path, tiny_tokenizer, se
     assert prepare(options).settings["max_length"] == 64
     with pytest.raises(ValueError, match="expected position_jitter to be < 64, the positions the model has, got 70"):
         prepare(PostTrainOptions(**{**vars(options), "objective": {"position_jitter": 70}}))
-    for scheduler in ("polynomial", "linear"):
-        steps = {"scheduler": scheduler, "max_steps": 5, "warmup": 5}
-        with nullcontext() if scheduler == "linear" else pytest.raises(ValueError, match="warmup to be less than all 5 steps"):
-            prepare(PostTrainOptions(**{**vars(options), **steps}))
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 0.5}])
+def test_a_schedule_that_would_divide_by_zero_is_refused(length, tiny_checkpoint, tiny_rows, tiny_tokenizer, tmp_path):
+    options = {"max_steps": -1, **length, "lr_scheduler_type": "polynomial", "warmup_steps": 5}
+    trainer = make_trainer(tmp_path, tiny_rows.select(range(80)), tiny_tokenizer, **options)  # half an epoch has five steps
+    with pytest.raises(ValueError, match=r"warmup_steps to be 0 or to leave one of 5 steps, .*, got 5"):
+        trainer.train()
+    trainer.args.lr_scheduler_type = "linear"
+    assert trainer.train().global_step == 5
+
+
+def test_a_bad_schedule_of_the_command_line_is_refused_before_all_else(tiny_checkpoint, sentence_file, tmp_path):
+    options = {"scheduler": "polynomial", "max_steps": 5, "warmup": 5, "bf16": False}
+    with pytest.raises(ValueError, match="expected warmup_steps to be 0 or to leave one of 5 steps"):
+        prepare(PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"), **options))
 
 
 def test_a_start_that_overwrite_would_remove_is_refused(tmp_path, tiny_tokenizer, sentence_file):
@@ -108,17 +119,23 @@ def test_a_start_that_overwrite_would_remove_is_refused(tmp_path, tiny_tokenizer
     assert prepare(PostTrainOptions(**{**vars(options), "output_dir": str(tmp_path / "other")}))
 
 
-def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path):
+def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path, tiny_rows, tiny_tokenizer):
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Dense, Pooling, Transformer
 
     encoder = Transformer(tiny_checkpoint)
     SentenceTransformer(modules=[encoder, Pooling(32), Dense(32, 8)], device="cpu").save(str(tmp_path / "start"))
-    CMLMModel.from_pretrained(tmp_path / "start").save_pretrained(tmp_path / "out")
-    encoder.tokenizer.save_pretrained(tmp_path / "out")
-    copy_pooling(str(tmp_path / "start"), tmp_path / "out")
-    models = [SentenceTransformer(str(tmp_path / name), device="cpu") for name in ("start", "out")]
-    before, after = (model.encode(["a clever fox"]) for model in models)
+    config = tmp_path / "start" / "sentence_bert_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_seq_length": 24}))
+    model = CMLMModel.from_pretrained(tmp_path / "start")
+    start = SentenceTransformer(str(tmp_path / "start"), device="cpu")
+    shutil.rmtree(tmp_path / "start")  # what it had was read with it
+    arguments = CMLMTrainingArguments(str(tmp_path / "run"), max_steps=1, save_steps=1, learning_rate=1e-9, use_cpu=True,
+                                      report_to="none", disable_tqdm=True)  # fmt: skip
+    CMLMTrainer(model, arguments, train_dataset=tiny_rows, processing_class=tiny_tokenizer).train()
+    models = [start, SentenceTransformer(str(tmp_path / "run" / "checkpoint-1"), device="cpu")]
+    assert models[1].max_seq_length == 24
+    before, after = (each.encode(["a clever fox"]) for each in models)
     assert after.shape == (1, 8)
     assert before == pytest.approx(after, abs=1e-6)
 
