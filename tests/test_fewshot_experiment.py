@@ -194,6 +194,30 @@ def test_the_tables_say_where_cells_of_several_machines_are_mixed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.md", "results.png"]
 
 
+def test_the_tables_say_in_what_settings_differ(tmp_path):
+    def cell(name, rate=2e-4, epochs=2, mask=0.3, model="start"):
+        setup = {"model": model, "fine_tuning": {"learning_rate": rate, "epochs": 10.0}, "max_length": 128}
+        post = {} if name == "ft" else {"objective": {"rate": mask, "scope": "batch"}, "schedule": {"epochs": epochs}}
+        ids = {"setup_id": str(rate), "method_id": f"{mask}{epochs}" if post else "ft"}
+        return {**made_up(0.5, name, 0), **ids, "setup": setup, **post}
+
+    write_tables(tmp_path, [cell("ft"), cell("cmlm"), cell("tapt", mask=0.15)])
+    assert "settings" not in (tmp_path / "results.md").read_text(encoding="utf-8")
+    write_tables(tmp_path, [cell("ft"), cell("ft", rate=2e-5, model="other"), cell("cmlm"), cell("cmlm", mask=0.4),
+                            cell("tapt", epochs=4, mask=0.15)])  # fmt: skip
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert text.endswith("""### In what the settings differ
+
+- a, setup 0.0002: model start, fine_tuning.learning_rate 0.0002
+- a, setup 2e-05: model other, fine_tuning.learning_rate 2e-05
+- cmlm #0.32: objective.rate 0.3
+- cmlm #0.42: objective.rate 0.4
+- cmlm #0.32: schedule.epochs 2
+- cmlm #0.42: schedule.epochs 2
+- tapt #0.154: schedule.epochs 4
+""")
+
+
 def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoint, files, tmp_path):
     said, options = [], {"shots": (2,), "draws": 1}
     experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt",), **options).run()

@@ -15,13 +15,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .cells import CELLS, Cell, fingerprint, read_cells
 
 logger = logging.getLogger(__name__)
+
+_OF_A_METHOD = ("objective", "second", "whole_word", "contrast", "paraphrases")
 
 #: A data set, the labelled texts per class, and a fingerprint of the texts, the start and the fine-tuning.
 Condition = tuple[str, int, str]
@@ -94,7 +96,7 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
         logger.warning("no differences: baseline %s is not among the methods of the cells, %s", baseline, names)
     machines = Counter(f"{cell['device']} with torch {cell['torch']}" for cell in cells if "device" in cell)
     with _whole(folder / "results.md") as path:
-        path.write_text(markdown(rows, baseline) + _mixture(machines), encoding="utf-8")
+        path.write_text(markdown(rows, baseline) + _settings(cells) + _mixture(machines), encoding="utf-8")
     with _whole(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
@@ -110,6 +112,33 @@ def _whole(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{os.getpid()}-{path.name}")
     yield draft
     os.replace(draft, path)
+
+
+def _settings(cells: Sequence[Cell]) -> str:
+    """What the setups in the headings and the methods with a # say differently, if there are any."""
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for (dataset, _, setup), methods in _by_condition(cells).items():
+        for name, draws in methods.items():
+            cell = next(iter(draws.values()))
+            groups.setdefault(f"setups of {dataset}", {})[f"{dataset}, setup {setup}"] = _flat(cell.get("setup", {}))
+            if name != cell["method"]:
+                groups.setdefault(name.partition(" #")[0], {})[name] = _flat({field: cell.get(field) for field in _OF_A_METHOD})
+                groups.setdefault("schedules", {})[name] = _flat({"schedule": cell.get("schedule")})
+    lines = []
+    for named in groups.values():
+        fields = dict.fromkeys(field for facts in named.values() for field in facts)
+        differ = [field for field in fields if len({repr(facts.get(field)) for facts in named.values()}) > 1]
+        for name, facts in named.items() if differ else ():
+            lines.append(f"- {name}: " + ", ".join(f"{field} {facts.get(field)}" for field in differ))
+    return "\n### In what the settings differ\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def _mixture(machines: Mapping[str, int]) -> str:
