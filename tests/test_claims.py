@@ -17,7 +17,7 @@ from test_fewshot_experiment import experiment, files  # noqa: F401
 from test_modeling import batch_of
 from test_trainer import history, make_trainer
 
-from cmlm_fast import CMLMConfig, CMLMModel
+from cmlm_fast import CMLMConfig, CMLMModel, info_nce, token_contrastive, token_similarity
 from cmlm_fast.data import CMLMDataCollator, tokenize_texts
 from cmlm_fast.fewshot import fine_tune, finetune, post_training
 from cmlm_fast.fewshot.methods import METHODS
@@ -45,6 +45,37 @@ def test_dropout_drops_its_share_and_others_each_time():
     one, two = (layer(torch.ones(500, 64)) != 0 for _ in range(2))
     assert one.double().mean().item() == pytest.approx(0.7, abs=0.02)
     assert (one & two).double().mean().item() == pytest.approx(0.49, abs=0.02)
+
+
+def test_what_is_left_out_has_the_value_that_is_said(tiny_tokenizer):
+    tokenizer, seen = copy.deepcopy(tiny_tokenizer), []
+    text = " ".join(["fox"] * 700)
+    for most in (10**30, 300):  # transformers gives a tokenizer without a length the first
+        tokenizer.model_max_length = most
+        left_out, given = (tokenize_texts([text], tokenizer, **said) for said in ({}, {"max_length": min(most, 512)}))
+        assert left_out["input_ids"][:] == given["input_ids"][:]
+        seen.append(max(map(len, left_out["input_ids"])))
+    assert 300 < seen[0] <= 512 and seen[1] <= 300
+    torch.manual_seed(0)
+    one, two = torch.randn(2, 6, 8)
+    by_number = torch.arange(6)
+    assert token_contrastive(one, two, by_number) == token_contrastive(one, two, by_number, temperature=0.05)
+    assert info_nce(one, two) == info_nce(one, two, temperature=0.05)
+    assert torch.equal(token_similarity(one, two), token_similarity(one, two, temperature=0.05))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_not_eligible_is_no_part_of_a_pairs_vectors(packed, tiny_rows, tiny_tokenizer):
+    model = PairedModel(make_lm(), CMLMConfig.from_preset("simcse")).eval()
+    collator = PairCollator(CMLMDataCollator(tiny_tokenizer, packed=packed), lambda row: tiny_rows[row["sample_id"] + 50])
+    batch = collator([tiny_rows[i] for i in range(6)])
+    batch |= {"role": torch.zeros_like(batch["input_ids"]), "special_ids": torch.tensor(tiny_tokenizer.all_special_ids)}
+    ids = batch["input_ids"]
+    out = ids[~torch.isin(ids, batch["special_ids"])][:1]
+    by_mask = model(**batch, eligible=ids != out).loss
+    by_id = model(**{**batch, "special_ids": torch.cat([batch["special_ids"], out])}).loss
+    torch.testing.assert_close(by_mask, by_id)
+    assert abs(by_mask - model(**batch).loss) > 1e-4
 
 
 def test_what_is_not_eligible_is_as_good_as_special(tiny_rows, tiny_tokenizer):
