@@ -5,12 +5,14 @@
 The launchers themselves run, on CPU tensors, under a driver that names a chip and compiles instead of launching. So what is
 compiled is what a GPU would get. For each kernel: registers, spills, shared memory, matrix instructions, widths of global
 accesses, and the blocks that a multiprocessor holds at once. `--write` puts the table into
-benchmarks/results/static/triton.json, which tests/test_triton_static.py holds the kernels to.
+benchmarks/results/static/triton.json, which tests/test_triton_static.py holds the kernels to; with all chips, also a digest of
+the kernels' sources.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from typing import Any
 
 import torch
 
-import cmlm_fast  # noqa: F401  (declares the ops)
+import cmlm_fast
 from cmlm_fast._library import op
 
 RESULTS = Path(__file__).parent / "results" / "static" / "triton.json"
@@ -188,9 +190,18 @@ def table(chip: str) -> dict[str, dict[str, Any]]:
     return {name: facts(chip, kernel) for name, kernel in compile_all(chip).items()}
 
 
+def digest() -> str:
+    """Of the kernels' sources and their configurations."""
+    folder, found = Path(cmlm_fast.__file__).parent / "kernels", hashlib.sha256()
+    for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")]):
+        found.update(path.name.encode() + b"\n" + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def committed() -> dict[str, Any]:
     """What benchmarks/results/static/triton.json holds."""
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"triton": "", "chips": {}}
+    nothing = {"triton": "", "digest": "", "chips": {}}
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else nothing
     return found
 
 
@@ -206,10 +217,11 @@ def main() -> None:
     os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # the shipped entries alone
     import triton
 
-    rows = {"triton": triton.__version__, "chips": {chip: table(chip) for chip in options.chip or CHIPS}}
+    rows = {"triton": triton.__version__, "digest": digest(), "chips": {chip: table(chip) for chip in options.chip or CHIPS}}
     if options.write:
-        before = committed()["chips"]
-        text = dumps({**rows, "chips": {chip: rows["chips"].get(chip, before.get(chip, {})) for chip in CHIPS}})
+        before = committed()
+        kept = {chip: rows["chips"].get(chip, before["chips"].get(chip, {})) for chip in CHIPS}
+        text = dumps({**rows, "chips": kept, "digest": before["digest"] if options.chip else rows["digest"]})
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
         RESULTS.write_text(text)
     elif options.output:
@@ -224,7 +236,8 @@ def dumps(rows: dict[str, Any]) -> str:
     for chip, kernels in rows["chips"].items():
         lines = ",\n".join(f"   {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items())
         chips.append(f"  {json.dumps(chip)}: {{\n{lines}\n  }}")
-    return f'{{\n "triton": {json.dumps(rows["triton"])},\n "chips": {{\n' + ",\n".join(chips) + "\n }\n}\n"
+    head = "".join(f" {json.dumps(name)}: {json.dumps(rows[name])},\n" for name in ("triton", "digest"))
+    return f'{{\n{head} "chips": {{\n' + ",\n".join(chips) + "\n }\n}\n"
 
 
 if __name__ == "__main__":
