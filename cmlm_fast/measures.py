@@ -6,10 +6,13 @@ only where values are logged and on held-out text.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from .ops import token_similarity
@@ -18,6 +21,31 @@ if TYPE_CHECKING:
     from .losses import Views
 
 _ROWS = 1024  # rows of a score matrix at a time
+
+
+class Sums:
+    """Sums and counts by name, added up on the device and read once."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, found: Mapping[str, Tensor]) -> None:
+        """Take further sums and counts, [2] each."""
+        for name, pair in found.items():
+            self.values[name] = self.values[name] + pair if name in self.values else pair
+
+    def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
+        names = sorted(set(gather_object(list(self.values))))  # a rank may have had nothing to measure
+        if not names:
+            return {}
+        nothing = torch.zeros(2, dtype=torch.float64)
+        totals = reduce(torch.stack([self.values.get(name, nothing).to(device).double() for name in names])).tolist()
+        self.values = {}
+        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
+        if kernel := means.pop("uniformity_kernel", None):
+            means["uniformity"] = math.log(kernel)
+        return means
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,17 +15,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
-from accelerate.utils import DynamoBackend, gather_object, send_to_device
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import DynamoBackend, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
-from .data import CMLMDataCollator, RankShare, TokenBudgetSampler, mask_settings, sequence_lengths
+from .data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
+from .data.share import share_loader
 from .gradient_cache import GradientCache
 from .losses import PARTS
+from .measures import Sums
 from .memory import keep_freed_memory
 from .modeling import CMLMModel, CMLMOutput
 from .ops import ComplementaryMask, complementary_mask
@@ -38,30 +41,6 @@ EVALUATION_STEP = 2**32 - 1
 
 #: What the seed of view 2's masks differs by where the views are masked independently.
 INDEPENDENT = 0x9E3779B97F4A7C15
-
-
-class _Sums:
-    """Sums and counts by name, added up on the device and read once."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, found: dict[str, Tensor]) -> None:
-        for name, pair in found.items():
-            self.values[name] = self.values[name] + pair if name in self.values else pair
-
-    def read(self, reduce: Any, device: torch.device) -> dict[str, float]:
-        """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
-        names = sorted(set(gather_object(list(self.values))))  # a rank may have had nothing to measure
-        if not names:
-            return {}
-        nothing = torch.zeros(2, dtype=torch.float64)
-        totals = reduce(torch.stack([self.values.get(name, nothing).to(device).double() for name in names])).tolist()
-        self.values = {}
-        means = {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count}
-        if kernel := means.pop("uniformity_kernel", None):
-            means["uniformity"] = math.log(kernel)
-        return means
 
 
 class CMLMTrainer(ResumableTrainer):
@@ -118,7 +97,7 @@ class CMLMTrainer(ResumableTrainer):
             raise ValueError("CMLMTrainer: expected model to be None where model_init is given, got both")
         self.special_ids = torch.tensor(settings.pop("special_ids"))
         self.mask_settings = settings
-        self._sums = _Sums()
+        self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
         if data_collator is None:
@@ -197,14 +176,14 @@ class CMLMTrainer(ResumableTrainer):
         return super().train(resume_from_checkpoint, **options)
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **options: Any) -> Any:
-        self._first, self._sums = True, _Sums()  # others are of another training, or one that auto_find_batch_size gave up
+        self._first, self._sums = True, Sums()  # others are of another training, or one that auto_find_batch_size gave up
         return super()._inner_training_loop(batch_size, *args, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
         args, dataset = self.args, self.train_dataset
         if args.max_tokens is None:
-            return self._shared(super().get_train_dataloader(), args.dataloader_drop_last)
+            return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
@@ -217,26 +196,22 @@ class CMLMTrainer(ResumableTrainer):
         return prepare_data_loader(loader, num_processes=1, process_index=0)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the Trainer's, but no rank sees a sample twice: see `data.RankShare`."""
-        return self._shared(super().get_eval_dataloader(eval_dataset))
+        """As the Trainer's, but no rank sees a sample twice (see `data.RankShare`), and dataloader_drop_last drops none."""
+        with self._to_the_last():
+            return share_loader(super().get_eval_dataloader(eval_dataset), self.args)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As `get_eval_dataloader`."""
-        return self._shared(super().get_test_dataloader(test_dataset))
+        with self._to_the_last():
+            return share_loader(super().get_test_dataloader(test_dataset), self.args)
 
-    def _shared(self, loader: DataLoader, drop_last: bool = False) -> DataLoader:
-        shard = loader.batch_sampler
-        if self.accelerator.num_processes == 1:
-            return loader
-        if not isinstance(shard, BatchSamplerShard):
-            rule = "one with a length, without dispatch_batches, where several ranks share it"
-            raise ValueError(f"CMLMTrainer: expected dataset to be {rule}, got {type(loader.dataset).__name__}")
-        batches = RankShare(shard.batch_sampler, self.args.process_index, self.args.world_size, drop_last=drop_last)
-        names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers",
-                 "in_order", "multiprocessing_context")  # fmt: skip
-        options: dict[str, Any] = {name: getattr(loader, name) for name in names}
-        return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), self.args.device,
-                                   num_processes=1, process_index=0, put_on_device=True)  # fmt: skip
+    @contextmanager
+    def _to_the_last(self) -> Iterator[None]:
+        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = kept
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """The batch on the device, with both views and the role of each token."""
@@ -353,7 +328,7 @@ class CMLMTrainer(ResumableTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
-        training, self._sums = self._sums, _Sums()
+        training, self._sums = self._sums, Sums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
             means = self._sums.read(self._reduce, self.args.device)

@@ -108,7 +108,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
-             "batches": batches_without_the_last(trainer, rows.select(range(24))),
+             "batches": batches_without_the_last(trainer, rows.select(range(21))),
              "tested": trainer.predict(trainer.eval_dataset).metrics,
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
     if fsdp:

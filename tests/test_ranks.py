@@ -60,12 +60,12 @@ def test_held_out_scores_do_not_depend_on_the_ranks(name, runs):
     for rank in ranks:
         for score in names:
             assert rank["scores"][score] == pytest.approx(one["scores"][score], rel=1e-3, abs=1e-4), score
-        assert rank["tested"]["test_mlm"] == pytest.approx(one["scores"]["eval_mlm"], rel=1e-3)
+        assert rank["tested"]["test_mlm"] == pytest.approx(one["scores"]["eval_mlm"], rel=1e-5)  # the last rows weigh more
 
 
 @pytest.mark.parametrize("name", ["ddp-1", "ddp-2", "ddp-3"])
 def test_held_out_batches_are_all_seen_whatever_the_training_leaves_out(name, runs):
-    # Three full batches.
+    # Two full batches and a short one.
     assert [rank["batches"] for rank in load(runs, name)] == {"1": [3], "2": [2, 2], "3": [1, 1, 1]}[name[-1]]
 
 

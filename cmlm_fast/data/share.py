@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class RankShare(Sampler[list[int]]):
@@ -43,3 +46,26 @@ class RankShare(Sampler[list[int]]):
         while batches := list(islice(rounds, self.ranks)):
             if len(batches) == self.ranks or not self.drop_last:
                 yield batches[self.rank] if self.rank < len(batches) else []
+
+
+def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bool = False) -> DataLoader[Any]:
+    """The Trainer's loader, its batches dealt out by `RankShare` where there are several ranks.
+
+    Raises:
+        ValueError: a stream, or batches that rank 0 sends to the others.
+    """
+    from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+
+    if args.world_size == 1:
+        return loader
+    shard = loader.batch_sampler
+    if not isinstance(shard, BatchSamplerShard):
+        rule = "one with a length, without dispatch_batches, where several ranks share it"
+        raise ValueError(f"CMLMTrainer: expected dataset to be {rule}, got {type(loader.dataset).__name__}")
+    batches = RankShare(shard.batch_sampler, args.process_index, args.world_size, drop_last=drop_last)
+    names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers", "in_order",
+             "multiprocessing_context")  # fmt: skip
+    options: dict[str, Any] = {name: getattr(loader, name) for name in names}
+    # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
+    return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), args.device, num_processes=1,
+                               process_index=0, put_on_device=True)  # fmt: skip
