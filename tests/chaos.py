@@ -36,7 +36,7 @@ def prepare(folder: Path) -> tuple[str, ...]:
     import cmlm_fast.trainer  # noqa: F401
 
     make_lm(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).save_pretrained(folder / "start")
-    make_tokenizer(make_sentences()).save_pretrained(folder / "start")
+    make_tokenizer().save_pretrained(folder / "start")
     (folder / "texts.txt").write_text("\n".join(make_sentences()) + "\n", encoding="utf-8")
     return ("post-train", "--model", str(folder / "start"), "--train-file", str(folder / "texts.txt"), "--batch-size", "8",
             "--gradient-accumulation", "2", "--learn-temperature", "--projection", "16", "--save-steps", "2",

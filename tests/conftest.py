@@ -42,18 +42,19 @@ def make_sentences() -> list[str]:
     return [f"{who} {does} {what}, {_END[i % 4]}." for i, (who, does, what) in enumerate(product(_WHO, _DOES, _WHAT))]
 
 
-def make_tokenizer(sentences: list[str]) -> Any:
-    """A BERT-like WordPiece tokenizer of about 200 tokens, small enough that long words split."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+def make_tokenizer() -> Any:
+    """A BERT-like WordPiece tokenizer of 200 tokens, so few that long words split; made of `make_sentences` once, since such a
+    training differs from run to run."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
                "mask_token": "[MASK]"}  # fmt: skip
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    vocabulary = Path(__file__).with_name("vocabulary.txt").read_text(encoding="utf-8").split()
+    words = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=list(special.values()), show_progress=False)
-    tokenizer.train_from_iterator(sentences, trainer)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
@@ -85,9 +86,9 @@ def sentences() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def tiny_tokenizer(sentences: list[str]) -> Any:
-    """PreTrainedTokenizerFast, about 200 tokens: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4."""
-    return make_tokenizer(sentences)
+def tiny_tokenizer() -> Any:
+    """PreTrainedTokenizerFast, 200 tokens: [PAD] 0, [UNK] 1, [CLS] 2, [SEP] 3, [MASK] 4."""
+    return make_tokenizer()
 
 
 def make_lm(kind: str = "bert", vocabulary: int = 220, layers: int = 2, **options: Any) -> Any:

@@ -148,7 +148,7 @@ def batches_without_the_last(trainer: CMLMTrainer, rows: Any) -> int:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    tokenizer = make_tokenizer(make_sentences())
+    tokenizer = make_tokenizer()
     rows = tokenize_texts(Dataset.from_dict({"text": make_sentences()}), tokenizer, max_length=32)
 
     def run(name: str, world: int, **options: Any) -> None:

@@ -82,7 +82,7 @@ def test_the_sequence_part_is_info_nce_of_the_projected_means(scheme, projection
 @pytest.mark.parametrize("rows", [1024, 7])
 def test_every_measure_is_the_one_written_out(rows, tiny_rows, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("cmlm_fast.measures._ROWS", rows)
-    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, packed=False, config=CMLMConfig(rate=0.3))
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, packed=False, config=CMLMConfig(rate=0.5, complement_rate=0.9))
     model = trainer.model.eval()
     batch = trainer.mask(trainer.data_collator([tiny_rows[i] for i in range(0, 420, 30)]), 0)
     found = {name: (total / count).item() for name, (total, count) in model(**batch, measured=True).measures.items()}
