@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 _FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
@@ -17,6 +17,9 @@ def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
     `SentenceTransformer` then takes the mean over tokens.
 
     `options` are those of `from_pretrained`; the ones that say where a file is found are heeded.
+
+    Raises:
+        ValueError: modules.json names a place outside of the checkpoint, where `write_pooling` would write.
     """
     options = {name: value for name, value in options.items() if name in _WHERE}
     modules = _read(model, "modules.json", options)
@@ -24,6 +27,8 @@ def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
         return {}
     found: dict[str, bytes | None] = {"modules.json": modules, **{name: _read(model, name, options) for name in _FILES}}
     for module in filter(None, (each["path"] for each in json.loads(modules))):
+        if PurePosixPath(module).is_absolute() or ".." in PurePosixPath(module).parts:
+            raise ValueError(f"expected modules.json of {model} to name folders below it, got {module}")
         found[f"{module}/"] = None
         for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
             found[f"{module}/{name}"] = _read(model, f"{module}/{name}", options)

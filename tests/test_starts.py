@@ -140,6 +140,13 @@ def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path, ti
     assert before == pytest.approx(after, abs=1e-6)
 
 
+@pytest.mark.parametrize("path", ["../elsewhere", "/tmp/elsewhere", "1_Pooling/../../elsewhere"])
+def test_a_module_outside_of_the_checkpoint_is_refused(path, tiny_checkpoint):
+    (Path(tiny_checkpoint) / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
+    with pytest.raises(ValueError, match=r"expected modules.json of .* to name folders below it, got .*elsewhere"):
+        CMLMModel.from_pretrained(tiny_checkpoint)
+
+
 def test_an_optimizer_of_another_model_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
     optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
