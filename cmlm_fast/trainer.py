@@ -158,8 +158,13 @@ class CMLMTrainer(ResumableTrainer):
     @property
     def cmlm(self) -> CMLMConfig:
         """The objective."""
-        config: CMLMConfig = self.accelerator.unwrap_model(self.model).cmlm
-        return config
+        return self._plain_model.cmlm
+
+    @property
+    def _plain_model(self) -> CMLMModel:
+        # accelerate's way there looks through all modules, each time.
+        model: CMLMModel = self.model if isinstance(self.model, CMLMModel) else self.accelerator.unwrap_model(self.model)
+        return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
@@ -235,7 +240,7 @@ class CMLMTrainer(ResumableTrainer):
             second = (1.0 - config.rate) * config.complement_rate
             view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
-        jitter = self.accelerator.unwrap_model(self.model).jitter(batch["sample_ids"], seed, step)
+        jitter = self._plain_model.jitter(batch["sample_ids"], seed, step)
         known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
         sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
@@ -258,8 +263,9 @@ class CMLMTrainer(ResumableTrainer):
             return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
         if not batches:
             return [], None
-        loss = self.accelerator.unwrap_model(self.model).loss
-        divisor = self._reduce(sum(loss.counts(batch["role"], _sequences(batch)) for batch in batches))
+        loss = self._plain_model.loss
+        counts = [loss.counts(batch["role"], _sequences(batch)) for batch in batches]
+        divisor = self._reduce(sum(counts[1:], counts[0]))
         batches = [{**batch, "divisor": divisor} for batch in batches]
         if self.args.contrastive_batch_size is not None:
             size = self.args.contrastive_batch_size // self.args.per_device_train_batch_size
@@ -283,7 +289,7 @@ class CMLMTrainer(ResumableTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
         """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
-        self.accelerator.unwrap_model(self.model).loss.clamp_temperatures()
+        self._plain_model.loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
         output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
         self._sums.add(self._parts(output))
@@ -320,7 +326,7 @@ class CMLMTrainer(ResumableTrainer):
     def _temperatures(self) -> dict[str, float]:
         if not self.cmlm.learn_temperature:
             return {}
-        loss = self.accelerator.unwrap_model(self.model).loss
+        loss = self._plain_model.loss
         scales = {"token": loss.token.temperature.logit_scale, "sequence": loss.sequence.temperature.logit_scale}
         # Under FSDP a parameter is a shard outside the forward pass.
         full = {name: getattr(scale, "full_tensor", lambda s=scale: s)() for name, scale in scales.items() if scale is not None}
@@ -355,7 +361,7 @@ class CMLMTrainer(ResumableTrainer):
 
     def resume_from(self, checkpoint: str) -> None:
         """A checkpoint also restores projection and learned temperatures."""
-        self.accelerator.unwrap_model(self.model).load_contrast(checkpoint)
+        self._plain_model.load_contrast(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -367,7 +373,7 @@ class CMLMTrainer(ResumableTrainer):
         folder = output_dir or self.args.output_dir
         state = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(folder, state)
+            self._plain_model.save_pretrained(folder, state)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
