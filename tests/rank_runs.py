@@ -72,7 +72,7 @@ def use_fsdp2() -> None:
 
 
 def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
-          evaluate_first: bool = False, full_at: int = 0, **options: Any) -> None:  # fmt: skip
+          evaluate_first: bool = False, full_at: int = 0, scale: float | None = None, **options: Any) -> None:  # fmt: skip
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
@@ -87,6 +87,8 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
                           eval_dataset=rows.select(range(33, 54)), processing_class=tokenizer,
                           callbacks=[gradients])  # fmt: skip
     gradients.trainer = trainer
+    if scale is not None:
+        trainer.model.loss.token.temperature.logit_scale.data.fill_(scale)
     masks: dict[tuple[int, int], list[torch.Tensor]] = {}
     make = trainer.mask
 
@@ -107,6 +109,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
+             "temperature": [entry["token_temperature"] for entry in trainer.state.log_history if "loss" in entry],
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
              "batches": batches_without_the_last(trainer, rows.select(range(21))),
              "tested": trainer.predict(trainer.eval_dataset).metrics,
@@ -173,6 +176,7 @@ def main() -> None:
     run("fsdp-2", 2, fsdp=True)
     run("fsdp-adam", 2, fsdp=True, **adam)
     run("fsdp-adam-resumed", 2, fsdp=True, resume=str(folder / "fsdp-adam" / "checkpoint-2"), **adam)
+    run("fsdp-clamped", 2, fsdp=True, scale=6.0, max_steps=2)
     run("fsdp-bf16", 2, fsdp=True, bf16=True, num_train_epochs=1, **adam)
     run("ddp-adam", 1, **adam)
 

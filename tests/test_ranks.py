@@ -108,6 +108,11 @@ def test_fsdp2_in_bfloat16_keeps_losses_in_float32(runs):
     assert any(loss != torch.tensor(loss).bfloat16().item() for loss in first["sequence"])
 
 
+def test_fsdp2_keeps_a_learned_temperature_in_bounds(runs):
+    for rank in load(runs, "fsdp-clamped"):  # as in test_a_learned_temperature_stays_in_bounds
+        assert rank["temperature"][-1] == pytest.approx(0.01, rel=0.01)
+
+
 def test_gradient_caching_of_a_temperature_that_fsdp_shards_is_refused(runs):
     for rank in load(runs, "fsdp-2"):
         refusal = "CMLMTrainer: expected contrastive_batch_size to be None where FSDP shards a learned temperature"
