@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from cmlm_fast.cli import app
 from cmlm_fast.data import load_labelled
 from cmlm_fast.fewshot import FewShotExperiment, draw
-from cmlm_fast.fewshot.cells import append_cell, fingerprint, read_cells
+from cmlm_fast.fewshot.cells import fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
-from cmlm_fast.fewshot.tables import interval, markdown, rows_of, write_tables
+from cmlm_fast.fewshot.tables import rows_of
 from cmlm_fast.output import DivergedError
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
@@ -149,75 +149,6 @@ def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
     assert load_labelled(path)["label"][:4] == ["0", "1", "2", "0"]
 
 
-def made_up(accuracy, method, d, dataset="a", shots=4):
-    return {"dataset": dataset, "method": method, "shots": shots, "draw": d, "accuracy": accuracy, "macro_f1": accuracy / 2,
-            "fine_tune_seconds": 1.0, "post_train_seconds": 2.0, "encoder_tokens": 3, "setup_id": "s",
-            "method_id": method, "device": "cpu", "torch": "2.13.0"}  # fmt: skip
-
-
-def test_differences_are_paired_and_have_their_interval():
-    from scipy.stats import ttest_rel
-
-    random = np.random.default_rng(0)
-    ft, cmlm = random.random(5), random.random(5)
-    cells = [made_up(x, name, d) for name, values in (("ft", ft), ("cmlm", cmlm)) for d, x in enumerate(values)]
-    base, row = rows_of(cells)
-    assert base.difference is None and row.accuracy == pytest.approx(cmlm.mean())
-    assert row.accuracy_sd == pytest.approx(cmlm.std(ddof=1)) and row.macro_f1 == pytest.approx(cmlm.mean() / 2)
-    expected = ttest_rel(cmlm, ft).confidence_interval(0.95)
-    assert (row.low, row.high) == pytest.approx(tuple(expected)) and row.difference == pytest.approx((cmlm - ft).mean())
-    assert (row.ahead, row.compared) == ((cmlm > ft).sum(), 5) and interval([0.1]) is None
-    # A second condition: the mean over both is taken draw by draw, over the draws that both have.
-    cells += [made_up(x + 0.1, name, d, "b") for name, values in (("ft", ft), ("cmlm", cmlm)) for d, x in enumerate(values[:3])]
-    last = rows_of(cells)[-1]
-    assert (last.dataset, last.method, last.draws) == ("all", "cmlm", 3)
-    assert last.accuracy == pytest.approx(cmlm[:3].mean() + 0.05) and last.difference == pytest.approx((cmlm - ft)[:3].mean())
-    noise = [made_up(x, name, 0, data) for data, pair in (("a", (0.1, 0.3)), ("b", (0.3, 0.1)))
-             for name, x in zip(("ft", "cmlm"), pair, strict=True)]  # fmt: skip
-    assert rows_of(noise)[-1].ahead == 0 and "| -0.0 |" not in markdown(rows_of(noise), "ft")
-    # The same name with another objective is a row of its own.
-    names = [row.method for row in rows_of([*cells[:10], {**made_up(0.9, "cmlm", 0), "method_id": "other"}])]
-    assert names == ["ft", "cmlm #cmlm", "cmlm #other"]
-    # Schedules that differ are told apart beside one another; a condition of two setups is in no mean over all.
-    tapt, cmlm = ({**made_up(0.9, name, 0), "schedule": {"epochs": n}} for n, name in enumerate(("tapt", "cmlm")))
-    assert [row.method for row in rows_of([cells[0], tapt, cmlm])] == ["ft", "tapt #tapt", "cmlm #cmlm"]
-    assert [row.dataset for row in rows_of([cells[0], {**cells[0], "setup_id": "t"}, cells[10]])] == ["a", "a", "b"]
-
-
-def test_the_tables_say_where_cells_of_several_machines_are_mixed(tmp_path):
-    cells = [made_up(0.5, "ft", 0), made_up(0.6, "cmlm", 0)]
-    write_tables(tmp_path, cells)
-    assert "A difference may be" not in (tmp_path / "results.md").read_text(encoding="utf-8")
-    write_tables(tmp_path, [cells[0], {**cells[1], "device": "NVIDIA H100"}])
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert "Cells: 1 on cpu with torch 2.13.0, 1 on NVIDIA H100 with torch 2.13.0." in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "results.md", "results.png"]
-
-
-def test_the_tables_say_in_what_settings_differ(tmp_path):
-    def cell(name, rate=2e-4, epochs=2, mask=0.3, model="start"):
-        setup = {"model": model, "fine_tuning": {"learning_rate": rate, "epochs": 10.0}, "max_length": 128}
-        post = {} if name == "ft" else {"objective": {"rate": mask, "scope": "batch"}, "schedule": {"epochs": epochs}}
-        ids = {"setup_id": str(rate), "method_id": f"{mask}{epochs}" if post else "ft"}
-        return {**made_up(0.5, name, 0), **ids, "setup": setup, **post}
-
-    write_tables(tmp_path, [cell("ft"), cell("cmlm"), cell("tapt", mask=0.15)])
-    assert "settings" not in (tmp_path / "results.md").read_text(encoding="utf-8")
-    write_tables(tmp_path, [cell("ft"), cell("ft", rate=2e-5, model="other"), cell("cmlm"), cell("cmlm", mask=0.4),
-                            cell("tapt", epochs=4, mask=0.15)])  # fmt: skip
-    text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert text.endswith("""### In what the settings differ
-
-- a, setup 0.0002: model start, fine_tuning.learning_rate 0.0002
-- a, setup 2e-05: model other, fine_tuning.learning_rate 2e-05
-- cmlm #0.32: objective.rate 0.3
-- cmlm #0.42: objective.rate 0.4
-- cmlm #0.32: schedule.epochs 2
-- cmlm #0.42: schedule.epochs 2
-- tapt #0.154: schedule.epochs 4
-""")
-
-
 def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoint, files, tmp_path):
     said, options = [], {"shots": (2,), "draws": 1}
     experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt",), **options).run()
@@ -338,17 +269,6 @@ def test_cells_of_other_texts_are_not_compared(tiny_checkpoint, files, tmp_path,
     test.write_text(test.read_text() + Path(files["train"]).read_text().splitlines()[1] + "\n")
     experiment(tiny_checkpoint, files, tmp_path / "out").check()
     assert "texts: 1 texts of the test set are in train too" in caplog.text
-    write_tables(tmp_path, [made_up(0.5, "ft", 0), made_up(0.6, "cmlm", 0)], "tapt")
-    assert "no differences: baseline tapt is not among the methods of the cells, ft, cmlm" in caplog.text
-
-
-def test_a_torn_line_costs_that_line_alone(tmp_path, caplog):
-    path = tmp_path / "cells.jsonl"
-    append_cell(path, {"key": "1"})
-    with path.open("a") as file:
-        file.write('{"key": "2')
-    append_cell(path, {"key": "3"})
-    assert [cell["key"] for cell in read_cells(path)] == ["1", "3"] and "line 2 is no JSON" in caplog.text
 
 
 def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, sentences, tmp_path):
@@ -456,13 +376,3 @@ def test_the_script_of_the_whole_comparison_runs_every_set_once(tiny_checkpoint,
     cells = read_cells(tmp_path / "out" / "cells.jsonl")
     assert {(c["dataset"], c["shots"]) for c in cells} == {("snips", 16), ("snips", 64), ("banking77", 16), ("banking77", 32)}
     assert len(cells) == 4 and {c["threads"] for c in cells} == {1} and result.stdout.count("accuracy") == 4
-
-
-RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("fewshot*/cells.jsonl"))
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.parent.name)
-def test_committed_tables_are_made_of_the_committed_cells(path, tmp_path):
-    write_tables(tmp_path, read_cells(path))
-    for name in ("results.md", "results.csv"):
-        assert (path.parent / name).read_text(encoding="utf-8") == (tmp_path / name).read_text(encoding="utf-8")

@@ -94,7 +94,7 @@ def test_the_default_length_is_what_the_model_takes(tmp_path, tiny_tokenizer, se
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 0.5}])
-def test_a_schedule_that_would_divide_by_zero_is_refused(length, tiny_checkpoint, tiny_rows, tiny_tokenizer, tmp_path):
+def test_a_schedule_that_would_divide_by_zero_is_refused(length, tiny_rows, tiny_tokenizer, tmp_path):
     options = {"max_steps": -1, **length, "lr_scheduler_type": "polynomial", "warmup_steps": 5}
     trainer = make_trainer(tmp_path, tiny_rows.select(range(80)), tiny_tokenizer, **options)  # half an epoch has five steps
     with pytest.raises(ValueError, match=r"warmup_steps to be 0 or to leave one of 5 steps, .*, got 5"):
