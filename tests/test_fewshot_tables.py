@@ -85,6 +85,17 @@ def test_the_tables_say_in_what_settings_differ(tmp_path):
 """)
 
 
+def test_every_heading_of_a_data_set_with_several_setups_carries_its_own(tmp_path):
+    first, other = {"setup_id": "s"}, {"setup_id": "a"}
+    cells = [made_up(0.5, "ft", 0) | first, made_up(0.5, "ft", 0) | other, made_up(0.5, "ft", 0, shots=8) | other,
+             made_up(0.5, "ft", 0, "b") | {"setup_id": "b"}]  # fmt: skip
+    assert [row.setup for row in rows_of(cells)] == ["s", "a", "a", "b"]  # as they were run
+    write_tables(tmp_path, cells)
+    headings = [line for line in (tmp_path / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("### ")]
+    assert headings == ["### a, 4 labels per class (setup s)", "### a, 4 labels per class (setup a)",
+                        "### a, 8 labels per class (setup a)", "### b, 4 labels per class"]  # fmt: skip
+
+
 def test_a_torn_line_costs_that_line_alone(tmp_path, caplog):
     path = tmp_path / "cells.jsonl"
     append_cell(path, {"key": "1"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 _COLUMNS = 4
 
 
-def plot_differences(rows: Sequence[Row], baseline: str, path: Path) -> None:
-    """Draw points with 95 % intervals; a method without a difference to the baseline has none."""
+def plot_differences(rows: Sequence[Row], baseline: str, path: Path, with_setup: Collection[str] = ()) -> None:
+    """Draw points with 95 % intervals; a method without a difference to the baseline has none. Titles of the
+    data sets `with_setup` have the first digits of the setup's fingerprint."""
     compared = [row for row in rows if row.difference is not None] or rows
     panels = list(dict.fromkeys(row[:3] for row in compared))
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name != baseline]
@@ -23,7 +24,6 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path) -> None:
     lines = -(-len(panels) // columns)
     longest = max(map(len, methods), default=0)
     figure, pyplot = new_figure(lines, columns, width=3.0 + 0.06 * longest, height=1.4 + 0.28 * max(1, len(methods)))
-    several = len({row.setup for row in rows if row.setup}) > 1
     for axes, panel in zip(figure.axes, panels, strict=False):
         found = {row.method: row for row in rows if row[:3] == panel}
         for place, name in enumerate(methods):
@@ -35,7 +35,7 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path) -> None:
         base = found.get(baseline)
         start = "" if base is None else f"\n{baseline} {100 * base.accuracy:.1f} %"
         title = "mean over all" if shots is None else f"{dataset}, {shots} a class"
-        axes.set_title(title + (f" ({setup[:4]})" if several and setup else "") + start, fontsize=9)
+        axes.set_title(title + (f" ({setup[:4]})" if dataset in with_setup else "") + start, fontsize=9)
         axes.axvline(0.0, color="C7", linewidth=1)
         axes.set(yticks=range(len(methods)), ylim=(max(1, len(methods)) - 0.5, -0.5))
         axes.set_yticklabels(methods, fontsize=8)

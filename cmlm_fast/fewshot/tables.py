@@ -102,8 +102,14 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
         writer.writerow(Row._fields)
         writer.writerows(rows)
     with _whole(folder / "results.png") as path:
-        plot_differences(rows, baseline, path)
+        plot_differences(rows, baseline, path, with_several_setups(rows))
     return rows
+
+
+def with_several_setups(rows: Iterable[Row]) -> set[str]:
+    """The data sets that were run with more than one setup, each of which then has to be named."""
+    setups = {(row.dataset, row.setup) for row in rows}
+    return {dataset for dataset, count in Counter(dataset for dataset, _ in setups).items() if count > 1}
 
 
 @contextmanager
@@ -161,9 +167,7 @@ def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
 
 def markdown(rows: Sequence[Row], baseline: str) -> str:
     """One table per condition: accuracy, macro-F1, difference and time, in percent and seconds."""
-    setups: dict[tuple[str, int | None], set[str]] = {}
-    for row in rows:
-        setups.setdefault((row.dataset, row.shots), set()).add(row.setup)
+    several = with_several_setups(rows)
     parts = [f"""Accuracy and macro-F1 in %, mean ± standard deviation over draws. Difference: accuracy against {baseline}
 on the same draws, with the 95 % t interval of its mean. Seconds per draw: post-training + fine-tuning and scoring. Tokens:
 what passed the encoder in post-training, both views."""]
@@ -175,7 +179,7 @@ what passed the encoder in post-training, both views."""]
             last = row[:3]
             title = row.dataset if row.shots is None else f"{row.dataset}, {row.shots} labels per class"
             title = "Mean over all of the above" if row.shots is None else title
-            title += f" (setup {row.setup})" if len(setups[row.dataset, row.shots]) > 1 else ""
+            title += f" (setup {row.setup})" if row.dataset in several else ""
             parts.append(f"\n### {title}\n\n| method | draws | accuracy | macro-F1 | difference | ahead | seconds | tokens |\n"
                          "|---|---|---|---|---|---|---|---|")  # fmt: skip
         parts.append(f"| {row.method} | {row.draws} | {_spread(row.accuracy, row.accuracy_sd)} | "
@@ -215,7 +219,7 @@ def _marked(row: Row | None) -> str:
 
 
 def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, Cell]]]:
-    """condition -> method -> draw -> cell, data sets and shots in order, methods as they came."""
+    """condition -> method -> draw -> cell, data sets and shots in order, setups and methods as they came."""
     found: dict[Condition, dict[str, dict[int, Cell]]] = {}
     cells = list(cells)
     kinds: dict[tuple[str, str], set[str]] = {}
@@ -227,7 +231,7 @@ def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, 
         several = len(kinds[_kind(cell)]) > 1 or (cell.get("schedule") is not None and len(schedules) > 1)
         name = cell["method"] + (f" #{cell['method_id'][:6]}" if several else "")
         found.setdefault(condition, {}).setdefault(name, {})[cell["draw"]] = cell
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: item[0][:2]))
 
 
 def _kind(cell: Cell) -> tuple[str, str]:
