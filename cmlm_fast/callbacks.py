@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from .checkpoints import step_of
 from .output import Stopped
 
 
@@ -64,6 +65,9 @@ class TrainingTime(TrainerCallback, ExportableState):
 class MetricsFile(TrainerCallback):
     """Writes every log entry as one line of JSON; a resumed run first drops what it will write again.
 
+    It stands behind the callbacks that decide on checkpoints: each has an entry of its step, so that the means of the entries
+    after it are of the same steps where the run goes on from it.
+
     Args:
         path: metrics.jsonl.
         checkpoint: folder checkpoint-N that the run goes on from, or None.
@@ -71,14 +75,14 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, checkpoint: Path | None) -> None:
         self.path = path
+        self._begin = step_of(checkpoint) if checkpoint is not None else 0
         if checkpoint is not None and path.exists():
-            last = int(checkpoint.name.rpartition("-")[2])
             kept, ended = [], None
             for entry in self._entries():
+                if entry["step"] <= self._begin and entry["step"] != ended:
+                    kept.append(json.dumps(entry))
                 if "train_runtime" in entry:  # a training's last line, before the scores after it
                     ended = entry["step"]
-                if entry["step"] <= last and entry["step"] != ended:
-                    kept.append(json.dumps(entry))
             new = path.with_name(".saving-metrics")
             new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(new, path)
@@ -87,9 +91,14 @@ class MetricsFile(TrainerCallback):
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line at the end
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Log what is saved."""
+        control.should_log |= control.should_save
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Append one line."""
-        if state.is_world_process_zero and logs:
+        """Append one line; none of a training that had nothing left to do."""
+        idle = "train_runtime" in (logs or ()) and 0 < self._begin == state.global_step
+        if state.is_world_process_zero and logs and not idle:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
 

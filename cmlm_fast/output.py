@@ -110,9 +110,9 @@ def _fill(file: IO[bytes], size: int) -> None:
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:
-    """The summary of the run whose folder it is, if that has ended."""
-    path = folder / SUMMARY
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """The summary of the run whose folder it is, if that has ended and its model is still there."""
+    whole = all(any(folder.glob(name)) for name in (SUMMARY, "config.json", "model*.safetensors", "tokenizer_config.json"))
+    return json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if whole else None
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
             write_settings(folder, prepared.settings)
         trainer = CMLMTrainer(
             prepared.model, prepared.arguments, train_dataset=prepared.train, eval_dataset=prepared.evaluation,
-            processing_class=prepared.tokenizer, callbacks=[metrics, spent, stop],
+            processing_class=prepared.tokenizer, callbacks=[stop, metrics, spent],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback if prepared.arguments.disable_tqdm else ProgressCallback)
         trainer.add_callback(progress)

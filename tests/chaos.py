@@ -40,7 +40,7 @@ def prepare(folder: Path) -> tuple[str, ...]:
     (folder / "texts.txt").write_text("\n".join(make_sentences()) + "\n", encoding="utf-8")
     return ("post-train", "--model", str(folder / "start"), "--train-file", str(folder / "texts.txt"), "--batch-size", "8",
             "--gradient-accumulation", "2", "--learn-temperature", "--projection", "16", "--save-steps", "2",
-            "--save-total-limit", "1", "--logging-steps", "1", "--max-length", "32", "--no-bf16")  # fmt: skip
+            "--save-total-limit", "1", "--logging-steps", "3", "--max-length", "32", "--no-bf16")  # fmt: skip
 
 
 def start(arguments: tuple[str, ...], output: Path, log: Path, *more: str) -> int:

@@ -185,7 +185,14 @@ def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):
                {"step": 2, "loss": 1.9}, {"step": 2, "train_runtime": 1.0}, {"step": 2, "eval_loss": 2.5}]  # fmt: skip
     path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
     MetricsFile(path, tmp_path / "checkpoint-2")
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [entries[0], entries[1], entries[3]]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == entries[:-1]
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_leg_that_trains_nothing_leaves_the_training_s_line_alone(step, tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", tmp_path / "checkpoint-3")
+    metrics.on_log(None, SimpleNamespace(is_world_process_zero=True, global_step=step), None, {"train_runtime": 0.01})
+    assert metrics.path.exists() == (step > 3)
 
 
 def test_what_is_renamed_into_place_is_on_the_disk_before_and_the_summary_comes_last(tmp_path, monkeypatch):
@@ -196,12 +203,14 @@ def test_what_is_renamed_into_place_is_on_the_disk_before_and_the_summary_comes_
     written = {"weights.bin", "inner", "shard.bin", "manifest.json", "checkpoint-4"}
     assert set(events[:5]) == written and events[5:] == ["-> checkpoint-4", tmp_path.name]
     events.clear()
-    names = {"summary.json", "model.safetensors", "config.json", "a"}
+    names = {"summary.json", "model.safetensors", "config.json", "tokenizer_config.json"}
     with staged(tmp_path) as staging:
         for name in names:
             (staging / name).write_text("{}")
     assert names < set(events[:5]) and set(events[5:]) == {f"-> {name}" for name in names}
     assert events[-1] == "-> summary.json" and finished_run(tmp_path) == {}
+    (tmp_path / "model.safetensors").unlink()  # the run made it, but it is gone
+    assert finished_run(tmp_path) is None
 
 
 def test_a_checkpoint_knows_how_long_it_was_trained(tmp_path, tiny_rows, tiny_tokenizer):
