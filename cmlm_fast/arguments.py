@@ -66,6 +66,9 @@ class CMLMTrainingArguments(TrainingArguments):
         if self.n_gpu > 1:  # the Trainer would cut the batches' tensors apart for nn.DataParallel
             logger.warning("%d GPUs: one process uses the first, torchrun --nproc-per-node %d all", self.n_gpu, self.n_gpu)
             self._n_gpu = 1
+        end = (self.lr_scheduler_kwargs or {}).get("lr_end", 1e-7)  # transformers' own, which it refuses when it trains
+        broken = self.lr_scheduler_type == "polynomial" and self.learning_rate <= end
+        self._refuse(broken, "learning_rate", f"> {end}, where the polynomial schedule ends")
 
     def check_schedule(self, steps: int) -> None:
         """Raise ValueError where the schedule divides by the steps that its warm-up leaves, and it leaves none of `steps`."""

@@ -30,9 +30,10 @@ class QuietProgress(ProgressCallback):
             self.training_bar.set_postfix(shown)
 
     def close(self) -> None:
-        """End the bar of a training that was cut, so that a message gets a line of its own."""
-        if self.training_bar is not None:
-            self.training_bar.close()
+        """End the bars of what was cut, so that a message gets a line of its own."""
+        for bar in (self.training_bar, self.prediction_bar):
+            if bar is not None:
+                bar.close()
 
 
 class TrainingTime(TrainerCallback, ExportableState):
@@ -78,7 +79,7 @@ class MetricsFile(TrainerCallback):
         self._begin = step_of(checkpoint) if checkpoint is not None else 0
         if checkpoint is not None and path.exists():
             kept, ended = [], None
-            for entry in self._entries():
+            for entry in self.entries():
                 if entry["step"] <= self._begin and entry["step"] != ended:
                     kept.append(json.dumps(entry))
                 if "train_runtime" in entry:  # a training's last line, before the scores after it
@@ -87,7 +88,10 @@ class MetricsFile(TrainerCallback):
             new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
             os.replace(new, path)
 
-    def _entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[dict[str, Any]]:
+        """All lines, also those of before a resume."""
+        if not self.path.exists():
+            return []
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line at the end
 
@@ -104,8 +108,7 @@ class MetricsFile(TrainerCallback):
 
     def first_evaluation(self) -> dict[str, float]:
         """The scores before training, of the run that this one resumes; empty where there are none."""
-        entries = self._entries() if self.path.exists() else []
-        return next((entry for entry in entries if entry["step"] == 0 and "eval_loss" in entry), {})
+        return next((entry for entry in self.entries() if entry["step"] == 0 and "eval_loss" in entry), {})
 
 
 class StopOnSignal(TrainerCallback):
@@ -123,7 +126,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped: signal.Signals | None = None
-        self._received = 0
+        self._received, self._process = 0, os.getpid()
         self._training = False
         self._before: dict[int, Any] = {}
         self._group: Any = None
@@ -139,6 +142,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that was forked from it, and is ended
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         again = self._received == number == signal.SIGINT and not dist.is_initialized()
         if again or not self._training:
             raise Stopped(signal.Signals(number))

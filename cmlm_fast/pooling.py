@@ -19,14 +19,15 @@ def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
     `options` are those of `from_pretrained`; the ones that say where a file is found are heeded.
 
     Raises:
-        ValueError: modules.json names a place outside of the checkpoint, where `write_pooling` would write.
+        ValueError: modules.json is no list of modules with their paths, or names a place outside of the checkpoint, where
+            `write_pooling` would write.
     """
     options = {name: value for name, value in options.items() if name in _WHERE}
     modules = _read(model, "modules.json", options)
     if modules is None:
         return {}
     found: dict[str, bytes | None] = {"modules.json": modules, **{name: _read(model, name, options) for name in _FILES}}
-    for module in filter(None, (each["path"] for each in json.loads(modules))):
+    for module in filter(None, _paths(modules, model)):
         if PurePosixPath(module).is_absolute() or ".." in PurePosixPath(module).parts:
             raise ValueError(f"expected modules.json of {model} to name folders below it, got {module}")
         found[f"{module}/"] = None
@@ -42,6 +43,17 @@ def write_pooling(files: Mapping[str, bytes | None], folder: Path) -> None:
             (folder / name).mkdir(parents=True, exist_ok=True)
         else:
             (folder / name).write_bytes(contents)
+
+
+def _paths(modules: bytes, model: str | Path) -> list[str]:
+    try:
+        listed = json.loads(modules)
+    except ValueError:
+        listed = None
+    if not isinstance(listed, list) or not all(isinstance(each, dict) and isinstance(each.get("path"), str) for each in listed):
+        rule = "a list of modules, each with its path"
+        raise ValueError(f"expected modules.json of {model} to be {rule}, got {modules[:80].decode(errors='replace')}")
+    return [each["path"] for each in listed]
 
 
 def _read(model: str | Path, name: str, options: Mapping[str, Any]) -> bytes | None:

@@ -34,7 +34,7 @@ from .same_run import check_settings, write_settings
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .callbacks import StopOnSignal
+    from .callbacks import MetricsFile, StopOnSignal
     from .data import TextCounts
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
@@ -175,11 +175,11 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
             raise Stopped(stop.stopped)
         after = trainer.evaluate() if prepared.evaluation is not None else {}
         summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
-        _save(trainer, prepared, summary)
+        _save(trainer, prepared, summary, metrics)
     return summary
 
 
-def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any]) -> None:
+def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any], metrics: MetricsFile) -> None:
     folder = Path(prepared.options.output_dir)
     state = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: FSDP gathers its shards
     if not ranks.is_main():
@@ -187,7 +187,7 @@ def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any]) 
     with staged(folder) as staging:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
-        plot_curves(trainer.state.log_history, staging / "curves.png")
+        plot_curves(metrics.entries(), staging / "curves.png")
         (staging / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -232,7 +232,8 @@ def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) 
     try:
         return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"expected model to be a masked LM or an encoder, got {model}: {_line(error)}") from error
+        rule = "a masked LM or an encoder that can be loaded"
+        raise ValueError(f"expected model to be {rule}, got {model}: {_line(error)}") from error
 
 
 def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:

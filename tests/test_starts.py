@@ -52,7 +52,7 @@ def test_a_damaged_start_is_one_line(tiny_checkpoint, sentence_file, tmp_path):
         prepare(options)
     file = Path(tiny_checkpoint) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder, got "):
+    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder that can be loaded, got "):
         prepare(options)
     assert not (tmp_path / "out").exists()
 
@@ -109,6 +109,12 @@ def test_a_bad_schedule_of_the_command_line_is_refused_before_all_else(tiny_chec
         prepare(PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"), **options))
 
 
+def test_a_rate_at_which_the_polynomial_schedule_ends_is_refused(tmp_path):
+    for rate, kwargs in ((1e-7, None), (1e-3, {"lr_end": 0.1})):
+        with pytest.raises(ValueError, match=r"expected learning_rate to be > .*, where the polynomial schedule ends, got "):
+            CMLMTrainingArguments(str(tmp_path), lr_scheduler_type="polynomial", learning_rate=rate, lr_scheduler_kwargs=kwargs)
+
+
 def test_a_start_that_overwrite_would_remove_is_refused(tmp_path, tiny_tokenizer, sentence_file):
     start = tmp_path / "out" / "checkpoint-2"
     make_lm().save_pretrained(start)
@@ -144,6 +150,13 @@ def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path, ti
 def test_a_module_outside_of_the_checkpoint_is_refused(path, tiny_checkpoint):
     (Path(tiny_checkpoint) / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
     with pytest.raises(ValueError, match=r"expected modules.json of .* to name folders below it, got .*elsewhere"):
+        CMLMModel.from_pretrained(tiny_checkpoint)
+
+
+@pytest.mark.parametrize("content", ["[1]", '[{"path": 3}]', '[{"type": "x"}]', '{"path": "a"}', "{}", "3", "not JSON", "\xff"])
+def test_a_list_of_modules_that_is_none_is_refused(content, tiny_checkpoint):
+    (Path(tiny_checkpoint) / "modules.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"expected modules.json of .* to be a list of modules, each with its path, got"):
         CMLMModel.from_pretrained(tiny_checkpoint)
 
 
