@@ -84,6 +84,8 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
     for name in ops or ():
         if name not in names:
             raise ValueError(f"bench: expected --op to be one of {', '.join(names)}, got {name!r}")
+    if "" in (shapes or ()):
+        raise ValueError("bench: expected --shape to be a part of a shape's label, got ''")
     wanted = [o for o in OPS if not ops or o.name in ops]
     plan = [(o, s) for o in wanted for s in o.chosen(suite, tuple(shapes or ()))]
     if not plan:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,19 +17,19 @@ from .output import DivergedError, Stopped
 
 
 @contextmanager
-def one_line_errors(stopped: str = "stopped by SIGINT") -> Iterator[None]:
-    """A bad input, a missing package or a full disk ends with one line and exit code 2; a bug keeps its traceback."""
+def one_line_errors(kept: str | None = None) -> Iterator[None]:
+    """A bad input, a missing package or a full disk ends with one line and exit code 2, a signal with one that says what is
+    `kept`; a bug keeps its traceback."""
     try:
         yield
     except (*ranks.EXPECTED, DivergedError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        # What in the package refused an option is nothing to the command line.
+        _say(f"error: {re.sub(r'^[A-Za-z_]+: (?=expected )', '', ' '.join(str(error).split()))}")
         raise typer.Exit(2) from None
-    except Stopped as signalled:
-        _say(str(signalled))
+    except KeyboardInterrupt as stopped:
+        signalled = stopped if isinstance(stopped, Stopped) else Stopped(signal.SIGINT)
+        _say(str(signalled) if signalled.kept or not kept else f"{signalled}; {kept}")
         raise typer.Exit(128 + signalled.signal) from None
-    except KeyboardInterrupt:
-        _say(stopped)
-        raise typer.Exit(130) from None
 
 
 def _say(line: str) -> None:

@@ -57,11 +57,14 @@ def few_shot_command(
     A method's objective is changed by name:field=value:…, for instance cmlm:sequence_weight=0.3.
     """
     given = dict(locals())
-    with one_line_errors("stopped; the same command goes on from the finished cells"):
+    with one_line_errors("the same command goes on from the finished cells"):
         given["methods"] = tuple(part.strip() for part in methods.split(",") if part.strip())
         given["shots"] = _numbers("shots", shots)
         quiet()
-        FewShotExperiment(**given).run(lambda line: print(line, flush=True))
+        from .callbacks import StopOnSignal
+
+        with StopOnSignal():
+            FewShotExperiment(**given).run(lambda line: print(line, flush=True))
         print(Path(output_dir, "results.md").read_text(encoding="utf-8"))  # as it is: a wrapped row is no Markdown
 
 

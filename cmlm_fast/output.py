@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 
     def __init__(self, number: signal.Signals, kept: str | None = None) -> None:
         super().__init__(f"stopped by {number.name}" + (f"; {kept}" if kept else ""))
-        self.signal = number
+        self.signal, self.kept = number, kept
 
 
 class DivergedError(ArithmeticError):
@@ -62,7 +62,8 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
     if resume:
         checkpoint = newest_whole(folder)
         if checkpoint is None:
-            raise ValueError(f"expected output_dir to hold a whole checkpoint-N to resume from, got {folder}")
+            rule = "a whole checkpoint-N to resume from (--overwrite begins anew)"
+            raise ValueError(f"expected output_dir to hold {rule}, got {folder}")
         return checkpoint
     begun = (path.name in _BEGUN or path.name.startswith(STAGING) for path in (folder.iterdir() if folder.exists() else ()))
     if not overwrite and not all(begun):
@@ -152,7 +153,9 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
 def what_is_kept(folder: Path) -> str:
     """What a run that ends early leaves, for its message."""
     found = checkpoints(folder)
-    return f"{found[-1].name} is whole, continue with --resume" if found else "there is no checkpoint"
+    if not found:
+        return "there is no checkpoint, the same command begins again"
+    return f"{found[-1].name} is whole, continue with --resume"
 
 
 def _disk_reason(error: BaseException) -> str | None:

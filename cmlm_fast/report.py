@@ -58,11 +58,11 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
                 points = [(r["step"], r[prefix + name]) for r in records if r.get(prefix + name) is not None]
                 if points:
                     look = {"color": colour, "markersize": 5, "label": text.replace("_", " ")}
-                    axes.plot(*zip(*points, strict=True), style, **look)
+                    axes.plot(*zip(*points, strict=True), style if len(points) > 1 else "o", **look)
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # beside the curves
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)
     figure.savefig(path, dpi=120)

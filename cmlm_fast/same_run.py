@@ -35,4 +35,5 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         if name in _CONTENTS:
             rule = f"what it was in the run to resume, fingerprint {before.get(name)}"
             raise ValueError(f"expected {name} to be {rule}, got another, {value}")
-        raise ValueError(f"expected {name} to be {before.get(name)}, as in the run to resume, got {value}")
+        longer = " (to train longer, start from its model)" if name in ("epochs", "max_steps") else ""
+        raise ValueError(f"expected {name} to be {before.get(name)}, as in the run to resume{longer}, got {value}")

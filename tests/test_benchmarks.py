@@ -148,6 +148,7 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
     [
         (["--op", "softmax"], "expected --op to be one of complementary_mask, token_contrastive"),
         (["--shape", "bert-huge"], "expected --shape to be a part of one of 64x128"),
+        (["--shape", ""], "expected --shape to be a part of a shape's label, got ''"),
         (["--provider", "nobody"], "expected --provider to be a part of"),
         (["--output", "."], "expected --output to be a file"),
         (["--device", "tpu"], "expected --device to be one that is here"),
@@ -162,7 +163,7 @@ def test_bad_input_is_one_clear_error(arguments, words):
 
 def test_the_command_reaches_the_suite():
     result = CliRunner().invoke(cmlm_fast, ["bench", "--op", "softmax"])
-    assert result.exit_code == 2 and "error: bench: expected --op to be one of" in result.output
+    assert result.exit_code == 2 and "error: expected --op to be one of" in result.output
 
 
 def test_outside_of_a_clone_the_command_says_what_it_needs(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import torch
 from conftest import make_lm
 from typer.testing import CliRunner
 
-from cmlm_fast import CMLMConfig, CMLMModel
+from cmlm_fast import CMLMConfig, CMLMModel, report
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
@@ -58,6 +58,16 @@ def test_post_train_writes_a_model_scores_and_curves(tiny_checkpoint, sentence_f
     assert not torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
     assert AutoTokenizer.from_pretrained(folder).mask_token == "[MASK]"
     assert not list(folder.glob(".saving*")) and "perplexity" in result.output
+
+
+def test_curves_draw_single_points_and_the_scores_before_training(tiny_checkpoint, sentence_file, tmp_path, monkeypatch):
+    drawn, new = [], report.new_figure
+    monkeypatch.setattr(report, "new_figure", lambda *a, **k: (drawn.append(new(*a, **k)), drawn[-1])[1])
+    assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out", "--logging-steps", "4").exit_code == 0
+    found = {line.get_label(): line for axes in drawn[0][0].axes for line in axes.get_lines()}
+    assert list(found["token retrieval, held out"].get_xdata()) == [0, 4]
+    single = [line for line in found.values() if len(line.get_xdata()) == 1]
+    assert single and all(line.get_marker() == "o" for line in single)
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tiny_checkpoint, sentence_file, tmp_path):

@@ -6,10 +6,12 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import fork, wait
 
 from cmlm_fast import checkpoints
 from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
@@ -52,7 +54,8 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(cases):
     case = cases["all damaged"]
     assert case["code"] == 2 and len(messages(case)) == 3, case["output"]
     assert "checkpoint-6 is damaged (model.safetensors is missing)" in messages(case)[1]
-    assert messages(case)[-1].startswith("error: expected output_dir to hold a whole checkpoint-N to resume from, got ")
+    rule = "a whole checkpoint-N to resume from (--overwrite begins anew)"
+    assert messages(case)[-1].startswith(f"error: expected output_dir to hold {rule}, got ")
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(cases):
@@ -115,6 +118,15 @@ def test_a_signal_after_the_last_step_ends_the_run():
         assert stop.stopped is signal.SIGTERM
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_worker_that_is_ended_says_nothing(tmp_path):
+    with StopOnSignal():
+        worker = fork(lambda: time.sleep(60), tmp_path / "log")
+        while not (tmp_path / "log").exists():
+            time.sleep(0.01)
+        os.kill(worker, signal.SIGTERM)
+        assert wait(worker) == -signal.SIGTERM and not (tmp_path / "log").read_text()
 
 
 def make_checkpoint(folder, step):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,14 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
     keys = {c["key"] for c in whole}
     grid = changed.check()
     assert [fingerprint(grid.facts(name, 2, 0)) in keys for name in ("ft", "cmlm")] == [True, False]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_says_what_is_kept(number, monkeypatch, tmp_path):
+    monkeypatch.setattr(FewShotExperiment, "run", lambda *_: os.kill(os.getpid(), number))
+    result = cli("few-shot", "--model", "m", "--train", "t.csv", "--test", "t.csv", "--output-dir", tmp_path / "out")
+    assert result.exit_code == 128 + number
+    assert result.stderr == f"stopped by {number.name}; the same command goes on from the finished cells\n"
 
 
 def test_draws_are_nested_and_validation_texts_are_drawn_from_no_longer(tiny_checkpoint, files, tmp_path):
@@ -281,7 +290,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
     single = file("single.tsv", "text\tlabel\n" + "".join(f"{text}\twet\n" for text in sentences[:9]))
     blank = file("blank.tsv", "text\tlabel\tturned\n" + "".join(f"{text}\t{label_of(text)}\t\n" for text in sentences))
     cases = {
-        "shots": (["--shots", "500"], "draw: expected shots to be <= "),
+        "shots": (["--shots", "500"], "error: expected shots to be <= 80, the texts labelled"),
         "no shots": (["--shots", "0"], "expected shots to be at least one number, all >= 1"),
         "words": (["--shots", "few"], "expected shots to be whole numbers between commas, got few"),
         "method": (["--methods", "ft,bert"], "expected methods to be among ft, scl, tapt"),
