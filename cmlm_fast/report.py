@@ -11,7 +11,7 @@ from rich.table import Table
 
 #: Panels of the curves: title, axis label, and the logged values each draws where they were logged.
 _PANELS = (
-    ("Training loss", "loss (nats)", ("loss", "mlm", "token", "sequence")),
+    ("Loss", "loss (nats)", ("loss", "mlm", "token", "sequence")),
     ("Retrieval and prediction", "share correct", ("masked_accuracy", "token_retrieval", "sequence_retrieval")),
     ("Similarity of the two views", "cosine", ("positive_similarity", "negative_similarity")),
 )
