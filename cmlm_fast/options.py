@@ -81,6 +81,11 @@ def expect(condition: bool, argument: str, rule: str, value: object) -> None:
         raise ValueError(f"expected {argument} to be {rule}, got {value}")
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, for a message of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def check_numbers(options: PostTrainOptions) -> None:
     """Raise ValueError where a number breaks its rule."""
     expect(0.0 <= options.eval_share < 1.0, "eval_share", "in [0, 1)", options.eval_share)

@@ -9,7 +9,6 @@ Example:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -26,10 +25,11 @@ from .backends import check_backend, use_backend
 from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
-from .options import PostTrainOptions, check_numbers, expect
+from .options import PostTrainOptions, check_numbers, expect, first_line
 from .output import SUMMARY, Stopped, check_output, disk_errors, finished_run, open_output, staged, what_is_kept
 from .report import plot_curves
-from .same_run import check_settings, write_settings
+from .same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of, write_settings
+from .start import check_length, check_vocabulary, load_model, load_tokenizer, most_tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,7 +94,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
         model.freeze_encoder()
     length = options.max_length
     if length is None:
-        length = min(128, int(tokenizer.model_max_length), _most_tokens(model, config.position_jitter))
+        length = min(128, int(tokenizer.model_max_length), most_tokens(model, config.position_jitter))
     check_length(model, length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
@@ -107,8 +107,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
         held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
     if options.max_tokens is not None:  # its rules are those of the sampler
         TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
-    settings = _settings(options, config, arguments) | {"max_length": length, "eval_share": options.eval_share}
-    settings |= {"model": start_of(model), "train_file": _fingerprint(train), "held-out texts": _fingerprint(held)}
+    settings = settings_of(options, config, arguments) | {"max_length": length, "eval_share": options.eval_share}
+    settings |= {"model": fingerprint_of_weights(model), "train_file": fingerprint_of_tokens(train),
+                 "held-out texts": fingerprint_of_tokens(held)}  # fmt: skip
     if checkpoint is not None:
         check_settings(Path(options.output_dir), settings)
     return Prepared(options, model, tokenizer, train, held, counts, checkpoint, arguments, settings)
@@ -205,45 +206,6 @@ def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str
     }
 
 
-def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint that can be post-trained; every fault is a ValueError of one line."""
-    from transformers import AutoTokenizer
-
-    path = Path(model)
-    if path.exists():
-        expect((path / "config.json").is_file(), "model", "a folder with a config.json, or a hub id", model)
-    rule = "a folder, or a hub id that can be reached, with a tokenizer"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"expected model to be {rule}, got {model}: {_line(error)}") from error
-    # transformers makes up a tokenizer of special tokens alone where a folder has none.
-    expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, model)
-    expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", model)
-    return tokenizer
-
-
-def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) -> CMLMModel:
-    """`CMLMModel.from_pretrained`; every fault is a ValueError of one line."""
-    from safetensors import SafetensorError
-
-    from .modeling import CMLMModel
-
-    try:
-        return CMLMModel.from_pretrained(model, config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        rule = "a masked LM or an encoder that can be loaded"
-        raise ValueError(f"expected model to be {rule}, got {model}: {_line(error)}") from error
-
-
-def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
-    """Raise ValueError where the tokenizer has ids that the model's embedding has no row for."""
-    from .data import mask_settings
-
-    rows, ids = model.lm.get_input_embeddings().num_embeddings, mask_settings(tokenizer)["vocab_size"]
-    expect(ids <= rows, "model", f"one whose tokenizer has at most {rows} ids, the rows of its embedding", ids)
-
-
 def _check_reports(arguments: CMLMTrainingArguments) -> None:
     """Raise ValueError where a service that metrics are to be reported to is unknown or not installed."""
     from transformers.integrations import get_reporting_integration_callbacks
@@ -252,65 +214,14 @@ def _check_reports(arguments: CMLMTrainingArguments) -> None:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        rule = "none or a service that is installed"
-        raise ValueError(f"expected report_to to be {rule}, got {', '.join(arguments.report_to)}: {_line(error)}") from error
-
-
-def _settings(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
-    """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
-    names = ("seed", "epochs", "max_steps", "batch_size", "max_tokens", "contrastive_batch_size", "learning_rate",
-             "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
-    kept = {name: getattr(options, name) for name in names}
-    if kept["contrastive_batch_size"] is not None:
-        kept["contrastive_batch_size"] *= arguments.world_size
-    step = arguments.world_size * arguments.gradient_accumulation_steps
-    batch = 1 if options.max_tokens is not None else options.batch_size
-    name = "ranks × batch_size × gradient_accumulation"
-    settings = {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
-    # An epoch's number of batches by tokens is a multiple of the ranks, so the ranks decide where they are cut.
-    return settings if options.max_tokens is None else {**settings, "ranks": arguments.world_size}
-
-
-def start_of(model: CMLMModel, settings: str = "") -> str:
-    """A fingerprint of all weights of the masked LM, and of what else it depends on."""
-    digest = hashlib.sha256(settings.encode())
-    for name, value in sorted(model.lm.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def _fingerprint(rows: Dataset | None) -> str | None:
-    """Of all token ids, in order."""
-    if rows is None:
-        return None
-    digest = hashlib.sha256()
-    for batch in rows.with_format("arrow").iter(10_000):
-        ids = batch["input_ids"].combine_chunks()
-        digest.update(ids.flatten().to_numpy().tobytes())
-        digest.update(ids.value_lengths().to_numpy().tobytes())
-    return digest.hexdigest()[:16]
+        rule, given = "none or a service that is installed", ", ".join(arguments.report_to)
+        raise ValueError(f"expected report_to to be {rule}, got {given}: {first_line(error)}") from error
 
 
 def _processes(texts: int) -> int | None:
     """For tokenising: one a core where there is work for them, else this one."""
     wanted = min(os.cpu_count() or 1, texts // 20_000)
     return wanted if wanted > 1 else None
-
-
-def check_length(model: CMLMModel, length: int, jitter: int) -> None:
-    """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
-    most = _most_tokens(model, jitter)
-    expect(most > 0, "position_jitter", f"< {most + jitter}, the positions the model has", jitter)
-    expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
-
-
-def _most_tokens(model: CMLMModel, jitter: int) -> int:
-    most = getattr(model.config, "max_position_embeddings", None)
-    if most is None:
-        return 2**31
-    pad = model.pad_of_positions()
-    return int(most) - jitter - (0 if pad is None else pad + 1)
 
 
 def fast_in_bf16() -> bool:
@@ -338,7 +249,3 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,
         dataloader_pin_memory=gpu, torch_compile=options.torch_compile, **checkpointing,
     )  # fmt: skip
-
-
-def _line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

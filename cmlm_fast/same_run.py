@@ -5,12 +5,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from .config import CMLMConfig
+from .options import PostTrainOptions
 from .output import STAGING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .arguments import CMLMTrainingArguments
+    from .modeling import CMLMModel
 
 _NAME = "settings.json"
 _CONTENTS = ("model", "train_file", "held-out texts")  # whose values are fingerprints
@@ -37,3 +49,39 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"expected {name} to be {rule}, got another, {value}")
         longer = " (to train longer, start from its model)" if name in ("epochs", "max_steps") else ""
         raise ValueError(f"expected {name} to be {before.get(name)}, as in the run to resume{longer}, got {value}")
+
+
+def settings_of(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
+    """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
+    names = ("seed", "epochs", "max_steps", "batch_size", "max_tokens", "contrastive_batch_size", "learning_rate",
+             "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
+    kept = {name: getattr(options, name) for name in names}
+    if kept["contrastive_batch_size"] is not None:
+        kept["contrastive_batch_size"] *= arguments.world_size
+    step = arguments.world_size * arguments.gradient_accumulation_steps
+    batch = 1 if options.max_tokens is not None else options.batch_size
+    name = "ranks × batch_size × gradient_accumulation"
+    settings = {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
+    # An epoch's number of batches by tokens is a multiple of the ranks, so the ranks decide where they are cut.
+    return settings if options.max_tokens is None else {**settings, "ranks": arguments.world_size}
+
+
+def fingerprint_of_weights(model: CMLMModel, settings: str = "") -> str:
+    """A fingerprint of all weights of the masked LM, and of what else it depends on."""
+    digest = hashlib.sha256(settings.encode())
+    for name, value in sorted(model.lm.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of_tokens(rows: Dataset | None) -> str | None:
+    """Of all token ids, in order."""
+    if rows is None:
+        return None
+    digest = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(10_000):
+        ids = batch["input_ids"].combine_chunks()
+        digest.update(ids.flatten().to_numpy().tobytes())
+        digest.update(ids.value_lengths().to_numpy().tobytes())
+    return digest.hexdigest()[:16]

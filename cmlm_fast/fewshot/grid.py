@@ -24,7 +24,9 @@ from ..checkpoints import discard, in_use
 from ..config import CMLMConfig
 from ..options import expect
 from ..output import DivergedError, disk_errors
-from ..post_train import check_length, check_vocabulary, fast_in_bf16, load_model, load_tokenizer, start_of
+from ..post_train import fast_in_bf16
+from ..same_run import fingerprint_of_weights
+from ..start import check_length, check_vocabulary, load_model, load_tokenizer
 from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells
 from .draws import classes_of, draw
 from .finetune import Text, fine_tune
@@ -275,7 +277,7 @@ class Grid:
         side = getattr(tokenizer, "truncation_side", "right")
         settings = json.dumps([config, words, *([side] if side != "right" else [])], sort_keys=True, default=str)
         self._check_dropout(model.lm)
-        return tokenizer, model, start_of(model, settings)
+        return tokenizer, model, fingerprint_of_weights(model, settings)
 
     def _check_dropout(self, lm: Any) -> None:
         """Raise ValueError where a method contrasts two dropout passes and the encoder has no dropout."""
