@@ -5,16 +5,19 @@ is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs 
 
     CPU; CUDA with Triton, where no sequence is longer than SHORT and no head's row takes more than NARROW bytes
                     the op varlen_attention
-    CUDA, 16 bit    flash attention, one launch for all sequences
+    CUDA from compute capability 8.0 on, 16 bit
+                    flash attention, one launch for all sequences
     else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,14 +36,19 @@ NAME = "cmlm_varlen"
 SHORT, NARROW = 128, 256
 
 
+#: Tokens of each sequence of a packed batch, on the host.
+Lengths = Sequence[int] | np.ndarray
+
+
 class Packing:
-    """Where a packed batch's sequences are: their `lengths` on the host; `cu_seqlens`, int32 [B + 1], on the device.
+    """Where a packed batch's sequences are: their `lengths` and the `longest` on the host; `cu_seqlens`, int32 [B + 1], on the
+    device.
 
     A class of its own, not a tuple, since torch.compile makes code anew for other numbers that compiled layers look at.
     """
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
-        self.lengths, self.cu_seqlens = lengths, cu_seqlens
+        self.lengths, self.cu_seqlens, self.longest = lengths, cu_seqlens, max(lengths, default=0)
 
 
 class PackingForOp(Packing):
@@ -98,11 +106,10 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
               sliding_window: int | None) -> Tensor:  # fmt: skip
     """As `attention_forward`, by PyTorch's kernels."""
     q, k, v = map(_rows, (query, key, value))
-    lengths, cu_seqlens = packing.lengths, packing.cu_seqlens
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0:
-        return _flash(q, k, v, cu_seqlens, max(lengths), scaling, dropout, sliding_window)[None]
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_flash():
+        return _flash(q, k, v, packing.cu_seqlens, packing.longest, scaling, dropout, sliding_window)[None]
     parts, begin = [], 0
-    for length, run in groupby(lengths):
+    for length, run in groupby(packing.lengths):
         count = len(list(run))
         rows = slice(begin, begin + count * length)
         qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
@@ -116,6 +123,11 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
 @cache
 def _has_kernel() -> bool:
     return available("varlen_attention", "cuda")["triton"] is None
+
+
+@cache
+def _has_flash() -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,

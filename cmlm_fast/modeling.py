@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import packing_of, use_packed_attention
+from .attention import Lengths, packing_of, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
@@ -139,7 +140,7 @@ class CMLMModel(nn.Module):
         return self.lm.config
 
     def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, special_ids: Tensor,
-                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
                 divisor: Tensor | None = None, sizes: tuple[int, int, int] | None = None, measured: bool = False,
                 group: Any = None, stand_in: bool = False, cached: CachedContrast | None = None, vectors_only: bool = False,
@@ -209,7 +210,7 @@ class CMLMModel(nn.Module):
         hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
         return hidden1, hidden2
 
-    def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: tuple[int, ...],
+    def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: Lengths,
                        token_type_ids: Tensor | None, jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T.
 
@@ -223,7 +224,7 @@ class CMLMModel(nn.Module):
         at1 = before + before + position
         at2 = at1 + length[sequence]
         rest = -2 * view1.numel() % _ROUND
-        first = self._first_position(max(lengths, default=0))
+        first = self._first_position(int(max(lengths, default=0)))
 
         def interleave(one: Tensor, two: Tensor, fill: int = 0) -> Tensor:
             both = one.new_empty(2 * one.numel() + rest)
@@ -234,7 +235,7 @@ class CMLMModel(nn.Module):
         inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence], first)}
         if token_type_ids is not None:
             inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
-        twice = (*(n for n in lengths for _ in range(2)), *([rest] if rest else []))
+        twice = (*np.repeat(lengths, 2).tolist(), *([rest] if rest else []))
         cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
         cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
         hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=packing_of(twice, cu_twice), **inputs)

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import DynamoBackend, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, send_to_device
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
@@ -100,13 +101,11 @@ class CMLMTrainer(ResumableTrainer):
         self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
+        self._seen = 0  # sequences of this rank in this training
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
                 logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
-        if args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
-            idle_head = model.cmlm.sequence_weight == 0 and model.cmlm.projection > 0
-            args.ddp_find_unused_parameters = model.cmlm.mlm_weight == 0 or idle_head
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
         self.model_init = model_init
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -145,6 +144,16 @@ class CMLMTrainer(ResumableTrainer):
         objective = compute_objective or itemgetter("eval_loss")
         return super().hyperparameter_search(hp_space, objective, *args, **options)
 
+    def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
+        built: dict[str, Any] = super()._build_accelerator_args(**options)
+        if self.args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
+            config = self.model.cmlm
+            unused = config.mlm_weight == 0 or (config.sequence_weight == 0 and config.projection > 0)
+            for handler in built["kwargs_handlers"]:
+                if isinstance(handler, DistributedDataParallelKwargs):
+                    handler.find_unused_parameters = unused
+        return built
+
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; called again for each trial of a search."""
         super().create_accelerator_and_postprocess()
@@ -178,10 +187,12 @@ class CMLMTrainer(ResumableTrainer):
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.accelerator.free_memory()
-        return super().train(resume_from_checkpoint, **options)
+        result = super().train(resume_from_checkpoint, **options)
+        return result._replace(training_loss=result.metrics["train_loss"])
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **options: Any) -> Any:
-        self._first, self._sums = True, Sums()  # others are of another training, or one that auto_find_batch_size gave up
+        # Others are of another training, or of one that auto_find_batch_size gave up.
+        self._first, self._seen, self._sums = True, 0, Sums()
         return super()._inner_training_loop(batch_size, *args, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -202,6 +213,8 @@ class CMLMTrainer(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, but no rank sees a sample twice (see `data.RankShare`), and dataloader_drop_last drops none."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset:
+            return self.get_test_dataloader(eval_dataset)  # persistent workers are those of one data set
         with self._to_the_last():
             return share_loader(super().get_eval_dataloader(eval_dataset), self.args)
 
@@ -242,7 +255,7 @@ class CMLMTrainer(ResumableTrainer):
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = self._plain_model.jitter(batch["sample_ids"], seed, step)
         known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
-        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), sum(known))
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(sum(known)))
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
@@ -263,8 +276,9 @@ class CMLMTrainer(ResumableTrainer):
             return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
         if not batches:
             return [], None
-        loss = self._plain_model.loss
-        counts = [loss.counts(batch["role"], _sequences(batch)) for batch in batches]
+        loss, sequences = self._plain_model.loss, [_sequences(batch) for batch in batches]
+        self._seen += sum(sequences)
+        counts = [loss.counts(batch["role"], n) for batch, n in zip(batches, sequences, strict=True)]
         divisor = self._reduce(sum(counts[1:], counts[0]))
         batches = [{**batch, "divisor": divisor} for batch in batches]
         if self.args.contrastive_batch_size is not None:
@@ -313,10 +327,16 @@ class CMLMTrainer(ResumableTrainer):
         return step % every == 0 or (step == 1 and self.args.logging_first_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts and measures of the steps since the last log to the training loss's entry."""
+        """Adds the parts and measures of the steps since the last log to the training loss's entry; the last entry's rates and
+        loss are of what this training saw, after a resume and with max_tokens too."""
         if "loss" in logs:
             logs |= self._sums.read(self._reduce, self.args.device)
             logs |= self._temperatures()
+        if "train_runtime" in logs:
+            steps, seconds = self.state.global_step - self._begin, max(logs["train_runtime"], 1e-4)
+            seen = self._reduce(torch.tensor(float(self._seen), device=self.args.device)).item()
+            logs |= {"train_samples_per_second": round(seen / seconds, 3), "train_steps_per_second": round(steps / seconds, 3),
+                     "train_loss": self._total_loss_scalar / max(steps, 1)}  # fmt: skip
         super().log(logs, start_time)
 
     def _reduce(self, tensor: Tensor) -> Tensor:
@@ -336,10 +356,13 @@ class CMLMTrainer(ResumableTrainer):
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
         training, self._sums = self._sums, Sums()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+            with torch.random.fork_rng(devices=[]):  # a loader draws from the generator that dropout on a CPU takes
+                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
             means = self._sums.read(self._reduce, self.args.device)
         finally:
             self._sums = training
+        if not means:
+            raise ValueError("CMLMTrainer: expected eval_dataset to hold a sequence, got none")
         means["loss"] = sum(weight * means.get(part, 0.0) for part, weight in self._weights().items())
         if "mlm" in means:
             means["perplexity"] = math.exp(min(means["mlm"], 700.0))
@@ -364,6 +387,10 @@ class CMLMTrainer(ResumableTrainer):
         self._plain_model.load_contrast(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:  # what an evaluation gathered is no shard that could be loaded into
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         super()._load_best_model()
         if not self.is_fsdp_enabled:  # whose own state holds them
             self.resume_from(str(self.state.best_model_checkpoint))

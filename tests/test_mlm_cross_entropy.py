@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from sweep import DEVICES
 
 from cmlm_fast import mlm_cross_entropy, token_contrastive
 from cmlm_fast.ops._linear import _Linear
@@ -32,13 +33,13 @@ def test_equals_cross_entropy_with_ignored_rows(reduction, bias, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
 @pytest.mark.parametrize("label", [-1, 30, 31, 64])
-def test_where_nothing_checks_it_a_target_that_is_no_word_gives_nan(label, monkeypatch):
+def test_where_nothing_checks_it_a_target_that_is_no_word_gives_nan(label, device, monkeypatch):
     pytest.importorskip("triton")
     from cmlm_fast.kernels import softmax_loss as kernel
 
     monkeypatch.setattr(kernel, "interpreted", lambda tensor: False)  # which checks values
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     logits = torch.randn(2, 32, device=device)
     logits[:, 30:] = float("-inf")  # what evens out the vocabulary
     losses, slopes = kernel.softmax_loss(logits, torch.tensor([label, 3], device=device))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import skip_first_batches
 from conftest import make_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,6 +167,17 @@ def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_
     assert inputs["sizes"] == ((role == 1).sum(), (role == 2).sum(), can.sum())
     with pytest.raises(AssertionError, match="nonzero"), NoWait():  # the watch is awake
         trainer.training_step(trainer.model, {**inputs, "sizes": None})
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 200}, {"packed": False}])
+def test_batches_wait_on_the_host_for_their_masks(options, tmp_path, tiny_rows, tiny_tokenizer):
+    # accelerate's loaders would copy them to the device and wait until that is done with the step before.
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options)
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(tiny_rows), trainer.get_test_dataloader(tiny_rows)]
+    for loader in (*loaders, skip_first_batches(loaders[0], 1)):
+        assert loader.device is None
+        # What moves a batch looks at each element of a tuple, a mapping or a list.
+        assert not [name for name, value in next(iter(loader)).items() if isinstance(value, (tuple, list, dict))]
 
 
 def test_linear_layers_of_the_faster_library_are_linear_layers(monkeypatch):

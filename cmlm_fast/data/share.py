@@ -49,16 +49,22 @@ class RankShare(Sampler[list[int]]):
 
 
 def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bool = False) -> DataLoader[Any]:
-    """The Trainer's loader, its batches dealt out by `RankShare` where there are several ranks.
+    """The Trainer's loader, its batches dealt out by `RankShare` where there are several ranks, and left on the host:
+    accelerate would copy them and wait until the device is done with all that it has; `CMLMTrainer.mask` does not wait.
 
     Raises:
-        ValueError: a stream, or batches that rank 0 sends to the others.
+        ValueError: several ranks, and a stream, batches that rank 0 sends to the others, or ones that are split.
     """
-    from accelerate.data_loader import BatchSamplerShard, prepare_data_loader
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
 
     if args.world_size == 1:
+        if isinstance(loader, DataLoaderShard):
+            loader.device = None
         return loader
     shard = loader.batch_sampler
+    if args.accelerator_config.split_batches:
+        raise ValueError("CMLMTrainer: expected accelerator_config to be one without split_batches, since "
+                         "per_device_train_batch_size is of each rank; got split_batches True")  # fmt: skip
     if not isinstance(shard, BatchSamplerShard):
         rule = "one with a length, without dispatch_batches, where several ranks share it"
         raise ValueError(f"CMLMTrainer: expected dataset to be {rule}, got {type(loader.dataset).__name__}")
@@ -67,5 +73,4 @@ def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bo
              "multiprocessing_context")  # fmt: skip
     options: dict[str, Any] = {name: getattr(loader, name) for name in names}
     # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
-    return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), args.device, num_processes=1,
-                               process_index=0, put_on_device=True)  # fmt: skip
+    return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), num_processes=1, process_index=0)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import packing_of
+from ..attention import Lengths, packing_of
 from ..data import CMLMDataCollator
 from ..losses import CMLMLoss, Views
 from ..modeling import CMLMModel, CMLMOutput, row_bounds
@@ -56,7 +56,7 @@ class PairedModel(CMLMModel):
         self.loss = PairedLoss(self.cmlm)
 
     def forward(self, input_ids: Tensor, one: Tensor, two: Tensor, role: Tensor, special_ids: Tensor,  # type: ignore[override]
-                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: tuple[int, ...] | None = None,
+                attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
                 group: Any = None, **unused: Any) -> CMLMOutput:  # fmt: skip
         """The contrast of sequences `one` with sequences `two` of a batch of 2B; arguments as for `CMLMModel.forward`."""
@@ -64,8 +64,10 @@ class PairedModel(CMLMModel):
         can = can if eligible is None else can & eligible
         inputs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if cu_seqlens is not None and lengths is not None:
+            lengths = tuple(map(int, lengths))
             position = torch.arange(input_ids.numel(), device=input_ids.device)
-            position = position - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long())
+            position = position - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(),
+                                                          output_size=input_ids.numel())  # fmt: skip
             inputs = {name: value[None] for name, value in inputs.items()}
             inputs["position_ids"] = (position + self._first_position(max(lengths)))[None]
             encoded = self.lm.base_model(input_ids=input_ids[None], packing=packing_of(lengths, cu_seqlens), **inputs)

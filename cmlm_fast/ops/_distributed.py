@@ -76,7 +76,7 @@ def info_nce_across_ranks(
     count = torch.tensor([z1.shape[0]], device=z1.device)
     counts = [torch.empty_like(count) for _ in range(world)]
     dist.all_gather(counts, count, group=group)
-    sizes = [int(size) for size in counts]
+    sizes: list[int] = torch.cat(counts).tolist()  # the device is waited for once
     first, total = sum(sizes[:rank]), sum(sizes)
     all1, all2 = _GatherRows.apply(z1, sizes, group), _GatherRows.apply(z2, sizes, group)
     temperature = _SumGradient.apply(temperature, group)

@@ -192,8 +192,8 @@ def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tenso
 
 
 @lru_cache(maxsize=64)
-def _equal_lengths(batch: int, length: int, device: torch.device) -> Tensor:
-    """cu_seqlens of a padded batch, kept as `_special_tensor` is."""
+def _equal_lengths(batch: int, length: int, device: torch.device, stream: int) -> Tensor:
+    """cu_seqlens of a padded batch, kept as `_special_tensor` is, for the CUDA stream that fills it: others would not wait."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
@@ -264,7 +264,8 @@ def complementary_mask(
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
         # What a graph's capture makes exists only in its replays: nothing to keep for others.
         once = traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and not once else 0
+        cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device, stream)
     else:
         expect(_NAME, input_ids.dim() == 1, "input_ids", "of shape [T] when cu_seqlens is given", list(shape))
     given = {"cu_seqlens": cu_seqlens, "sample_ids": sample_ids, "attention_mask": attention_mask, "eligible": eligible,
