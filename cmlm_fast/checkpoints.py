@@ -4,12 +4,14 @@ A checkpoint is written to a hidden folder beside its place, flushed to the disk
 sums, and renamed. So a process that is killed at any moment, or a machine that loses power, leaves whole checkpoints and
 hidden rubbish; and what a disk damaged later is noticed before it is used.
 
-    seal(folder)                 manifest.json over all files, everything flushed
+    seal(folder, number)         manifest.json over all files, everything flushed
     publish(folder, target)      the rename
     damage(folder)               what is not as it was sealed, in words
     newest_whole(folder)         the newest checkpoint-N without damage
-    rotate(folder, limit, step)  all but the newest `limit` go
+    rotate(folder, limit)        all but the newest `limit` go
     in_use(folder)               a lock that others see
+
+Which is newer is a number in the manifest, not N: a run that began anew in a folder of another is behind that at first.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import shutil
 import zlib
@@ -33,9 +36,9 @@ _CHUNK = 1 << 20
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders, in order of N, whole or not."""
+    """The `checkpoint-N` folders, in the order they were written, whole or not; those without a manifest last."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdigit() and path.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted(found, key=lambda path: (_number(path), step_of(path)))
 
 
 def step_of(checkpoint: Path) -> int:
@@ -43,13 +46,25 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def seal(folder: Path) -> None:
-    """Write manifest.json, name -> [bytes, CRC-32] of every file below, and flush all of it to the disk."""
+def next_number(folder: Path) -> int:
+    """The number of the checkpoint that is written next in a folder of them."""
+    return 1 + max((int(number) for number in map(_number, checkpoints(folder)) if number < math.inf), default=0)
+
+
+def _number(checkpoint: Path) -> float:
+    try:
+        return int(json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8")).get("number", 0))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return math.inf
+
+
+def seal(folder: Path, number: int = 0) -> None:
+    """Write manifest.json, the number and name -> [bytes, CRC-32] of every file below, and flush all of it to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
     with (folder / _MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
+        json.dump({"number": number, "files": files}, file, indent=1)
     flush(folder)
 
 
@@ -132,10 +147,10 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def rotate(folder: Path, limit: int | None, step: int, keep: str | None = None) -> None:
-    """Remove all but `limit` checkpoints up to `step`: the newest, and `keep`, beside which the newest always stays. A limit
-    of None or 0 removes none."""
-    found = [path for path in checkpoints(folder) if step_of(path) <= step]
+def rotate(folder: Path, limit: int | None, keep: str | None = None) -> None:
+    """Remove all but `limit` checkpoints that were sealed: the newest, and `keep`, beside which the newest always stays. A
+    limit of None or 0 removes none."""
+    found = [path for path in checkpoints(folder) if _number(path) < math.inf]
     if not limit:
         return
     kept = [path for path in found if keep is not None and path.resolve() == Path(keep).resolve()]

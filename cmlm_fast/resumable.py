@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
 from .output import DivergedError
@@ -26,6 +27,9 @@ class ResumableTrainer(Trainer):
     """The Trainer with whole checkpoints. `output_dir` must be one that all ranks see, as for any Trainer."""
 
     _staging: Path | None = None
+    _begin = 0  # the step that this training goes on from
+    _asked = False  # a checkpoint, before an evaluation says whether it is the best
+    _postponed: bool | None = None  # an epoch's last step is done, its end is not; whether a checkpoint was asked for
     _diverged: Tensor | None = None  # on the device: the first step whose loss was not finite
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
@@ -35,7 +39,7 @@ class ResumableTrainer(Trainer):
             ValueError: no whole checkpoint there, or the given one is damaged.
             DivergedError: the loss or a weight is not finite.
         """
-        self._diverged = None
+        self._diverged = self._postponed = None
         if resume_from_checkpoint is True:
             rule = "to resume from a whole checkpoint-N in output_dir"
             resume_from_checkpoint = str(checkpoints.newest_whole(Path(self.args.output_dir)) or "")
@@ -53,6 +57,35 @@ class ResumableTrainer(Trainer):
         self._check_finite()
         self._check_weights(self.model)
         return result
+
+    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
+        """As the Trainer's; how often a resumed run logs, saves and evaluates is what its own arguments say."""
+        result = super()._init_training_state(max_steps, *args, **options)
+        self.state.compute_steps(self.args, max_steps)
+        self._begin = self.state.global_step
+        return result
+
+    def _load_callback_state(self) -> None:
+        """As the Trainer's; a callback that the checkpoint does not know can be saved with the next."""
+        super()._load_callback_state()
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """As the Trainer's; a checkpoint at an epoch's last step is written behind what is done at the epoch's end, which a
+        run that is resumed from it would leave out."""
+        asked = self.control.should_save or bool(self._postponed)
+        if self._postponed is None and self.state.epoch and self.state.epoch == int(self.state.epoch):
+            self._postponed, asked = asked, False
+        else:
+            self._postponed = None
+        self.control.should_save = self._asked = asked
+        super()._maybe_log_save_evaluate(*args, **options)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As the Trainer's, which with save_strategy "best" saves where this is true; or where a callback asked for it."""
+        return super()._determine_best_metric(metrics, trial) or self._asked
 
     def resume_from(self, checkpoint: str) -> None:
         """Called with a whole checkpoint, beside what the Trainer loads from it."""
@@ -133,10 +166,10 @@ class ResumableTrainer(Trainer):
 
     def _put_in_place(self, written: Path, target: Path) -> None:
         self.state.save_to_json(str(written / "trainer_state.json"))  # with the best checkpoint
-        checkpoints.seal(written)
+        checkpoints.seal(written, checkpoints.next_number(target.parent))
         checkpoints.publish(written, target)
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-        checkpoints.rotate(target.parent, limit, self.state.global_step, best)
+        checkpoints.rotate(target.parent, limit, best)
 
     def _on_all_ranks(self, action: Callable[[], None]) -> None:
         """`action()`; then wait for all ranks, and raise on all of them where one failed."""

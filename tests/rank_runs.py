@@ -111,6 +111,8 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "temperature": [entry["token_temperature"] for entry in trainer.state.log_history if "loss" in entry],
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
+             "best": trainer.state.best_metric,
+             "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
              "batches": batches_without_the_last(trainer, rows.select(range(21))),
              "tested": trainer.predict(trainer.eval_dataset).metrics,
              "weights": {name: whole(p) for name, p in trainer.model.named_parameters()}}  # fmt: skip
@@ -177,6 +179,8 @@ def main() -> None:
     run("fsdp-adam", 2, fsdp=True, **adam)
     run("fsdp-adam-resumed", 2, fsdp=True, resume=str(folder / "fsdp-adam" / "checkpoint-2"), **adam)
     run("fsdp-clamped", 2, fsdp=True, scale=6.0, max_steps=2)
+    run("fsdp-best", 2, fsdp=True, num_train_epochs=2, eval_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="loss", greater_is_better=True, **{**adam, "save_strategy": "best"})  # fmt: skip
     run("fsdp-bf16", 2, fsdp=True, bf16=True, num_train_epochs=1, **adam)
     run("ddp-adam", 1, **adam)
 

@@ -129,12 +129,12 @@ def test_a_worker_that_is_ended_says_nothing(tmp_path):
         assert wait(worker) == -signal.SIGTERM and not (tmp_path / "log").read_text()
 
 
-def make_checkpoint(folder, step):
+def make_checkpoint(folder, step, number=0):
     path = folder / f"checkpoint-{step}"
     (path / "inner").mkdir(parents=True)
     (path / "weights.bin").write_bytes(bytes(range(256)) * step)
     (path / "inner" / "shard.bin").write_bytes(b"shard")
-    checkpoints.seal(path)
+    checkpoints.seal(path, number)
     return path
 
 
@@ -152,15 +152,18 @@ def test_damage_says_what_differs(tmp_path, caplog):
         check_output(tmp_path, overwrite=False, resume=True)
 
 
-def test_rotation_keeps_the_newest_the_best_and_what_lies_ahead(tmp_path):
-    for step in (2, 4, 6, 8, 20):
-        make_checkpoint(tmp_path, step)
-    checkpoints.rotate(tmp_path, None, 8)
-    assert len(checkpoints.checkpoints(tmp_path)) == 5
-    checkpoints.rotate(tmp_path, 3, 8, keep=os.path.relpath(tmp_path / "checkpoint-2"))
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 6, 8, 20)]
-    checkpoints.rotate(tmp_path, 1, 8, keep=str(tmp_path / "checkpoint-2"))  # of 1 and a best one the newest stays, too
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [f"checkpoint-{n}" for n in (2, 8, 20)]
+def test_rotation_keeps_the_newest_the_best_and_what_was_never_sealed(tmp_path):
+    for number, step in enumerate((2, 20, 4, 6, 8), 1):  # 20 is of a run before
+        assert checkpoints.next_number(tmp_path) == number
+        make_checkpoint(tmp_path, step, number)
+    (tmp_path / "checkpoint-1").mkdir()
+    names = lambda: [path.name for path in checkpoints.checkpoints(tmp_path)]  # noqa: E731
+    checkpoints.rotate(tmp_path, None)
+    assert names() == [f"checkpoint-{n}" for n in (2, 20, 4, 6, 8, 1)]
+    checkpoints.rotate(tmp_path, 3, keep=os.path.relpath(tmp_path / "checkpoint-2"))
+    assert names() == [f"checkpoint-{n}" for n in (2, 6, 8, 1)]
+    checkpoints.rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-2"))  # of 1 and a best one the newest stays, too
+    assert names() == [f"checkpoint-{n}" for n in (2, 8, 1)]
     assert not list(tmp_path.glob(f"{checkpoints.STAGING}*"))
 
 

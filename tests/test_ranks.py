@@ -108,6 +108,12 @@ def test_fsdp2_in_bfloat16_keeps_losses_in_float32(runs):
     assert any(loss != torch.tensor(loss).bfloat16().item() for loss in first["sequence"])
 
 
+def test_fsdp2_goes_back_to_its_best_checkpoint(runs):
+    for rank in load(runs, "fsdp-best"):  # the first of two epochs: the larger loss is the better one there
+        assert rank["scores"]["eval_loss"] == pytest.approx(rank["best"], rel=1e-5)
+        assert rank["best"] == max(rank["evaluated"]) > min(rank["evaluated"])
+
+
 def test_fsdp2_keeps_a_learned_temperature_in_bounds(runs):
     for rank in load(runs, "fsdp-clamped"):  # as in test_a_learned_temperature_stays_in_bounds
         assert rank["temperature"][-1] == pytest.approx(0.01, rel=0.01)

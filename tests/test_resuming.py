@@ -1,0 +1,171 @@
+"""A run that was cut and goes on ends as one that was not, whatever it evaluates, logs and saves, and in whatever folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_lm
+from test_trainer import history, make_trainer, weights
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from cmlm_fast import CMLMConfig, checkpoints
+from cmlm_fast.callbacks import StopOnSignal
+from cmlm_fast.data.share import share_loader
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}  # three steps an epoch
+
+
+class At(TrainerCallback):
+    """Does something behind a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+def cut():
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def make(tmp_path, tiny_rows, tiny_tokenizer):
+    def one(name, *callbacks, rows=24, **options):
+        held = options.pop("held", tiny_rows.select(range(60, 76)))
+        trainer = make_trainer(tmp_path / name, tiny_rows.select(range(rows)), tiny_tokenizer, held=held,
+                               lm=make_lm(**options.pop("lm", DROPOUT)), **options)  # fmt: skip
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        return trainer
+
+    return one
+
+
+def evaluated(trainer):
+    return [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+@pytest.mark.parametrize("options", [
+    {"eval_strategy": "epoch"}, {"eval_strategy": "steps", "eval_steps": 2},
+    {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau", "greater_is_better": True, "save_total_limit": 1,
+     "metric_for_best_model": "loss", "lr_scheduler_kwargs": {"patience": 0}},
+])  # fmt: skip
+@pytest.mark.parametrize("step", [4, 6])
+def test_evaluations_of_a_resumed_run_are_those_of_an_uncut_one(step, options, make, tmp_path):
+    whole = make("whole", **EPOCHS, **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make("cut", At(step + 1, cut), **EPOCHS, **options).train()
+    resumed = make("cut", **EPOCHS, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert evaluated(resumed) == evaluated(whole) and len(evaluated(whole)) >= 3
+    assert all(history(resumed, name) == history(whole, name) for name in ("loss", "learning_rate"))
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+
+
+def test_what_is_logged_for_an_epoch_is_in_its_checkpoint(make):
+    options = {**EPOCHS, "logging_strategy": "epoch"}
+    with pytest.raises(KeyboardInterrupt):
+        make("run", At(4, cut), **options).train()
+    resumed = make("run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [3, 6, 9]
+
+
+def test_an_evaluation_changes_nothing_of_the_training(make):
+    found = []
+    for name, options in (("without", {}), ("with", {"eval_strategy": "steps", "eval_steps": 2})):
+        run = make(name, max_steps=5, **options)
+        run.train()
+        found.append(weights(run))
+    assert all(map(torch.equal, *found))
+
+
+def test_a_new_run_in_the_folder_of_another_is_resumed_as_itself(make, tmp_path):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2,
+               "lr_scheduler_type": "constant"}  # fmt: skip
+    make("used", learning_rate=1e-2, **options).train()
+    whole = make("new", **options)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make("used", At(5, cut), **options).train()
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "used")] == ["checkpoint-2", "checkpoint-4"]
+    resumed = make("used", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+
+
+def test_a_resumed_run_saves_and_logs_as_often_as_its_own_arguments_say(make, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        make("run", At(5, cut), max_steps=8, save_strategy="steps", save_steps=4, logging_steps=4).train()
+    resumed = make("run", max_steps=8, save_strategy="steps", save_steps=1, logging_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [4, 5, 6, 7, 8]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == [f"checkpoint-{n}" for n in range(4, 9)]
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next(make, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+               "load_best_model_at_end": True}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        make("run", At(3, cut), **options).train()
+    resumed = make("run", EarlyStoppingCallback(3), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6 and "EarlyStoppingCallback" in resumed.state.stateful_callbacks
+
+
+@pytest.mark.parametrize("step", [2, 3, 4])  # 3: an epoch's last; at all of them the score is worse than the first
+def test_a_signal_saves_also_where_a_checkpoint_must_be_the_best(step, make, tmp_path):
+    options = {"max_steps": 9, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1,
+               "metric_for_best_model": "loss", "greater_is_better": True}  # fmt: skip
+    with StopOnSignal() as stop:
+        make("run", stop, At(step, lambda: os.kill(os.getpid(), signal.SIGTERM)), **options).train()
+    stopped_at = checkpoints.checkpoints(tmp_path / "run")[-1]
+    assert stop.stopped is signal.SIGTERM and checkpoints.step_of(stopped_at) in (step, step + 1)
+
+
+def test_the_last_entry_is_of_what_the_training_saw(make):
+    whole = make("tokens", rows=60, max_steps=4, max_tokens=300, logging_steps=4)
+    sequences = []
+    mask = whole.mask
+    whole.mask = lambda batch, step: (sequences.append(len(batch["sample_ids"])), mask(batch, step))[1]
+    result = whole.train()
+    rate = result.metrics["train_samples_per_second"] * result.metrics["train_runtime"]
+    assert sum(sequences) != 4 * 8 and rate == pytest.approx(sum(sequences), rel=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        make("run", At(3, cut), max_steps=6, save_strategy="steps", save_steps=2).train()
+    resumed = make("run", max_steps=6)
+    result = resumed.train(resume_from_checkpoint=True)
+    assert result.training_loss == result.metrics["train_loss"] == pytest.approx(sum(history(resumed, "loss")[2:]) / 4)
+    assert result.metrics["train_samples_per_second"] * result.metrics["train_runtime"] == pytest.approx(4 * 8, rel=0.01)
+
+
+def test_evaluations_of_other_data_are_of_them(make, tiny_rows):
+    held, other = tiny_rows.select(range(60, 76)), tiny_rows.select(range(100, 116))
+    usual = make("usual", held=held)
+    expected = [usual.evaluate(rows)["eval_loss"] for rows in (held, other)]
+    kept = make("kept", held=held, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    assert [kept.evaluate(rows)["eval_loss"] for rows in (None, other, None)] == [expected[0], expected[1], expected[0]]
+    with pytest.raises(ValueError, match="expected eval_dataset to hold a sequence, got none"):
+        usual.evaluate(held.select([]))
+
+
+def test_ddp_looks_for_idle_parameters_where_an_objective_has_them(make):
+    trainers = [make("run", config=config) for config in (CMLMConfig(), CMLMConfig.from_preset("seq"), CMLMConfig())]
+    trainers[1].args = trainers[0].args  # of a first trainer, given to a second
+    trainers[1].create_accelerator_and_postprocess()
+    assert [t.accelerator.ddp_handler.find_unused_parameters for t in trainers] == [False, True, False]
+    assert all(trainer.args.ddp_find_unused_parameters is None for trainer in trainers)
+
+
+def test_split_batches_are_refused_where_ranks_would_share_them(make):
+    args = SimpleNamespace(world_size=2, accelerator_config=SimpleNamespace(split_batches=True))
+    with pytest.raises(ValueError, match="expected accelerator_config to be one without split_batches"):
+        share_loader(make("run").get_train_dataloader(), args)
