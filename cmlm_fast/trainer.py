@@ -101,7 +101,7 @@ class CMLMTrainer(ResumableTrainer):
         self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
-        self._seen = 0  # sequences of this rank in this training
+        self._seen = self._scored = 0  # sequences of this rank in this training, and in this evaluation
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
@@ -352,12 +352,13 @@ class CMLMTrainer(ResumableTrainer):
         full = {name: getattr(scale, "full_tensor", lambda s=scale: s)() for name, scale in scales.items() if scale is not None}
         return {f"{name}_temperature": math.exp(-scale.item()) for name, scale in full.items()}
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **options: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, metric_key_prefix: str = "eval",
+                        **options: Any) -> EvalLoopOutput:  # fmt: skip
         """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
-        training, self._sums = self._sums, Sums()
+        training, self._sums, self._scored = self._sums, Sums(), 0
         try:
             with torch.random.fork_rng(devices=[]):  # a loader draws from the generator that dropout on a CPU takes
-                output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **options)
             means = self._sums.read(self._reduce, self.args.device)
         finally:
             self._sums = training
@@ -366,12 +367,15 @@ class CMLMTrainer(ResumableTrainer):
         means["loss"] = sum(weight * means.get(part, 0.0) for part, weight in self._weights().items())
         if "mlm" in means:
             means["perplexity"] = math.exp(min(means["mlm"], 700.0))
+        if not has_length(dataloader.dataset):  # the Trainer counts rows of the first tensor, tokens of a packed batch
+            output = output._replace(num_samples=self._scored)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[None, None, None]:  # fmt: skip
         """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
+        self._scored += _sequences(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
         self._sums.add(self._parts(output))

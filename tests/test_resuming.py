@@ -157,6 +157,14 @@ def test_evaluations_of_other_data_are_of_them(make, tiny_rows):
         usual.evaluate(held.select([]))
 
 
+def test_a_stream_is_scored_by_the_sequence(make, tiny_rows):
+    trainer = make("run")
+    held = trainer.eval_dataset
+    counted, streamed = (trainer.evaluate(rows) for rows in (held, held.to_iterable_dataset()))
+    rate = streamed["eval_samples_per_second"] * streamed["eval_runtime"]
+    assert rate == pytest.approx(len(held), rel=0.02) and streamed["eval_loss"] == pytest.approx(counted["eval_loss"])
+
+
 def test_ddp_looks_for_idle_parameters_where_an_objective_has_them(make):
     trainers = [make("run", config=config) for config in (CMLMConfig(), CMLMConfig.from_preset("seq"), CMLMConfig())]
     trainers[1].args = trainers[0].args  # of a first trainer, given to a second
