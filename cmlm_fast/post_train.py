@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,9 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
 
     gpu = torch.accelerator.is_available()
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
-    checkpointing: dict[str, Any] = {"gradient_checkpointing": True} if options.gradient_checkpointing else {}
+    names = ("activation_checkpointing", "gradient_checkpointing")  # what transformers calls it now, and did
+    name = next(name for name in names if name in {field.name for field in fields(CMLMTrainingArguments)})
+    checkpointing: dict[str, Any] = {name: True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(
         output_dir=options.output_dir, num_train_epochs=options.epochs, max_steps=options.max_steps,
         per_device_train_batch_size=options.batch_size, per_device_eval_batch_size=options.batch_size,

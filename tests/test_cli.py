@@ -157,8 +157,10 @@ def test_columns_and_pairs(tiny_checkpoint, sentences, tmp_path):
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["texts"]["kept"] == 60
 
 
-@pytest.mark.parametrize("options", [("--max-tokens", "600"), ("--batch-size", "8", "--contrastive-batch-size", "32")])
-def test_batches_by_tokens_and_large_contrasts(options, tiny_checkpoint, sentence_file, tmp_path):
+@pytest.mark.filterwarnings("error:.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [("--max-tokens", "600"), ("--batch-size", "8", "--contrastive-batch-size", "32"),
+                                     ("--gradient-checkpointing",)])  # fmt: skip
+def test_batches_by_tokens_large_contrasts_and_recomputed_activations(options, tiny_checkpoint, sentence_file, tmp_path):
     result = post_train(tiny_checkpoint, sentence_file, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     losses = [line["loss"] for line in lines(tmp_path / "out") if "loss" in line]
