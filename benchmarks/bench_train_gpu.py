@@ -8,7 +8,8 @@ lengths and on how often tokens repeat. As in bench_train, losses and gradients 
 step is all of it from token rows on, and speed-ups are by real token. "ours compiled" and "strong compiled" have the encoder's
 layers compiled by torch.compile, before anything is timed; speed-ups are those of the faster of ours. One step of each of ours
 runs under PyTorch's watch for waits. MFU is the operations of a step's products (of real tokens) a second, by the rate of a
-product of 8192³ in this run. With --trace, "device ms" is how long of a step the device works, by PyTorch's profiler.
+product of 8192³ in this run. "train ms" is a step of the whole loop of `CMLMTrainer.train`, loader and callbacks and all, with
+layers that are not compiled. With --trace, "device ms" is how long of a step the device works, by PyTorch's profiler.
 Of 1,024 sentences, `--case "bert-base 1024"`, naive is not timed: by what it takes for 512 it would not fit into 80 GB.
 DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables. --compile times nothing: a
 later run then finds compiled layers in torch.compile's cache.
@@ -28,6 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
+
+from cmlm_fast import CMLMTrainer, CMLMTrainingArguments
 
 from .bench_gpu import milliseconds
 from .bench_train import PROVIDERS, check, make, operations, tokens
@@ -40,6 +44,7 @@ SENTENCES = (
     59, 56, 40, 32, 42, 36, 25, 29, 19, 16, 7, 10, 10, 5, 7, 5, 4, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1,
 )  # fmt: skip
 COMPILED = ("ours compiled", "strong compiled")
+FIRST, STEPS = 4, 12  # of `train`: the first are not timed
 BATCH, BATCHES, DEVICE = 512, 4, "cuda"  # of more sentences than BATCH `naive` is not timed
 CASES = {"bert-base": BATCH, "roberta-base": BATCH, "bert-base 1024": 1024}  # sentences a step
 USUAL = ("bert-base", "roberta-base")  # the rest where --case names it
@@ -97,6 +102,31 @@ def seconds(step: Callable[[Any], Any], work: Sequence[Any]) -> float:
         step(batch)
     torch.cuda.synchronize()
     return (time.perf_counter() - begin) / len(work)
+
+
+class Clock(TrainerCallback):
+    """The seconds of a step, once FIRST are done."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start, or stop, the watch."""
+        if state.global_step in (FIRST, state.max_steps):
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            if state.global_step == FIRST:
+                self.begin = now
+            else:
+                self.seconds = (now - self.begin) / (state.max_steps - FIRST)
+
+
+def train(provider: Any, rows: Sequence[Any], size: int, folder: str) -> float:
+    """Milliseconds of a step of `train` with the provider's model."""
+    trainer, clock = provider.trainer, Clock()
+    arguments = CMLMTrainingArguments(folder, max_steps=FIRST + STEPS, per_device_train_batch_size=size, save_strategy="no",
+                                      logging_strategy="no", report_to="none", disable_tqdm=True, bf16=trainer.args.bf16,
+                                      use_cpu=trainer.args.use_cpu)  # fmt: skip
+    CMLMTrainer(trainer.model, arguments, processing_class=trainer.processing_class, train_dataset=list(rows),
+                callbacks=[clock]).train()  # fmt: skip
+    return round(clock.seconds * 1e3, 2)
 
 
 def waits(step: Callable[[Any], Any], batch: Any) -> str:
@@ -180,6 +210,8 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
         absent = compile_too(providers, new, work, until)
         yield (row := row_of(case, rate, flops, providers, work, rounds, absent, differences))
+        row["train ms"] = train(providers["ours"], rows, CASES[case], folder)
+        yield row
         for name in providers.keys() & {"ours", "ours compiled"} if trace is not None else ():
             found, row["device ms"][name] = profile(providers[name].step, work[name])
             (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(found)
@@ -237,6 +269,7 @@ def report(results: dict[str, Any]) -> str:
         waiting = {name: found for name, found in row["waits"].items() if found}
         lines += [f"{row['case']}: {', '.join(times)}; x: as long a token as {row['best']}, MFU {row['MFU']:.0%}, "
                   f"waits: {waiting or 'none'}, peak GB {row['peak GB']}"]  # fmt: skip
+        lines += [f"    in the loop of train a step of ours takes {row['train ms']} ms"] if "train ms" in row else []
         lines += [f"    of a step of {name} the device works {ms} ms" for name, ms in row["device ms"].items()]
         lines += [f"    absent: {name}, {why}" for name, why in row["absent"].items()]
     return "\n".join(lines) + "\n"

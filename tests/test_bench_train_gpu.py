@@ -24,14 +24,16 @@ def test_rows_and_report(most, monkeypatch):
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
-    first, row = measure("small", 1e6, 2, until=0.0)
+    first, *_, row = measure("small", 1e6, 2, until=0.0)
     timed = {"ours", "strong", "naive"} if most == 8 else {"ours", "strong"}
     assert first["ms"].keys() == row["ms"].keys() == timed and row["best"] == "ours"
     assert row["case"] == "small 8 sentences bfloat16" and row["MFU"] > 0
     assert row["difference from naive"].keys() == {"ours", "strong"} and max(row["difference from naive"].values()) < 0.05
     assert set(row["absent"].values()) == {"TimeoutError: no time was left to compile it"}
+    assert row["train ms"] > 0
     text = report({"device": "none", "rate": 1e6, "rows": [row]})
     assert all(f"{name} {ms} ms" in text for name, ms in row["ms"].items()) and "absent: ours compiled" in text
+    assert f"in the loop of train a step of ours takes {row['train ms']} ms" in text
 
 
 def test_batches_have_the_lengths_of_the_sentences():
