@@ -217,11 +217,14 @@ def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype 
     return op(name, _SUFFIX[choice])
 
 
-def check_backend(backend: str | None) -> None:
-    """Raise ValueError where there is no such backend."""
+def check_backend(backend: str | None, ops: Sequence[str] = (), device: str | torch.device = "cpu") -> None:
+    """Raise ValueError where there is no such backend, or it cannot run one of `ops` on `device`."""
     if backend not in (None, "auto", *BACKENDS):
         expected = f"auto or one of {', '.join(BACKENDS)}"
         raise ValueError(f"cmlm_fast.use_backend: expected backend to be {expected}, got {backend!r}")
+    for name in ops if backend in BACKENDS else ():
+        if absence := available(name, device)[str(backend)]:
+            raise ValueError(f"cmlm_fast.use_backend: expected backend to be one that runs here, got {backend!r}: {absence}")
 
 
 @contextmanager

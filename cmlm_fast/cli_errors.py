@@ -24,7 +24,7 @@ def one_line_errors(kept: str | None = None) -> Iterator[None]:
         yield
     except (*ranks.EXPECTED, DivergedError) as error:
         # What in the package refused an option is nothing to the command line.
-        _say(f"error: {re.sub(r'^[A-Za-z_]+: (?=expected )', '', ' '.join(str(error).split()))}")
+        _say(f"error: {re.sub(r'^[A-Za-z_.]+: (?=expected )', '', ' '.join(str(error).split()))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
         signalled = stopped if isinstance(stopped, Stopped) else Stopped(signal.SIGINT)

@@ -103,6 +103,8 @@ def check_numbers(options: PostTrainOptions) -> None:
     for name in ("warmup", "weight_decay", "save_steps"):
         value = getattr(options, name)
         expect(math.isfinite(value) and value >= 0, name, "finite and >= 0", value)
+    whole = options.warmup < 1 or options.warmup == int(options.warmup)
+    expect(whole, "warmup", "a share below 1 or a whole number of steps", options.warmup)
     expect(0 <= options.seed < 2**32, "seed", "in [0, 2^32)", options.seed)
     expect(options.max_steps == -1 or options.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", options.max_steps)
     expect(not (options.bf16 and options.fp16), "bf16 and fp16", "at most one of them", "both")

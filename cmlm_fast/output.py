@@ -111,9 +111,11 @@ def _fill(file: IO[bytes], size: int) -> None:
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:
-    """The summary of the run whose folder it is, if that has ended and its model is still there."""
-    whole = all(any(folder.glob(name)) for name in (SUMMARY, "config.json", "model*.safetensors", "tokenizer_config.json"))
-    return json.loads((folder / SUMMARY).read_text(encoding="utf-8")) if whole else None
+    """The summary of the run whose folder it is, if that has ended and all that it wrote is still there."""
+    if not (folder / SUMMARY).exists():
+        return None
+    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return summary if all((folder / name).exists() for name in summary.get("files", ())) else None
 
 
 @contextmanager

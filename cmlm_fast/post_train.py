@@ -67,13 +67,14 @@ def prepare(options: PostTrainOptions) -> Prepared:
     """
     check_numbers(options)
     config = CMLMConfig.from_preset(options.preset, **options.objective)
-    check_backend(options.backend)
+    check_backend_here(options.backend)
     checkpoint = None
     if ranks.is_main():  # it tells the others, when they run
         checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     start, folder = Path(options.model).resolve(), Path(options.output_dir).resolve()
-    cleared = options.overwrite and start.is_dir() and any(path in checkpoints(folder) for path in (start, *start.parents))
-    expect(not cleared, "model", "elsewhere than in a checkpoint of output_dir, which overwrite removes", options.model)
+    replaced = start == folder or any(path in checkpoints(folder) for path in (start, *start.parents))
+    rule = "elsewhere than in output_dir, which overwrite writes anew"
+    expect(not (options.overwrite and start.is_dir() and replaced), "model", rule, options.model)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
     # What the user must wait for comes after what can be said at once.
     from transformers import set_seed
@@ -189,7 +190,8 @@ def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any], 
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
         plot_curves(metrics.entries(), staging / "curves.png")
-        (staging / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+        files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        (staging / SUMMARY).write_text(json.dumps({**summary, "files": files}, indent=1) + "\n")
 
 
 def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str, float], steps: int,
@@ -222,6 +224,12 @@ def _processes(texts: int) -> int | None:
     """For tokenising: one a core where there is work for them, else this one."""
     wanted = min(os.cpu_count() or 1, texts // 20_000)
     return wanted if wanted > 1 else None
+
+
+def check_backend_here(backend: str) -> None:
+    """Raise ValueError where a backend does not run what a training on this machine runs."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_backend(backend, ("complementary_mask", "token_contrastive", "info_nce"), device)
 
 
 def fast_in_bf16() -> bool:

@@ -139,11 +139,13 @@ def test_a_finished_run_is_left_as_it_is(tiny_checkpoint, sentence_file, tmp_pat
     assert "optimizer steps" in result.stdout and files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     caplog.clear()
     model, logged = (folder / "model.safetensors").read_bytes(), lines(folder)
-    for gone in (["model.safetensors"], ["model.safetensors", "summary.json"]):  # lost; of a run killed while it wrote
+    # Lost; of a run killed while it wrote.
+    for gone in (["model.safetensors"], ["tokenizer.json", "curves.png"], ["model.safetensors", "summary.json"]):
         for name in gone:
             (folder / name).unlink()
         result = post_train(tiny_checkpoint, sentence_file, folder, "--resume")
         assert result.exit_code == 0 and not caplog.text and (folder / "model.safetensors").read_bytes() == model
+        assert all((folder / name).exists() for name in gone)
         again = lines(folder)  # the last line are scores, with their seconds
         assert again[:-1] == logged[:-1] and again[-1]["eval_loss"] == logged[-1]["eval_loss"]
 
@@ -191,6 +193,8 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "epochs": (["--epochs", "0"], "expected epochs to be finite and > 0, got 0"),
         "share": (["--eval-share", "1"], "expected eval_share to be in [0, 1), got 1.0"),
         "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
+        "absent": (["--backend", "cpp" if torch.cuda.is_available() else "cuda"], "to be one that runs here, got 'c"),
+        "warm-up": (["--warmup", "1.5"], "expected warmup to be a share below 1 or a whole number of steps, got 1.5"),
         "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),
         "scheduler": (["--scheduler", "steep"], "expected scheduler to be one of"),
         "schedule": (["--scheduler", "warmup_stable_decay"], "expected scheduler to be one of linear, cosine"),

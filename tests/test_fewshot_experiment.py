@@ -315,6 +315,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         "model": (["--model", tmp_path / "nothing"], "expected model to be"),
         "output": (["--output-dir", other], "expected output_dir to be a folder"),
         "backend": (["--backend", "fast"], "expected backend to be auto or one of"),
+        "absent": (["--backend", "cpp" if torch.cuda.is_available() else "cuda"], "to be one that runs here, got 'c"),
     }  # fmt: skip
     before = sorted(tmp_path.rglob("*"))
     usual = ("few-shot", "--model", tiny_checkpoint, "--train", files["train"], "--test", files["test"], "--shots", "2",

@@ -120,8 +120,10 @@ def test_a_start_that_overwrite_would_remove_is_refused(tmp_path, tiny_tokenizer
     make_lm().save_pretrained(start)
     tiny_tokenizer.save_pretrained(start)
     options = PostTrainOptions(str(start), sentence_file, str(tmp_path / "out"), bf16=False, overwrite=True)
-    with pytest.raises(ValueError, match="expected model to be elsewhere than in a checkpoint of output_dir"):
+    with pytest.raises(ValueError, match="expected model to be elsewhere than in output_dir, which overwrite writes anew"):
         prepare(options)
+    with pytest.raises(ValueError, match="expected model to be elsewhere than in output_dir"):
+        prepare(PostTrainOptions(**{**vars(options), "output_dir": str(start)}))
     assert prepare(PostTrainOptions(**{**vars(options), "output_dir": str(tmp_path / "other")}))
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends import check_backend
 from ..options import expect
+from ..post_train import check_backend_here
 from .cells import Cell
 from .grid import Grid
 from .methods import find_method
@@ -126,7 +126,7 @@ class FewShotExperiment:
         blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents))
         expect(not blocked, "output_dir", rule, folder)
         expect(not (folder / "config.json").exists(), "output_dir", "a folder that holds no checkpoint", folder)
-        check_backend(self.backend)
+        check_backend_here(self.backend)
         return Grid(self, methods)
 
 
