@@ -25,13 +25,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from cmlm_fast import CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 
 from .bench_gpu import milliseconds
 from .bench_train import PROVIDERS, check, make, operations, tokens
@@ -118,13 +119,13 @@ class Clock(TrainerCallback):
                 self.seconds = (now - self.begin) / (state.max_steps - FIRST)
 
 
-def train(provider: Any, rows: Sequence[Any], size: int, folder: str) -> float:
-    """Milliseconds of a step of `train` with the provider's model."""
-    trainer, clock = provider.trainer, Clock()
+def train(lm: Any, tokenizer: Any, rows: Sequence[Any], size: int, folder: str) -> float:
+    """Milliseconds of a step of `train`."""
+    clock = Clock()
     arguments = CMLMTrainingArguments(folder, max_steps=FIRST + STEPS, per_device_train_batch_size=size, save_strategy="no",
-                                      logging_strategy="no", report_to="none", disable_tqdm=True, bf16=trainer.args.bf16,
-                                      use_cpu=trainer.args.use_cpu)  # fmt: skip
-    CMLMTrainer(trainer.model, arguments, processing_class=trainer.processing_class, train_dataset=list(rows),
+                                      logging_strategy="no", report_to="none", disable_tqdm=True, bf16=True,
+                                      use_cpu=DEVICE == "cpu")  # fmt: skip
+    CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=list(rows),
                 callbacks=[clock]).train()  # fmt: skip
     return round(clock.seconds * 1e3, 2)
 
@@ -170,15 +171,17 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
     return absent
 
 
-def maker(config: Any, tokenizer: Any, folder: str) -> Callable[[str], Any]:
-    """Name of a provider → one with weights of its own."""
+def new_lm(config: Any) -> Any:
+    """A masked LM of random weights."""
     from transformers import AutoModelForMaskedLM
 
-    def lm() -> Any:
-        with torch.device(DEVICE):  # where random weights take no time
-            return AutoModelForMaskedLM.from_config(config)
+    with torch.device(DEVICE):  # where random weights take no time
+        return AutoModelForMaskedLM.from_config(config)
 
-    return lambda name: make(name, torch.bfloat16, tokenizer, folder, lm)
+
+def maker(config: Any, tokenizer: Any, folder: str) -> Callable[[str], Any]:
+    """Name of a provider → one with weights of its own."""
+    return lambda name: make(name, torch.bfloat16, tokenizer, folder, partial(new_lm, config))
 
 
 def compile_only(case: str) -> dict[str, str]:
@@ -210,7 +213,7 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
         absent = compile_too(providers, new, work, until)
         yield (row := row_of(case, rate, flops, providers, work, rounds, absent, differences))
-        row["train ms"] = train(providers["ours"], rows, CASES[case], folder)
+        row["train ms"] = train(new_lm(config), tokenizer, rows, CASES[case], folder)
         yield row
         for name in providers.keys() & {"ours", "ours compiled"} if trace is not None else ():
             found, row["device ms"][name] = profile(providers[name].step, work[name])

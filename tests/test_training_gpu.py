@@ -125,6 +125,7 @@ def test_a_training_never_waits_for_the_device_between_two_entries_of_its_log(tm
         trainer.train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 8
 
 
 @pytest.mark.parametrize("bf16", [True, False])
