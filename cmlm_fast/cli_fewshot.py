@@ -45,7 +45,7 @@ def few_shot_command(
     fine_tune_epochs: Annotated[float, _option("times through the labelled texts", _FINE)] = _few("fine_tune_epochs"),
     fine_tune_batch_size: Annotated[int, _option("texts per step", _FINE)] = _few("fine_tune_batch_size"),
     fine_tune_learning_rate: Annotated[float, _option("start of the linear decay", _FINE)] = _few("fine_tune_learning_rate"),
-    max_length: Annotated[int, _option("most tokens of a sequence", _OTHER)] = _few("max_length"),
+    max_length: Annotated[int | None, _option("most tokens of a sequence; default: 128, or the model's most", _OTHER)] = None,
     bf16: Annotated[bool | None, _option("bfloat16 autocast; default: where the hardware is fast in it", _OTHER)] = None,
     seed: Annotated[int, _option("of everything random; draw d takes seed + d", _OTHER)] = _few("seed"),
     cache_dir: Annotated[str | None, _option("where checkpoints are kept; default: in --output-dir", _OTHER)] = None,

@@ -76,7 +76,7 @@ class CMLMConfig:
 
         for name in ("rate", "complement_rate", "mask_share", "random_share"):
             rule(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
-        rule(self.mask_share + self.random_share <= 1.0 + 1e-9, "random_share", f"<= 1 - mask_share = {1 - self.mask_share}")
+        rule(self.mask_share + self.random_share <= 1.0 + 1e-9, "random_share", f"<= 1 - mask_share = {1 - self.mask_share:g}")
         for name in ("mlm_weight", "token_weight", "sequence_weight"):
             rule(0.0 <= getattr(self, name) < float("inf"), name, "finite and >= 0")
         weights = self.mlm_weight + self.token_weight + self.sequence_weight

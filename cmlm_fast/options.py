@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +81,19 @@ def expect(condition: bool, argument: str, rule: str, value: object) -> None:
     """Raise the one-line ValueError of the command line unless `condition` holds."""
     if not condition:
         raise ValueError(f"expected {argument} to be {rule}, got {value}")
+
+
+@contextmanager
+def arguments_named(**names: str) -> Iterator[None]:
+    """An error about a function's argument becomes one about the option that it came from: `path="train_file"`, say."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        found = re.search(r"\bexpected (\w+) to be ", str(error))
+        if found is None or found[1] not in names:
+            raise
+        text = str(error)
+        raise type(error)(text[: found.start(1)] + names[found[1]] + text[found.end(1) :]) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -25,11 +25,11 @@ from .backends import check_backend, use_backend
 from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
-from .options import PostTrainOptions, check_numbers, expect, first_line
+from .options import PostTrainOptions, arguments_named, check_numbers, expect, first_line
 from .output import SUMMARY, Stopped, check_output, disk_errors, finished_run, open_output, staged, what_is_kept
 from .report import plot_curves
 from .same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of, write_settings
-from .start import check_length, check_vocabulary, load_model, load_tokenizer, most_tokens
+from .start import check_vocabulary, load_model, load_tokenizer, sequence_length
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -85,18 +85,15 @@ def prepare(options: PostTrainOptions) -> Prepared:
     from .data import TokenBudgetSampler, clean_texts, load_texts, sequence_lengths, split_evaluation, tokenize_texts
 
     tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    texts, counts = clean_texts(
-        load_texts(options.train_file, text_column=options.text_column, text_pair_column=options.text_pair_column)
-    )
-    train, held = split_evaluation(texts, options.eval_share, options.seed)
+    columns = {"text_column": options.text_column, "text_pair_column": options.text_pair_column}
+    with arguments_named(path="train_file", dataset="train_file", share="eval_share"):
+        texts, counts = clean_texts(load_texts(options.train_file, **columns))
+        train, held = split_evaluation(texts, options.eval_share, options.seed)
     set_seed(options.seed)  # of a head that the checkpoint lacks, and the projection
     model = load_model(options.model, config, options.trust_remote_code)
     if options.freeze_encoder:
         model.freeze_encoder()
-    length = options.max_length
-    if length is None:
-        length = min(128, int(tokenizer.model_max_length), most_tokens(model, config.position_jitter))
-    check_length(model, length, config.position_jitter)
+    length = sequence_length(model, tokenizer, options.max_length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
     if options.max_steps > 0:  # else the trainer knows

@@ -54,15 +54,20 @@ def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
     expect(ids <= rows, "model", f"one whose tokenizer has at most {rows} ids, the rows of its embedding", ids)
 
 
-def check_length(model: CMLMModel, length: int, jitter: int) -> None:
-    """Raise ValueError where the model has no positions for sequences of `length` shifted by as many as `jitter`."""
-    most = most_tokens(model, jitter)
+def sequence_length(model: CMLMModel, tokenizer: Any, asked: int | None, jitter: int) -> int:
+    """The most tokens of a sequence; None asks for 128, or what the model takes where that is less.
+
+    Raises ValueError where the model has no positions for as many, shifted by as many as `jitter`.
+    """
+    most = _most_tokens(model, jitter)
     expect(most > 0, "position_jitter", f"< {most + jitter}, the positions the model has", jitter)
-    expect(length <= most, "max_length", f"<= {most}, the positions the model has", length)
+    if asked is None:
+        return min(128, int(tokenizer.model_max_length), most)
+    expect(asked <= most, "max_length", f"<= {most}, the positions the model has", asked)
+    return asked
 
 
-def most_tokens(model: CMLMModel, jitter: int) -> int:
-    """The longest sequence that the model has positions for, where they may be shifted by `jitter`."""
+def _most_tokens(model: CMLMModel, jitter: int) -> int:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is None:
         return 2**31

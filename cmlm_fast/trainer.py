@@ -63,7 +63,7 @@ class CMLMTrainer(ResumableTrainer):
 
     Raises:
         ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed; in
-            `train`, a stream of too few batches for a step, or resumed behind its first pass.
+            `train`, rows or a stream of too few batches for a step, or a stream resumed behind its first pass.
 
     Example:
         >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)
@@ -157,6 +157,9 @@ class CMLMTrainer(ResumableTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; called again for each trial of a search."""
         super().create_accelerator_and_postprocess()
+        loading = self.accelerator.dataloader_config
+        if self.accelerator.num_processes == 1 and loading.dispatch_batches is None:
+            loading.dispatch_batches = False  # of a stream, it would copy each batch to the device and wait
         if self.args.torch_compile:  # accelerate would compile the whole model, anew for each batch
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
@@ -198,6 +201,9 @@ class CMLMTrainer(ResumableTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
         args, dataset = self.args, self.train_dataset
+        least = self._train_batch_size * args.world_size if args.dataloader_drop_last else 1
+        if has_length(dataset) and len(dataset) < least:  # the Trainer would end without a step
+            raise ValueError(f"CMLMTrainer: expected train_dataset to hold {least} rows at least, got {len(dataset)}")
         if args.max_tokens is None:
             return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
         seed = args.seed if args.data_seed is None else args.data_seed
@@ -322,6 +328,8 @@ class CMLMTrainer(ResumableTrainer):
 
     def _step_is_logged(self) -> bool:
         step, every = self.state.global_step + 1, self.state.logging_steps
+        if self.args.logging_strategy == "epoch":
+            return step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
         if self.args.logging_strategy != "steps" or not every:
             return False
         return step % every == 0 or (step == 1 and self.args.logging_first_step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -96,13 +98,29 @@ def test_every_heading_of_a_data_set_with_several_setups_carries_its_own(tmp_pat
                         "### a, 8 labels per class (setup a)", "### b, 4 labels per class"]  # fmt: skip
 
 
-def test_a_torn_line_costs_that_line_alone(tmp_path, caplog):
+@pytest.mark.parametrize(("tail", "kept"), [('{"key": "2', ["1", "3"]), ('{"key": "2"}', ["1", "2", "3"])])
+def test_a_torn_line_costs_that_line_alone(tail, kept, tmp_path, caplog):
     path = tmp_path / "cells.jsonl"
     append_cell(path, {"key": "1"})
     with path.open("a") as file:
-        file.write('{"key": "2')
+        file.write(tail)
+    assert [cell["key"] for cell in read_cells(path)] == kept[:-1]
+    assert ("line 2 is no JSON" in caplog.text) == (len(kept) == 2)
     append_cell(path, {"key": "3"})
-    assert [cell["key"] for cell in read_cells(path)] == ["1", "3"] and "line 2 is no JSON" in caplog.text
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == kept  # whoever reads it
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path):
+    path = tmp_path / "cells.jsonl"
+    append_cell(path, {"key": "1"})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_cell(path, {"key": "2"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["1"]
 
 
 RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("fewshot*/cells.jsonl"))

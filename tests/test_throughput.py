@@ -169,11 +169,13 @@ def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_
         trainer.training_step(trainer.model, {**inputs, "sizes": None})
 
 
-@pytest.mark.parametrize("options", [{}, {"max_tokens": 200}, {"packed": False}])
-def test_batches_wait_on_the_host_for_their_masks(options, tmp_path, tiny_rows, tiny_tokenizer):
+@pytest.mark.parametrize(("options", "streamed"), [({}, False), ({"max_tokens": 200}, False), ({"packed": False}, False),
+                                                   ({}, True)])  # fmt: skip
+def test_batches_wait_on_the_host_for_their_masks(options, streamed, tmp_path, tiny_rows, tiny_tokenizer):
     # accelerate's loaders would copy them to the device and wait until that is done with the step before.
-    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options)
-    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(tiny_rows), trainer.get_test_dataloader(tiny_rows)]
+    rows = tiny_rows.to_iterable_dataset() if streamed else tiny_rows
+    trainer = make_trainer(tmp_path, rows, tiny_tokenizer, max_steps=2, **options)
+    loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(rows), trainer.get_test_dataloader(rows)]
     for loader in (*loaders, skip_first_batches(loaders[0], 1)):
         assert loader.device is None
         # What moves a batch looks at each element of a tuple, a mapping or a list.

@@ -213,6 +213,13 @@ def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
         CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
 
 
+def test_too_few_rows_for_a_batch_are_refused(tmp_path, tiny_rows, tiny_tokenizer):
+    for rows, least, options in ((7, 8, {"dataloader_drop_last": True}), (0, 1, {}), (0, 1, {"max_tokens": 100})):
+        with pytest.raises(ValueError, match=f"expected train_dataset to hold {least} rows at least, got {rows}"):
+            make_trainer(tmp_path, tiny_rows.select(range(rows)), tiny_tokenizer, **options).train()
+    make_trainer(tmp_path, tiny_rows.select(range(8)), tiny_tokenizer, max_steps=1, dataloader_drop_last=True).train()
+
+
 def test_a_stream_makes_whole_steps_alone(tmp_path, tiny_rows, tiny_tokenizer):
     rows = tiny_rows.select(range(40))  # five batches: two steps of two, and one batch left over
     options = {"gradient_accumulation_steps": 2, "max_steps": 4, "learning_rate": 1e-9, "lr_scheduler_type": "constant"}
@@ -294,3 +301,20 @@ def test_workers_of_batches_by_tokens_fetch_as_many_as_is_asked(tmp_path, tiny_r
     loader = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options).get_train_dataloader()
     assert loader.prefetch_factor == 5 and not loader.in_order
     assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_tokens": 300}, {"gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize("steps", [-1, 8])  # two epochs, or one and a part of the next
+def test_an_entry_an_epoch_has_the_measures_of_its_step(steps, changes, tmp_path, tiny_rows, tiny_tokenizer):
+    options = {"num_train_epochs": 2, "max_steps": steps, **changes}
+    rows = tiny_rows.select(range(40 * changes.get("gradient_accumulation_steps", 1) + 3))
+    epochs, all_steps = (make_trainer(tmp_path, rows, tiny_tokenizer, logging_strategy=strategy, **options)
+                         for strategy in ("epoch", "steps"))  # fmt: skip
+    epochs.train()
+    all_steps.train()
+    logged = [entry for entry in epochs.state.log_history if "loss" in entry]
+    assert logged[0]["epoch"] == 1.0 and len(logged) == 2
+    by_step = {entry["step"]: entry for entry in all_steps.state.log_history if "loss" in entry}
+    for entry in logged:
+        for name in ("masked_accuracy", "token_retrieval", "alignment"):
+            assert entry[name] == by_step[entry["step"]][name]

@@ -112,14 +112,17 @@ def test_a_step_never_waits_for_the_device(bf16, changes, tmp_path, tiny_rows, t
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_never_waits_for_the_device_between_two_entries_of_its_log(tmp_path, tiny_rows, tiny_tokenizer, tiny_lm):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_training_never_waits_for_the_device_between_two_entries_of_its_log(streamed, tmp_path, tiny_rows, tiny_tokenizer,
+                                                                              tiny_lm):  # fmt: skip
     # The loop of `train` itself, with its loader.
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.set_sync_debug_mode("error" if 2 <= state.global_step < 7 else "default")
 
     options = {"use_cpu": False, "bf16": True, "logging_steps": 100, "max_steps": 8, "dataloader_pin_memory": True}
-    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, lm=tiny_lm(hidden_dropout_prob=0.1), **options)
+    rows = tiny_rows.to_iterable_dataset() if streamed else tiny_rows
+    trainer = make_trainer(tmp_path, rows, tiny_tokenizer, lm=tiny_lm(hidden_dropout_prob=0.1), **options)
     trainer.add_callback(Watch())
     try:
         trainer.train()

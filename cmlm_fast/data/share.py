@@ -50,8 +50,7 @@ class RankShare(Sampler[list[int]]):
 
 def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bool = False) -> DataLoader[Any]:
     """The Trainer's loader, its batches dealt out by `RankShare` where there are several ranks, and left on the host:
-    accelerate would copy them and wait until the device is done with all that it has, as it still does with a stream's;
-    `CMLMTrainer.mask` does not wait.
+    accelerate would copy them and wait until the device is done with all that it has; `CMLMTrainer.mask` does not wait.
 
     Raises:
         ValueError: several ranks, and a stream, batches that rank 0 sends to the others, or ones that are split.

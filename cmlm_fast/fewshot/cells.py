@@ -1,7 +1,8 @@
-"""Finished cells: one line of JSON each, in a file that only grows."""
+"""Finished cells: one line of JSON each, in a file that whole lines are added to."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -37,29 +38,37 @@ def read_cells(path: Path) -> list[Cell]:
         return []
     cells = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            cell = json.loads(line)
-        except json.JSONDecodeError:
-            if line.strip():
-                logger.warning("%s: line %d is no JSON and was skipped", path, number)
-            continue
-        cells.append(cell)
+        if _is_json(line.encode()):
+            cells.append(json.loads(line))
+        elif line.strip():
+            logger.warning("%s: line %d is no JSON and was skipped", path, number)
     return cells
 
 
 def append_cell(path: Path, cell: Mapping[str, Any]) -> None:
-    """Add one line by a single write, which other processes' lines cannot tear, and wait until it is on the disk."""
+    """Add one line, in the place of one that was cut short, and wait until it is on the disk. One process at a time does so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(cell) + "\n"
+    line = json.dumps(cell).encode() + b"\n"
     with path.open("a+b", buffering=0) as file:
-        size = file.seek(0, os.SEEK_END)
-        if size and _last_byte(file, size) != b"\n":
-            line = "\n" + line  # behind what a crash cut short
-        file.write(line.encode())
-        os.fsync(file.fileno())
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        written = file.read()
+        whole = written.rfind(b"\n") + 1
+        if _is_json(written[whole:]):  # all of a line but its end
+            line, whole = b"\n" + line, len(written)
+        file.truncate(whole)
+        try:
+            while line:  # a full disk takes a part, and refuses the rest
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(whole)
+            raise
 
 
-def _last_byte(file: Any, size: int) -> bytes:
-    file.seek(size - 1)
-    last: bytes = file.read(1)
-    return last
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

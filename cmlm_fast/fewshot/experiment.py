@@ -37,7 +37,7 @@ class FewShotExperiment:
         draws: how many times the labelled texts are drawn, and everything is done again with other random numbers.
         epochs, max_steps, batch_size, learning_rate, warmup: of the post-training, as in `PostTrainOptions`.
         fine_tune_epochs, fine_tune_batch_size, fine_tune_learning_rate: of the fine-tuning.
-        max_length: most tokens of a sequence.
+        max_length: most tokens of a sequence; None: 128, or what the model takes where that is less.
         bf16: None: where this machine multiplies bfloat16 in hardware.
         seed: draw d takes its random numbers from seed + d.
         baseline: the method that the others are compared with, draw by draw.
@@ -71,7 +71,7 @@ class FewShotExperiment:
     fine_tune_epochs: float = 10.0
     fine_tune_batch_size: int = 16
     fine_tune_learning_rate: float = 2e-4
-    max_length: int = 128
+    max_length: int | None = None
     bf16: bool | None = None
     seed: int = 0
     baseline: str = "ft"
@@ -97,13 +97,15 @@ class FewShotExperiment:
         expect(several, "shots", "a sequence, (16,), say", repr(self.shots))
         values: dict[str, Any] = {"shots": tuple(_plain("shots", "int", each) for each in self.shots)}
         for field in fields(self):
-            if field.type in ("int", "float"):
-                values[field.name] = _plain(field.name, field.type, getattr(self, field.name))
+            kind, value = str(field.type).removesuffix(" | None"), getattr(self, field.name)
+            if kind in ("int", "float") and (value is not None or kind == field.type):
+                values[field.name] = _plain(field.name, kind, value)
         return replace(self, **values)
 
     def _checked(self) -> Grid:
-        for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1), ("max_length", 8)):
+        for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1)):
             expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
+        expect(self.max_length is None or self.max_length >= 8, "max_length", ">= 8", self.max_length)
         for name in ("epochs", "learning_rate", "fine_tune_epochs", "fine_tune_learning_rate"):
             value = getattr(self, name)
             expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)

@@ -22,11 +22,11 @@ from torch import nn
 from ..backends import use_backend
 from ..checkpoints import discard, in_use
 from ..config import CMLMConfig
-from ..options import expect
+from ..options import arguments_named, expect
 from ..output import DivergedError, disk_errors
 from ..post_train import fast_in_bf16
 from ..same_run import fingerprint_of_weights
-from ..start import check_length, check_vocabulary, load_model, load_tokenizer
+from ..start import check_vocabulary, load_model, load_tokenizer, sequence_length
 from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells
 from .draws import classes_of, draw
 from .finetune import Text, fine_tune
@@ -56,9 +56,9 @@ class Grid:
         self.folder = Path(experiment.output_dir)
         path = Path(experiment.train)
         self.name = experiment.name or (path.absolute().parent.name if path.stem == "train" else path.stem)
-        train = self._read(experiment.train, experiment.paraphrase_column)
+        train = self._read("train", experiment.paraphrase_column)
         if experiment.test is not None:
-            test = self._read(experiment.test, None)
+            test = self._read("test", None)
         else:
             train, test = _hold_out(train, experiment.validation, experiment.seed)
             self.name += " (validation)"
@@ -153,7 +153,7 @@ class Grid:
     def _post_training_facts(self, name: str, d: int) -> dict[str, Any]:
         method = self.methods[name].facts
         common = {"protocol": _PROTOCOL, "dataset": self.name, "start": self.start_id, "seed": self.options.seed + d,
-                  "bf16": self.bf16, "max_length": self.options.max_length}  # fmt: skip
+                  "bf16": self.bf16, "max_length": self.max_length}  # fmt: skip
         if method["objective"] is None:
             return common
         kept = {field: method[field] for field in ("objective", "second", "whole_word")}
@@ -167,7 +167,7 @@ class Grid:
         options = self.options
         fine_tuning = {field: getattr(options, f"fine_tune_{field}") for field in ("epochs", "batch_size", "learning_rate")}
         return {"protocol": _PROTOCOL, "model": Path(options.model).name, "start": self.start_id, "data": self._data_id,
-                "fine_tuning": fine_tuning, "max_length": options.max_length, "bf16": self.bf16,
+                "fine_tuning": fine_tuning, "max_length": self.max_length, "bf16": self.bf16,
                 "seed": options.seed}  # fmt: skip
 
     @contextmanager
@@ -210,7 +210,7 @@ class Grid:
         score = fine_tune(
             checkpoint, [self.texts[i] for i in chosen], [self.labels[i] for i in chosen], self.test_texts, self.test_labels,
             epochs=options.fine_tune_epochs, learning_rate=options.fine_tune_learning_rate,
-            batch_size=options.fine_tune_batch_size, max_length=options.max_length, seed=options.seed + d, bf16=self.bf16,
+            batch_size=options.fine_tune_batch_size, max_length=self.max_length, seed=options.seed + d, bf16=self.bf16,
             contrast=self.methods[name].contrast,
         )  # fmt: skip
         facts, setup = self.facts(name, shots, d), self.setup
@@ -232,7 +232,7 @@ class Grid:
     def _unlabelled(self) -> UnlabelledTexts:
         from .post_training import UnlabelledTexts
 
-        return UnlabelledTexts(self.train.remove_columns("label"), self.tokenizer, self.options.max_length)
+        return UnlabelledTexts(self.train.remove_columns("label"), self.tokenizer, self.max_length)
 
     @cached_property
     def _schedule(self) -> Any:
@@ -253,12 +253,13 @@ class Grid:
     def _paraphrases_id(self) -> str:
         return fingerprint_rows(self.train["paraphrase"])
 
-    def _read(self, path: str, paraphrase_column: str | None) -> Dataset:
+    def _read(self, which: str, paraphrase_column: str | None) -> Dataset:
         from ..data import load_labelled
 
         o = self.options
-        return load_labelled(path, label_column=o.label_column, text_column=o.text_column,
-                             text_pair_column=o.text_pair_column, paraphrase_column=paraphrase_column)  # fmt: skip
+        with arguments_named(path=which):
+            return load_labelled(getattr(o, which), label_column=o.label_column, text_column=o.text_column,
+                                 text_pair_column=o.text_pair_column, paraphrase_column=paraphrase_column)  # fmt: skip
 
     def _load_start(self) -> tuple[Any, Any, str]:
         """Tokenizer, model, and a fingerprint of both. A head that the checkpoint lacks is made from the seed."""
@@ -269,7 +270,8 @@ class Grid:
         model = load_model(self.options.model, CMLMConfig())
         check_vocabulary(model, tokenizer)
         objectives = [method.objective for method in self.methods.values() if method.objective]
-        check_length(model, self.options.max_length, max((each.position_jitter for each in objectives), default=0))
+        jitter = max((each.position_jitter for each in objectives), default=0)
+        self.max_length = sequence_length(model, tokenizer, self.options.max_length, jitter)
         # Of the tokenizer all that it does, of the configuration all but where it comes from.
         config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
         backend = getattr(tokenizer, "backend_tokenizer", None)
