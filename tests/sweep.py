@@ -19,8 +19,8 @@ MANY_TILES = ("63x1000", "rows-ranges", "blocks", "same-token", "cross-65")
 
 def cases(dtypes: tuple[torch.dtype, ...] | None = None, values: bool = True) -> list[Any]:
     """`(name, suffix, device, dtype, label)` of every op on every backend that can run here. `values`: False for tests of
-    the registration, which is the same for every sample, or of what parity tests for each: they need no sample of
-    several tiles in Triton's interpreter."""
+    the registration, which is the same for every sample, of what parity tests for each, or of the order of programs, which
+    Triton's interpreter runs one by one: they need no sample of several tiles there."""
     found = []
     for name, contract in contracts.items():
         for device in DEVICES:
