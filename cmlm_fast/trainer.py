@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from operator import itemgetter
 from typing import Any
@@ -24,24 +23,17 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
-from .data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
+from .data import CMLMDataCollator, TokenBudgetSampler, sequence_lengths
 from .data.share import share_loader
 from .gradient_cache import GradientCache
 from .losses import PARTS
+from .masking import EVALUATION_STEP, Masker
 from .measures import Sums
 from .memory import keep_freed_memory
 from .modeling import CMLMModel, CMLMOutput
-from .ops import ComplementaryMask, complementary_mask
-from .ops.complementary_mask import exact_counts
 from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
-
-#: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
-EVALUATION_STEP = 2**32 - 1
-
-#: What the seed of view 2's masks differs by where the views are masked independently.
-INDEPENDENT = 0x9E3779B97F4A7C15
 
 
 class CMLMTrainer(ResumableTrainer):
@@ -84,8 +76,7 @@ class CMLMTrainer(ResumableTrainer):
         args = args or CMLMTrainingArguments("out")
         if not isinstance(args, CMLMTrainingArguments):
             raise ValueError(f"CMLMTrainer: expected args to be CMLMTrainingArguments, got {type(args).__name__}")
-        settings = mask_settings(tokenizer)
-        self.args, self._vocabulary = args, settings["vocab_size"]
+        self.args, self._masker = args, Masker(tokenizer)
         if model_init is None:
             model = self._checked(model)
         elif model is None:
@@ -96,8 +87,6 @@ class CMLMTrainer(ResumableTrainer):
             model = self.call_model_init()
         else:
             raise ValueError("CMLMTrainer: expected model to be None where model_init is given, got both")
-        self.special_ids = torch.tensor(settings.pop("special_ids"))
-        self.mask_settings = settings
         self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
@@ -122,10 +111,10 @@ class CMLMTrainer(ResumableTrainer):
         """A model that this trainer can train, its layers compiled where that is asked for."""
         if not isinstance(model, CMLMModel):
             raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
-        rows = model.lm.get_input_embeddings().num_embeddings
-        if self._vocabulary > rows:
+        rows, ids = model.lm.get_input_embeddings().num_embeddings, self._masker.settings["vocab_size"]
+        if ids > rows:
             rule = f"of at most {rows} ids, the rows of the model's embedding"
-            raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {self._vocabulary}")
+            raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")
         if self.args.torch_compile:
             model.compile_layers(self.args.torch_compile_backend, self.args.torch_compile_mode)
         return model
@@ -243,26 +232,8 @@ class CMLMTrainer(ResumableTrainer):
             rule = "one that gives sample_ids, as CMLMDataCollator does"
             raise ValueError(f"CMLMTrainer: expected data_collator to be {rule}, got {', '.join(batch)}")
         batch = send_to_device(batch, self.args.device, non_blocking=True)
-        self.special_ids = self.special_ids.to(batch["input_ids"].device)
         seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
-        config = self.cmlm
-        draw = partial(
-            complementary_mask, batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
-            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"],
-            sampling=config.sampling, mask_share=config.mask_share, random_share=config.random_share, step=step,
-            special_ids=self.special_ids, **self.mask_settings,
-        )  # fmt: skip
-        if config.complementary:
-            masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
-        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
-            view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
-            second = (1.0 - config.rate) * config.complement_rate
-            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))
-            masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
-        jitter = self._plain_model.jitter(batch["sample_ids"], seed, step)
-        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
-        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(sum(known)))
-        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
+        return self._masker(batch, self._plain_model, seed, step)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import tokenize_texts
-from cmlm_fast.trainer import EVALUATION_STEP
+from cmlm_fast.masking import EVALUATION_STEP
 
 CONFIG = CMLMConfig(scope="sequence", sequence_weight=1.0, learn_temperature=True, projection=8, token_temperature=0.2)
 

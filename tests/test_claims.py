@@ -23,9 +23,9 @@ from cmlm_fast.fewshot import fine_tune, finetune, post_training
 from cmlm_fast.fewshot.methods import METHODS
 from cmlm_fast.fewshot.paired import PairCollator, PairedModel
 from cmlm_fast.layers import use_fast_layers
+from cmlm_fast.masking import EVALUATION_STEP
 from cmlm_fast.modeling import row_bounds
 from cmlm_fast.ops._philox import position_shift
-from cmlm_fast.trainer import EVALUATION_STEP
 
 
 class MadeError(Exception):

@@ -163,7 +163,7 @@ def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_
         assert inputs["sizes"] is not None
         trainer.training_step(trainer.model, inputs)
     role = inputs["role"]
-    can = ~torch.isin(batch["input_ids"], trainer.special_ids)
+    can = ~torch.isin(batch["input_ids"], trainer._masker.special_ids)
     assert inputs["sizes"] == ((role == 1).sum(), (role == 2).sum(), can.sum())
     with pytest.raises(AssertionError, match="nonzero"), NoWait():  # the watch is awake
         trainer.training_step(trainer.model, {**inputs, "sizes": None})

@@ -9,7 +9,7 @@ import torch
 from conftest import make_lm
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
-from cmlm_fast.trainer import EVALUATION_STEP
+from cmlm_fast.masking import EVALUATION_STEP
 
 
 def make_trainer(folder, rows, tokenizer, *, config=None, held=None, lm=None, **options):

@@ -1,0 +1,49 @@
+"""Both views of a batch: `complementary_mask` as a `CMLMConfig` asks for it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from .data import mask_settings
+from .modeling import CMLMModel
+from .ops import ComplementaryMask, complementary_mask
+from .ops.complementary_mask import exact_counts
+
+#: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
+EVALUATION_STEP = 2**32 - 1
+
+#: What the seed of view 2's masks differs by where the views are masked independently.
+INDEPENDENT = 0x9E3779B97F4A7C15
+
+
+class Masker:
+    """Masks the batches of one tokenizer's collator; what a sequence gets depends on (seed, step, sample id) alone."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.settings = mask_settings(tokenizer)
+        self.special_ids = torch.tensor(self.settings.pop("special_ids"))
+
+    def __call__(self, batch: dict[str, Any], model: CMLMModel, seed: int, step: int) -> dict[str, Any]:
+        """The batch, on whatever device it is, with all else that the model takes: views, roles, shifts, sizes."""
+        config = model.cmlm
+        self.special_ids = self.special_ids.to(batch["input_ids"].device)
+        draw = partial(
+            complementary_mask, batch["input_ids"], batch.get("cu_seqlens"), attention_mask=batch.get("attention_mask"),
+            eligible=batch.get("eligible"), unit_ids=batch.get("unit_ids"), sample_ids=batch["sample_ids"],
+            sampling=config.sampling, mask_share=config.mask_share, random_share=config.random_share, step=step,
+            special_ids=self.special_ids, **self.settings,
+        )  # fmt: skip
+        if config.complementary:
+            masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
+        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
+            view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
+            second = (1.0 - config.rate) * config.complement_rate
+            view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))
+            masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
+        jitter = model.jitter(batch["sample_ids"], seed, step)
+        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(sum(known)))
+        return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}
