@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import socket
 import traceback
@@ -21,6 +22,7 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        faulthandler.enable(file=2)  # a process that crashes says where
         action()
         code = 0
     except SystemExit as end:

@@ -161,7 +161,8 @@ def main() -> None:
                                                          folder / f"{name}.log")]  # fmt: skip
         print(name, codes, flush=True)
         if any(codes):
-            print((folder / f"{name}.0").read_text()[-3000:])
+            for rank in (rank for rank, code in enumerate(codes) if code):
+                print(f"rank {rank}:", (folder / f"{name}.{rank}").read_text()[-2400:])
             sys.exit(1)
 
     for world in (1, 2, 3):
