@@ -150,15 +150,14 @@ def op(name: str, suffix: str = "") -> Any:
 def load_kernels() -> None:
     """Load `_C` (and `_C_cuda` where CUDA is); remember in `load_errors` why one did not load."""
     folder = Path(__file__).parent
-    path = Path(os.environ.get("CMLM_FAST_LIBRARY") or folder / "_C.so")
     if os.environ.get("CMLM_FAST_NATIVE") == "0":
-        load_errors["_C"] = "CMLM_FAST_NATIVE=0 is set"
+        load_errors.update(dict.fromkeys(("_C", "_C_cuda"), "CMLM_FAST_NATIVE=0 is set"))
     else:
-        _load("_C", path)
-    if torch.version.cuda is None:
-        load_errors["_C_cuda"] = "this PyTorch is built without CUDA"
-    else:
-        _load("_C_cuda", folder / "_C_cuda.so")
+        _load("_C", Path(os.environ.get("CMLM_FAST_LIBRARY") or folder / "_C.so"))
+        if torch.version.cuda is None:
+            load_errors["_C_cuda"] = "this PyTorch is built without CUDA"
+        else:
+            _load("_C_cuda", folder / "_C_cuda.so")
     for name in registered:
         for key in ("CPU", "CUDA"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"cmlm_fast::{name}", key):

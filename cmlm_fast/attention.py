@@ -4,7 +4,7 @@ A packed call carries `packing`, where the sequences are; those of equal length 
 is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
     CPU; CUDA with Triton, where no sequence is longer than SHORT and no head's row takes more than NARROW bytes
-                    the op varlen_attention
+                    the op varlen_attention, but for a named backend that has no kernel for it, or none that was built
     CUDA from compute capability 8.0 on, 16 bit
                     flash attention, one launch for all sequences
     else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backends import available
+from .backends import instead
 from .ops import varlen_attention
 from .ops.varlen_attention import row_bytes
 
@@ -57,8 +57,8 @@ class PackingForOp(Packing):
 
 def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor) -> Packing:
     """The packing of a batch."""
-    on_cpu = cu_seqlens.device.type == "cpu"
-    fits = on_cpu or (cu_seqlens.is_cuda and max(lengths, default=0) <= SHORT and _has_kernel())
+    short = cu_seqlens.device.type == "cpu" or max(lengths, default=0) <= SHORT
+    fits = short and instead("varlen_attention", cu_seqlens.device) is not None
     return (PackingForOp if fits else Packing)(lengths, cu_seqlens)
 
 
@@ -90,7 +90,7 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
     q, k, v = map(_rows, (query, key, value))
     # From torch's generator of the device, whose state checkpoints keep and activation checkpointing replays.
     seed = torch.randint(2**62, (), device=q.device) if dropout else 0
-    backend = "triton" if q.is_cuda else None  # no other has kernels there, whatever is chosen for the losses
+    backend = "triton" if q.is_cuda else None  # no other has kernels there
     out = varlen_attention(q, k, v, packing.cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
                            backend=backend)  # fmt: skip
     return out[None], None
@@ -118,11 +118,6 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
         parts.append(part.transpose(1, 2).flatten(0, 1))
         begin += count * length
     return torch.cat(parts)[None]
-
-
-@cache
-def _has_kernel() -> bool:
-    return available("varlen_attention", "cuda")["triton"] is None
 
 
 @cache

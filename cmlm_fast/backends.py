@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -106,13 +107,18 @@ def available(name: str, device: str | torch.device = "cpu") -> dict[str, str | 
     return {backend: _absence(name, device_type, backend) for backend in BACKENDS}
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 def _absence(name: str, device_type: str, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
         if name + "_triton" not in registered:
             return "this op has no Triton kernel"
-        if find_spec("triton") is None:
+        if not _has_triton():
             return "the package triton is not installed"
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None

@@ -121,7 +121,8 @@ def test_ops_in_the_place_of_functions_of_pytorch_heed_the_named_backend(backend
 @pytest.mark.parametrize("backend", ["reference", "cpp", "cuda"])
 def test_on_a_gpu_functions_of_pytorch_are_replaced_by_kernels_alone(backend):
     with cmlm_fast.use_backend(backend):
-        assert all(backends.instead(name, torch.device("cuda")) is None for name in ("dropout", "softmax_loss"))
+        for name in ("dropout", "softmax_loss", "varlen_attention"):
+            assert backends.instead(name, torch.device("cuda")) is None
 
 
 def test_environment_variable_names_the_backend():
@@ -137,6 +138,20 @@ def test_without_kernels_everything_still_works():
         "print(c.available('info_nce')['cpp']); print(round(c.info_nce(z, z, temperature=1.).item(), 4))"
     )
     assert python(code, CMLM_FAST_NATIVE="0").splitlines() == ["CMLM_FAST_NATIVE=0 is set", "0.7437"]
+    code = "import torch; torch.version.cuda = '13.0'; from cmlm_fast import _library; print(_library.load_errors['_C_cuda'])"
+    assert python(code, CMLM_FAST_NATIVE="0").strip() == "CMLM_FAST_NATIVE=0 is set"
+
+
+def test_packed_attention_is_pytorchs_where_no_kernel_is():
+    # Not the op's reference, which draws dropout's numbers in Python.
+    code = (
+        "import torch; from cmlm_fast.attention import packing_of; "
+        "print(type(packing_of((3, 2), torch.tensor([0, 3, 5], dtype=torch.int32))).__name__)"
+    )
+    for variables in ({}, {"CMLM_FAST_BACKEND": "reference"}):
+        assert python(code, **variables).strip() == "PackingForOp"
+    for variables in ({"CMLM_FAST_NATIVE": "0"}, {"CMLM_FAST_BACKEND": "cuda"}):
+        assert python(code, **variables).strip() == "Packing"
 
 
 def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path):

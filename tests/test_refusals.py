@@ -37,6 +37,9 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, seed=2**64), f"number in [-2⁶³, 2⁶⁴), got {2**64}"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, seed=CU[:1]), "int64 of shape [], got torch.int32 [1]"),
         (lambda: mask(seed=None), "complementary_mask: expected seed to be a whole number in [-2⁶³, 2⁶⁴), got None"),
+        (lambda: mask(step=1.5), "complementary_mask: expected step to be a whole number, got 1.5"),
+        (lambda: complementary_mask(IDS, mask_token_id=None, vocab_size=30, special_ids=()),
+         "complementary_mask: expected mask_token_id to be a whole number, got None"),
         (lambda: mask(cu=CU), "expected input_ids to be of shape [T] when cu_seqlens is given, got [2, 3]"),
         (lambda: mask(sample_ids=[0, 1]), "expected sample_ids to be a tensor, got list"),
         (lambda: mask(attention_mask=IDS > 0, eligible=IDS.float()), "expected eligible to be torch.bool, got torch.float32"),
@@ -60,6 +63,9 @@ def test_a_temperature_may_be_any_number():
         lambda x: token_similarity(x, K),
         lambda x: info_nce(x, K),
         lambda x: varlen_attention(x[:, None], x[:, None], x[:, None], CU),
+        lambda x: token_contrastive(Q, K, TARGET, temperature=x.abs().mean()),
+        lambda x: token_similarity(Q, K, temperature=x.abs().mean()),
+        lambda x: info_nce(Q, K, temperature=x.abs().mean()),
     ],
 )
 def test_forward_mode_is_refused_not_zero(function):

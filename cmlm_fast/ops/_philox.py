@@ -25,17 +25,20 @@ def signed_seed(op: str, seed: Any) -> int:
     return index(seed) - 2**64 if seed >= 2**63 else seed
 
 
-def philox(counter: Tensor, sample: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(counter: Tensor, sample: Tensor, seed: int, step: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four 32-bit words w0..w3 (int64) of each draw.
 
     Args:
         counter: int64, the first counter word c (0 ≤ c < 2³²).
         sample: int64, broadcastable to `counter`: the 64-bit sample id.
         seed: 64-bit key (any Python int; its low 64 bits count).
-        step: 32-bit step.
+        step: 32-bit step, or int64 ones, broadcastable to `counter`.
     """
-    c0, sample = torch.broadcast_tensors(counter & _WORD, sample)
-    c1 = torch.full_like(c0, step & _WORD)
+    if isinstance(step, Tensor):
+        c0, sample, c1 = torch.broadcast_tensors(counter & _WORD, sample, step & _WORD)
+    else:
+        c0, sample = torch.broadcast_tensors(counter & _WORD, sample)
+        c1 = torch.full_like(c0, step & _WORD)
     c2, c3 = sample & _WORD, (sample >> 32) & _WORD
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(10):

@@ -71,6 +71,7 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
+    _no_tangent(op, "temperature", temperature)
     return temperature.reshape(()).to(device=rows.device, dtype=dtype)
 
 
@@ -110,14 +111,18 @@ def autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def _no_tangent(op: str, name: str, given: Tensor) -> None:
+    if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:  # its derivative would be lost
+        rule = "without a tangent, there is no forward mode"
+        raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be {rule}, got one")
+
+
 def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
     for name, given in rows.items():
         if not isinstance(given, Tensor):
             raise TypeError(f"cmlm_fast::{op}: expected {name} to be a tensor, got {type(given).__name__}")
-        if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:  # its derivative would be lost
-            rule = "without a tangent, there is no forward mode"
-            raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be {rule}, got one")
+        _no_tangent(op, name, given)
     tensors = tuple(rows.values())
     device_type = tensors[0].device.type
     if not autocast_is_on(device_type):

@@ -198,7 +198,7 @@ def _equal_lengths(batch: int, length: int, device: torch.device, stream: int) -
 
 
 def _is_id(value: Any) -> bool:
-    return hasattr(value, "__index__")
+    return isinstance(value, int) or hasattr(value, "__index__")
 
 
 def complementary_mask(
@@ -258,6 +258,8 @@ def complementary_mask(
     """
     expect(_NAME, sampling in ("exact", "bernoulli"), "sampling", "'exact' or 'bernoulli'", repr(sampling))
     expect(_NAME, isinstance(input_ids, Tensor), "input_ids", "a tensor", type(input_ids).__name__)
+    for name, number in (("mask_token_id", mask_token_id), ("vocab_size", vocab_size), ("step", step)):
+        expect(_NAME, _is_id(number), name, "a whole number", number)
     shape, device = input_ids.shape, input_ids.device
     traced = _is_traced()
     if cu_seqlens is None:

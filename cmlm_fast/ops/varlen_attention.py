@@ -62,12 +62,9 @@ def _check_values(cu: Tensor, tokens: int) -> None:
 
 def keep_mask(length: int, heads: int, sequence: int, dropout: float, seed: int, device: torch.device) -> Tensor:
     """Bool [H, L, L]: the weights of one sequence that dropout keeps."""
-    quads = torch.arange((length + 3) // 4, device=device)
-    words = torch.empty(heads, length, 4 * quads.numel(), dtype=torch.int64, device=device)
-    for head in range(heads):
-        sample = torch.tensor(sequence * heads + head, device=device)
-        for i in range(length):
-            words[head, i] = torch.stack(philox(quads, sample, seed, i), 1).flatten()
+    quads, rows = torch.arange((length + 3) // 4, device=device), torch.arange(length, device=device)
+    samples = sequence * heads + torch.arange(heads, device=device)
+    words = torch.stack(philox(quads, samples[:, None, None], seed, rows[:, None]), -1).flatten(2)
     return words[:, :, :length] >= int(dropout * 2.0**32)
 
 
