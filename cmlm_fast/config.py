@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 #: Presets: the fields that differ from the defaults. `paper` is the published command line (alpha 0.5).
@@ -17,6 +19,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _CHOICES = {"sampling": ("exact", "bernoulli"), "mlm_views": ("both", "first"), "scope": ("batch", "sequence"),
             "scheme": ("cross", "nt_xent"), "pooling": ("mean", "cls")}  # fmt: skip
+FILE = "cmlm_config.json"  # beside a checkpoint's other files
 
 
 @dataclass(frozen=True)
@@ -109,3 +112,22 @@ class CMLMConfig:
             if change not in known:
                 raise ValueError(f"CMLMConfig: expected a field to be one of {', '.join(known)}, got {change!r}")
         return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def of_checkpoint(cls, folder: str | Path) -> CMLMConfig:
+        """The objective that a checkpoint of ours was trained with; the default one where `folder` does not say.
+
+        Raises:
+            ValueError: the file there is not one that `save_pretrained` wrote.
+        """
+        file = Path(folder) / FILE
+        if not file.is_file():
+            return cls()
+        try:
+            return cls.from_preset("balanced", **json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"CMLMConfig: expected {file} to hold the fields of an objective, got: {error}") from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it beside a checkpoint's other files."""
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .attention import Lengths, packing_of, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
+from .config import FILE as OBJECTIVE
 from .config import CMLMConfig
 from .gradient_cache import CachedContrast
 from .heads import lm_transform
@@ -43,6 +44,9 @@ class CMLMOutput(NamedTuple):
 
 class CMLMModel(nn.Module):
     """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT kind.
+
+    The masked LM stays what it is for whoever uses it besides, but its attention, and on the CPU its linear, dropout and
+    embedding layers, are faster ones from then on.
 
     Args:
         lm: the masked LM, `AutoModelForMaskedLM`.
@@ -93,7 +97,7 @@ class CMLMModel(nn.Module):
 
         Args:
             path: folder or hub id. Of a folder that `save_pretrained` wrote also the projection and learned temperatures.
-            config: the objective; the default is the preset "balanced".
+            config: the objective; default: that of a folder that `save_pretrained` wrote, else the preset "balanced".
             options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
                 optimizer steps are lost in 16 bits.
 
@@ -125,7 +129,7 @@ class CMLMModel(nn.Module):
         if fresh:
             tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
             logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
-        model = cls(lm, config)
+        model = cls(lm, CMLMConfig.of_checkpoint(path) if config is None else config)
         model.load_contrast(path)
         model._pooling = read_pooling(path, **options)
         return model
@@ -318,8 +322,8 @@ class CMLMModel(nn.Module):
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.
 
-        What belongs to the contrast alone, projection and learned temperatures, goes into a file of its own beside it; so do
-        the pooling files of sentence-transformers, where `from_pretrained` found some.
+        What belongs to the contrast alone, the objective, projection and learned temperatures, goes into files of its own
+        beside it; so do the pooling files of sentence-transformers, where `from_pretrained` found some.
 
         Args:
             path: folder, made where missing.
@@ -335,6 +339,10 @@ class CMLMModel(nn.Module):
         # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
         # a checkpoint is read back by these.
         self.lm.save_pretrained(path, state_dict=lm, save_original_format=False)
+        for name in (OBJECTIVE, _CONTRAST):  # of what stood there before
+            (Path(path) / name).unlink(missing_ok=True)
+        if self.cmlm.token_weight + self.cmlm.sequence_weight > 0:  # MLM alone leaves a start like any other
+            self.cmlm.save_pretrained(path)
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
         if rest:
             save_file(rest, Path(path) / _CONTRAST)

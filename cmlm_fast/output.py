@@ -24,9 +24,10 @@ SUMMARY = "summary.json"
 _CHUNK = bytes(1 << 20)
 _BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
 # What a checkpoint may have beside its config.json: weights, tokenizer, and modules of sentence-transformers.
-_OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", "contrast.safetensors", "tokenizer*", "vocab.*", "merges.txt",
-               "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
-               "config_sentence_transformers.json", "sentence_bert_config.json", "[0-9]_*")  # fmt: skip
+_OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", "contrast.safetensors", "cmlm_config.json", "tokenizer*",
+               "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
+               "sentencepiece.bpe.model", "modules.json", "config_sentence_transformers.json",
+               "sentence_bert_config.json", "[0-9]_*")  # fmt: skip
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # safetensors and torch.save report a failed write as an exception of their own, with these words.
 _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
@@ -146,7 +147,7 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
     except DiskError:
         raise
     except Exception as error:
-        reason = _disk_reason(error)
+        reason = disk_reason(error)
         if reason is None:
             raise
         raise DiskError(f"could not write to {folder}: {reason}; {kept or what_is_kept(folder)}") from error
@@ -160,7 +161,8 @@ def what_is_kept(folder: Path) -> str:
     return f"{found[-1].name} is whole, continue with --resume"
 
 
-def _disk_reason(error: BaseException) -> str | None:
+def disk_reason(error: BaseException) -> str | None:
+    """What an error says of the disk, if it is about that."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return error.strerror or str(error)
     text = str(error)

@@ -26,7 +26,17 @@ from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, arguments_named, check_numbers, expect, first_line
-from .output import SUMMARY, Stopped, check_output, disk_errors, finished_run, open_output, staged, what_is_kept
+from .output import (
+    SUMMARY,
+    Stopped,
+    check_output,
+    disk_errors,
+    disk_reason,
+    finished_run,
+    open_output,
+    staged,
+    what_is_kept,
+)
 from .report import plot_curves
 from .same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of, write_settings
 from .start import check_vocabulary, load_model, load_tokenizer, sequence_length
@@ -186,7 +196,13 @@ def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any], 
     with staged(folder) as staging:
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(staging, state)
         prepared.tokenizer.save_pretrained(staging)
-        plot_curves(metrics.entries(), staging / "curves.png")
+        try:
+            plot_curves(metrics.entries(), staging / "curves.png")
+        except Exception as error:  # a picture is worth no weights
+            if disk_reason(error) is not None:
+                raise
+            (staging / "curves.png").unlink(missing_ok=True)
+            logger.warning("no curves.png: %s", first_line(error))
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         (staging / SUMMARY).write_text(json.dumps({**summary, "files": files}, indent=1) + "\n")
 

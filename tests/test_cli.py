@@ -70,6 +70,18 @@ def test_curves_draw_single_points_and_the_scores_before_training(tiny_checkpoin
     assert single and all(line.get_marker() == "o" for line in single)
 
 
+def test_a_picture_that_fails_costs_no_weights(tiny_checkpoint, sentence_file, tmp_path, monkeypatch, caplog):
+    def fails(entries, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("cmlm_fast.post_train.plot_curves", fails)
+    assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out").exit_code == 0
+    files = set(json.loads((tmp_path / "out" / "summary.json").read_text())["files"])
+    assert {"model.safetensors", "cmlm_config.json"} <= files and "curves.png" not in files
+    assert "no curves.png: no fonts" in caplog.text and not (tmp_path / "out" / "curves.png").exists()
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tiny_checkpoint, sentence_file, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("settings.json", "metrics.jsonl"):

@@ -165,11 +165,29 @@ def test_projection_and_temperatures_come_back(tmp_path, caplog):
         for parameter in model.parameters():
             parameter.add_(torch.rand_like(parameter) / 100)
     model.save_pretrained(tmp_path)
-    again = CMLMModel.from_pretrained(tmp_path, config)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    CMLMModel.from_pretrained(tmp_path)  # without either
+    for again in (CMLMModel.from_pretrained(tmp_path, config), CMLMModel.from_pretrained(tmp_path)):
+        assert again.cmlm == config
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    plain = CMLMModel.from_pretrained(tmp_path, CMLMConfig())  # without either
+    assert isinstance(plain.projection, torch.nn.Identity) and not plain.cmlm.learn_temperature
     with pytest.raises(ValueError, match=r"expected projection to be as wide as in .*contrast\.safetensors.*, got 4"):
         CMLMModel.from_pretrained(tmp_path, CMLMConfig(projection=4))
+    for content in ("[1]", "{", '{"heat": 1}', '{"rate": 2}'):
+        (tmp_path / "cmlm_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"CMLMConfig: expected .*cmlm_config\.json to hold the fields of an objective"):
+            CMLMModel.from_pretrained(tmp_path)
+
+
+def test_an_objective_of_mlm_alone_is_not_that_of_the_next_run(tmp_path):
+    CMLMModel(make_lm(), CMLMConfig.from_preset("tapt")).save_pretrained(tmp_path)
+    assert CMLMModel.from_pretrained(tmp_path).cmlm == CMLMConfig()
+
+
+def test_a_checkpoint_keeps_nothing_of_what_stood_there_before(tmp_path):
+    CMLMModel(make_lm(), CMLMConfig(projection=8)).save_pretrained(tmp_path)
+    before = {path.name for path in tmp_path.iterdir()}
+    CMLMModel(make_lm(), CMLMConfig.from_preset("tapt")).save_pretrained(tmp_path)
+    assert before - {path.name for path in tmp_path.iterdir()} == {"contrast.safetensors", "cmlm_config.json"}
 
 
 def test_batches_the_model_cannot_take_are_refused(tmp_path, tiny_rows, tiny_tokenizer):
