@@ -34,7 +34,10 @@ def bench(
     seconds: Annotated[
         float, typer.Option(min=0.0, help="for the timed rounds of a shape, at least 5; checks and compilation come on top")
     ] = 1.0,
-    output: Annotated[Path, typer.Option(help="the results go here, after each shape")] = Path("out/bench.json"),
+    output: Annotated[
+        Path | None,
+        typer.Option(help="results go here, after each shape; default: out/bench.json, of a part alone out/bench-part.json"),
+    ] = None,
     update: Annotated[
         bool, typer.Option("--update", help="keep the other shapes that --output holds of this commit")
     ] = False,
@@ -57,6 +60,8 @@ def bench(
     names = {p.name for o, _ in plan for p in o.providers}
     if provider and not any(part in name for part in provider for name in names):
         raise ValueError(f"bench: expected --provider to be a part of {'; '.join(sorted(names))}, got {provider}")
+    if output is None:  # a part leaves what the whole took minutes for
+        output = Path("out/bench-part.json" if (op or shape or provider) and not update else "out/bench.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir():
         raise ValueError(f"bench: expected --output to be a file, got the folder {output}")
@@ -69,10 +74,10 @@ def bench(
     for op_name, axis, name, exponent, points in found.slopes():
         console.print(f"{op_name}: {name} grows with {axis} to the {exponent:.2f} ({points} sizes)")
     for line in run.absences(found.absent):
-        console.print(f"not run: {line}")
+        console.print(f"not run: {line}", markup=False)
     for o, s in asked:
         if (o, s) not in plan:
-            console.print(f"not run: {o.name} {s.label} (--shape runs it): {s.unfit(where)}")
+            console.print(f"not run: {o.name} {s.label} (--shape runs it): {s.unfit(where)}", markup=False)
     console.print(f"written to {output}")
 
 

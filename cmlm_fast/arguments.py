@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from numbers import Integral
+from types import NoneType
 
 from transformers import TrainingArguments
 
@@ -37,8 +39,10 @@ class CMLMTrainingArguments(TrainingArguments):
     contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
 
     def __post_init__(self) -> None:
+        for name in ("mask_seed", "max_tokens", "contrastive_batch_size"):
+            self._refuse(not isinstance(getattr(self, name), (Integral, NoneType)), name, "a whole number or None")
         # Of losses and embeddings that are not used here; and the Trainer would leave the weights in 16 bits.
-        for name in ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval"):
+        for name in ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"):
             self._refuse(bool(getattr(self, name)), name, "off")
         self._refuse(self.auto_find_batch_size and (self.max_tokens or self.contrastive_batch_size) is not None,
                      "auto_find_batch_size", "off with max_tokens or contrastive_batch_size, which do not change with it")

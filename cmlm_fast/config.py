@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _CHOICES = {"sampling": ("exact", "bernoulli"), "mlm_views": ("both", "first"), "scope": ("batch", "sequence"),
             "scheme": ("cross", "nt_xent"), "pooling": ("mean", "cls")}  # fmt: skip
+_KINDS: dict[str, tuple[type, str]] = {"float": (Real, "a number"), "int": (Integral, "a whole number"),
+                                       "bool": (bool, "True or False"), "str": (str, "a string")}  # fmt: skip
 FILE = "cmlm_config.json"  # beside a checkpoint's other files
 
 
@@ -77,6 +80,14 @@ class CMLMConfig:
             if not condition:
                 raise ValueError(f"CMLMConfig: expected {name} to be {text}, got {getattr(self, name)!r}")
 
+        for field in fields(self):
+            kinds, text = _KINDS[str(field.type)]
+            value = getattr(self, field.name)
+            rule(isinstance(value, kinds) and (kinds is bool) == isinstance(value, bool), field.name, text)
+            if kinds is Real and not isinstance(value, (int, float)):  # numpy's
+                object.__setattr__(self, field.name, float(value))
+            elif kinds is Integral:
+                object.__setattr__(self, field.name, int(value))
         for name in ("rate", "complement_rate", "mask_share", "random_share"):
             rule(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
         rule(self.mask_share + self.random_share <= 1.0 + 1e-9, "random_share", f"<= 1 - mask_share = {1 - self.mask_share:g}")

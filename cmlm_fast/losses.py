@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import signature
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -36,8 +38,13 @@ _MOST_LOGIT_SCALE = math.log(100.0)
 class _Temperature(nn.Module):
     """τ: a number, or learned as a logit scale log(1/τ) that is kept at most log 100."""
 
-    def __init__(self, temperature: float, learn: bool) -> None:
+    def __init__(self, owner: str, temperature: float, learn: bool) -> None:
         super().__init__()
+        least = 0.01 if learn else 0.0
+        number = isinstance(temperature, Real) and least <= temperature < math.inf and temperature > 0
+        rule = "a number, finite and > 0" + (", at least 0.01 where it is learned" if learn else "")
+        if not number:
+            raise ValueError(f"{owner}: expected temperature to be {rule}, got {temperature}")
         self.start = temperature
         # Of one element, for FSDP shards no scalar.
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
@@ -59,8 +66,14 @@ class TokenContrastiveLoss(nn.Module):
 
     Args:
         temperature: τ > 0; where learned, what it starts from.
-        learn_temperature: learn log(1/τ), at most log 100.
+        learn_temperature: learn log(1/τ), at most log 100; then τ >= 0.01.
         options: further keyword arguments of `token_contrastive` (normalize, reduction, backend).
+
+    Raises:
+        ValueError: a temperature that breaks its rule.
+        TypeError: an option that `token_contrastive` does not have.
+
+    `temperature()` is today's τ.
 
     >>> loss = TokenContrastiveLoss(temperature=0.1, learn_temperature=True)
     >>> loss(torch.eye(3), torch.eye(3), torch.arange(3)).backward()
@@ -70,7 +83,8 @@ class TokenContrastiveLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
-        self.temperature = _Temperature(temperature, learn_temperature)
+        self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
+        signature(token_contrastive).bind_partial(**options)  # a wrong name is a TypeError now
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -87,7 +101,8 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
-        self.temperature = _Temperature(temperature, learn_temperature)
+        self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
+        signature(info_nce).bind_partial(**options)
         self.options = options
 
     def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .attention import Lengths, packing_of, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
@@ -75,6 +77,10 @@ class CMLMModel(nn.Module):
         if getattr(lm, "peft_config", None) or getattr(lm, "_hf_peft_config_loaded", False):  # their checkpoints hold no model
             rule = "a plain masked LM (adapters merged into it by merge_and_unload)"
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
+        if not isinstance(lm, PreTrainedModel):
+            raise ValueError(f"CMLMModel: expected lm to be a masked LM of transformers, got {type(lm).__name__}")
+        if not isinstance(config, (CMLMConfig, NoneType)):
+            raise ValueError(f"CMLMModel: expected config to be a CMLMConfig or None, got {type(config).__name__}")
         self.lm = lm
         self.cmlm = config or CMLMConfig()
         if self.cmlm.position_jitter and not self._has_position_table():

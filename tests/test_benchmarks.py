@@ -14,7 +14,7 @@ from benchmarks import compare, report, run, verdicts
 from benchmarks.cli import app, chosen
 from benchmarks.ops import OPS
 from benchmarks.registry import Provider
-from benchmarks.results import Results, automatic
+from benchmarks.results import Absent, Results, automatic
 from benchmarks.timing import ceilings
 from cmlm_fast.cli import app as cmlm_fast
 from cmlm_fast.cli import benchmark_suite
@@ -164,6 +164,17 @@ def test_bad_input_is_one_clear_error(arguments, words):
 def test_the_command_reaches_the_suite():
     result = CliRunner().invoke(cmlm_fast, ["bench", "--op", "softmax"])
     assert result.exit_code == 2 and "error: expected --op to be one of" in result.output
+
+
+@pytest.mark.parametrize(("options", "name"), [((), "bench.json"), (("--op", "info_nce"), "bench-part.json"),
+                                               (("--op", "info_nce", "--update"), "bench.json")])  # fmt: skip
+def test_a_part_of_the_suite_leaves_the_file_of_the_whole_alone(options, name, tmp_path, monkeypatch):
+    found = replace(COMMITTED, absent=[Absent("info_nce", "B=4", "other", "not installed: pip install 'cmlm-fast[bench]'")])
+    monkeypatch.setattr(run, "run", lambda *arguments: (arguments[-1](found), found)[1])
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, options)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name] and f"written to out/{name}" in result.output
+    assert "pip install 'cmlm-fast[bench]'" in result.output
 
 
 def test_outside_of_a_clone_the_command_says_what_it_needs(tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ def test_all_stand_on_one_device():
         mlm_cross_entropy(hidden, weight, torch.zeros(5, device="meta"), target)
     shapes = [x.to("meta") for x in (hidden, weight)]
     assert token_contrastive(*shapes, target.to("meta")).shape == ()
+    assert mlm_cross_entropy(*shapes, None, target.to("meta")).is_meta
 
 
 def test_what_is_no_tensor_says_so():

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -255,6 +256,8 @@ BAD = {
     "pooling": {"pooling": "max"}, "position_jitter": {"position_jitter": -1},
     "sequence_temperature": {"learn_temperature": True, "sequence_temperature": 0.005},  # its scale is at most log 100
     "token_weight": {"rate": 0.0, "complement_rate": 0.0, "mlm_weight": 0.0},
+    "complement_rate": {"complement_rate": "a"}, "sequence_weight": {"sequence_weight": torch.tensor(0.1)},
+    "projection": {"projection": 8.0}, "complementary": {"complementary": 1}, "scheme": {"scheme": None},
 }  # fmt: skip
 
 
@@ -273,6 +276,16 @@ def test_a_model_of_no_known_kind_is_refused(tiny_lm):
 
     with pytest.raises(ValueError, match=r"expected lm to be a masked LM of the kind of BERT, .*, got GPT2LMHeadModel"):
         CMLMModel(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)))
+    with pytest.raises(ValueError, match="expected lm to be a masked LM of transformers, got Linear"):
+        CMLMModel(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected config to be a CMLMConfig or None, got str"):
+        CMLMModel(tiny_lm(), "balanced")
+
+
+def test_a_configuration_takes_numpys_numbers(tmp_path):
+    config = CMLMConfig(rate=np.float32(0.25), position_jitter=np.int64(3))
+    config.save_pretrained(tmp_path)
+    assert CMLMConfig.of_checkpoint(tmp_path) == config == CMLMConfig(rate=0.25, position_jitter=3)
 
 
 def test_an_encoder_without_lm_head_gets_one_tied_to_its_embeddings(tiny_lm, tmp_path, caplog):

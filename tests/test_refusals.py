@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from cmlm_fast import complementary_mask, info_nce, token_contrastive, token_similarity, varlen_attention
+from cmlm_fast import (
+    InfoNCELoss,
+    TokenContrastiveLoss,
+    complementary_mask,
+    info_nce,
+    token_contrastive,
+    token_similarity,
+    varlen_attention,
+)
 from cmlm_fast.layers import use_fast_layers
 
 Q, K, TARGET = torch.eye(3), torch.eye(3) + 0.1, torch.arange(3)
@@ -26,6 +34,11 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
         (lambda: token_contrastive(Q, K, None), "token_contrastive: expected target to be a tensor, got NoneType"),
         (lambda: token_contrastive(Q, K, TARGET, key_start=[0, 0, 0]), "expected key_start to be a tensor, got list"),
         (lambda: token_contrastive(Q, K, TARGET, temperature=None), "expected temperature to be a number, finite and > 0"),
+        (lambda: info_nce(Q, K, temperature=1e-40), "expected temperature to be a number >= 1.2e-38, got 1e-40"),
+        (lambda: info_nce(Q, K, temperature=torch.ones(1, device="meta")), "expected temperature to be on cpu like the rows"),
+        (lambda: mask(special_ids=None), "expected special_ids to be a sequence or a tensor, got None"),
+        (lambda: TokenContrastiveLoss(-1.0), "TokenContrastiveLoss: expected temperature to be a number, finite and > 0"),
+        (lambda: InfoNCELoss(0.001, True), "InfoNCELoss: expected temperature to be a number, finite and > 0, at least 0.01"),
         (lambda: info_nce(Q, K, temperature="warm"), "finite and > 0, or a tensor, got warm"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, [0, 3]), "expected cu_seqlens to be a tensor, got list"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, scale=torch.ones(())), "expected scale to be a number, which"),
@@ -50,6 +63,12 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+def test_a_loss_knows_its_options_when_it_is_made():
+    with pytest.raises(TypeError, match="schem"):
+        InfoNCELoss(0.1, schem="cross")
+    assert InfoNCELoss(np.float32(0.5), scheme="nt_xent")(Q, K).isfinite()
 
 
 def test_a_temperature_may_be_any_number():

@@ -69,8 +69,11 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
     if not isinstance(temperature, Tensor):
         number = isinstance(temperature, (int, float, np.number)) and 0.0 < temperature < float("inf")
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
+        least = torch.finfo(dtype).tiny  # below, its inverse is none
+        expect(op, temperature >= least, "temperature", f"a number >= {least:.2g}", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
+    expect(op, rows.is_meta or not temperature.is_meta, "temperature", f"on {rows.device} like the rows", temperature.device)
     _no_tangent(op, "temperature", temperature)
     return temperature.reshape(()).to(device=rows.device, dtype=dtype)
 

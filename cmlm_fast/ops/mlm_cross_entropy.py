@@ -61,7 +61,7 @@ def mlm_cross_entropy(
             expect(_NAME, tensor.device == hidden.device, name, f"on {hidden.device} like hidden", tensor.device)
     check_reduction(_NAME, reduction)
     valid = target != IGNORE
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or hidden.is_meta:
         rows, labels = hidden, target
     else:
         rows, labels = hidden[valid], target[valid]
