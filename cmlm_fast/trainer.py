@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, send_to_device
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
 from .data import CMLMDataCollator, TokenBudgetSampler, sequence_lengths
+from .data.budget import repeated_ids
 from .data.share import share_loader
 from .gradient_cache import GradientCache
 from .losses import PARTS
@@ -193,6 +195,9 @@ class CMLMTrainer(ResumableTrainer):
         least = self._train_batch_size * args.world_size if args.dataloader_drop_last else 1
         if has_length(dataset) and len(dataset) < least:  # the Trainer would end without a step
             raise ValueError(f"CMLMTrainer: expected train_dataset to hold {least} rows at least, got {len(dataset)}")
+        if args.process_index == 0 and isinstance(dataset, Dataset) and (again := repeated_ids(dataset)):
+            logger.warning("%d of %d rows have the sample_id of another, and in a step with it its masks: number the rows of "
+                           "concatenated data sets anew", again, len(dataset))  # fmt: skip
         if args.max_tokens is None:
             return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
         seed = args.seed if args.data_seed is None else args.data_seed

@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForMaskedLM
+
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast.data import tokenize_texts
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("backends", "config", "data.budget", "data.share", "losses", "report",
@@ -49,6 +53,33 @@ def test_readme_python_runs(tiny_checkpoint, sentence_file, tmp_path, monkeypatc
         losses.append(names.get("loss"))
     values = [loss.item() for loss in losses if loss is not None]
     assert values[0] == pytest.approx(values[1], rel=1e-5)  # before and after
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_the_loop_of_the_docs_computes_what_the_model_does(scope, tiny_checkpoint, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ops.md").read_text(encoding="utf-8"), re.S)
+    if scope == "sequence":  # as its first hint says
+        for at in ("at1", "at2"):
+            bounds = f"key_start=({at} // L * L).int(), key_end=({at} // L * L + L).int(), "
+            code = code.replace(f"query_token=name[{at}]", f"{bounds}query_token=name[{at}]")
+        code = code.replace("    can = ", "    L = ids.shape[1]\n    can = ")
+    names = {}
+    exec(compile(code.replace("bert-base-uncased", tiny_checkpoint), "ops.md", "exec"), names)
+
+    lm = AutoModelForMaskedLM.from_pretrained(tiny_checkpoint)
+    trainer = CMLMTrainer(CMLMModel(lm, CMLMConfig(scope=scope)),
+                          CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", mask_seed=42),
+                          train_dataset=tokenize_texts(names["texts"], names["tokenizer"], max_length=128),
+                          processing_class=names["tokenizer"])  # fmt: skip
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    output = trainer.model(**trainer.mask(batch, 0))
+    parts = (output.sums / output.counts).tolist()
+    assert [names[part].item() for part in ("mlm", "contrast", "sequence")] == pytest.approx(parts, rel=1e-4)
+    assert names["loss"].item() == pytest.approx(output.loss.item(), rel=1e-4) and names["loss"].item() > 1
+    output.loss.backward()
+    ours = dict(names["lm"].named_parameters())
+    for name, parameter in lm.named_parameters():
+        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
 def test_readme_names_commands_that_exist():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from conftest import make_lm
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from test_trainer import history, make_trainer, weights
 
@@ -230,6 +230,15 @@ def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer)
 def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {next(iter(options))} to be "):
         CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_rows_that_share_a_sample_id_are_pointed_out(tmp_path, tiny_rows, tiny_tokenizer, caplog):
+    rows = tiny_rows.select(range(20))
+    make_trainer(tmp_path, rows, tiny_tokenizer).get_train_dataloader()
+    assert not caplog.records
+    both = concatenate_datasets([rows, tiny_rows.select(range(15, 30))]).shuffle(seed=0)
+    make_trainer(tmp_path, both, tiny_tokenizer).get_train_dataloader()
+    assert "5 of 35 rows have the sample_id of another" in caplog.text
 
 
 def test_too_few_rows_for_a_batch_are_refused(tmp_path, tiny_rows, tiny_tokenizer):

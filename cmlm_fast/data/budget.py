@@ -70,3 +70,12 @@ def sequence_lengths(dataset: Dataset) -> np.ndarray:
         raise fail("sequence_lengths", "dataset", "a datasets.Dataset, whose lengths are known", type(dataset).__name__)
     parts = [pc.list_value_length(table["input_ids"]).to_numpy() for table in dataset.with_format("arrow").iter(10_000)]
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+def repeated_ids(dataset: Dataset) -> int:
+    """Rows whose sample_id an earlier row has."""
+    if "sample_id" not in dataset.column_names:
+        return 0
+    ids = dataset.select_columns("sample_id").with_format("arrow")
+    found = np.concatenate([np.zeros(0, np.int64), *(table["sample_id"].to_numpy() for table in ids.iter(100_000))])
+    return len(found) - len(np.unique(found))

@@ -36,8 +36,9 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
 
     Returns:
         Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
-        tokenizer makes them, sample_id int64 (the row), and with whole_word unit_ids int32 [L]: 0 at special tokens,
-        otherwise equal exactly within a word. Cached by `datasets` under dataset, tokenizer and options.
+        tokenizer makes them, sample_id int64 (the row; of data sets that are concatenated, number the rows anew: it decides
+        the masks), and with whole_word unit_ids int32 [L]: 0 at special tokens, otherwise equal exactly within a word.
+        Cached by `datasets` under dataset, tokenizer and options.
 
     Raises:
         ValueError: tokenizer without mask or pad token, max_length with no room for a token, whole_word with a
