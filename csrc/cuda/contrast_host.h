@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/contrast_columns.cuh"
 #include "cuda/contrast_gradient.cuh"
 #include "cuda/contrast_rows.cuh"
 #include "cuda/gemm.h"

@@ -2,46 +2,19 @@
 // other side by cuBLAS, the chunk is turned in place into the gradient by the products, and multiplied back (contrast_host.h).
 //
 // Grid:   prepare, project: a warp for each row; rows: a block for 4 rows of the chunk, so that what is known of a column is loaded
-//         once for the four; columns: a block for 2,048 columns (of 16 bits) and a share of the chunk's rows; unit, totals: one block.
+//         once for the four; unit, totals: one block.
 // Tile:   16 bytes of scores per thread and row.
-// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another). columns: down the
-//         rows, four at a time, with the softmax of each column in registers.
+// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another).
 // Memory: rows: reads a score twice and writes it once: 6 bytes (16-bit types; float 12), and 4 to 24 bytes a column for four
-//         rows. columns: reads a score once. prepare: each row once. project: sums, rows and gradient once.
+//         rows. prepare: each row once. project: sums, rows and gradient once.
 // Types:  scores and weights in T (float16: scores in float, since dot products may exceed it; rows scaled by powers of two to a
 //         length near 1, since weights may fall below it); all arithmetic and sums in float, double for double.
-// Same bits every time: a row belongs to one block, and its sums are folded in one order; so are a column's shares.
+// Same bits every time: a row belongs to one block, and its sums are folded in one order.
 #pragma once
 
-#include "cuda/contrast.cuh"
+#include "cuda/contrast_chunk.cuh"
 
 namespace cmlm {
-
-constexpr int kRowThreads = 256, kRowsPerBlock = 4, kTotalThreads = 1024;
-constexpr int kColumnPad = 8;  // arrays over columns are as much longer as a thread may read beyond their end
-
-template <class P>
-struct RowTask {
-  using T = typename P::Number;
-  using M = typename P::M;
-  // What dot products are kept in until the softmax.
-  using Score = std::conditional_t<std::is_same_v<T, Fp16>, float, T>;
-  P p;
-  T* copy[2];         // prepare: rows to write, scaled if `rescale`; or null
-  bool rescale;
-  M* positives;       // of each anchor, side 0 first
-  int64_t* marks[2];  // tokens or labels of a side's rows; null without
-  M* full_scale[2];   // ‖row‖⁻¹ of the rows before they were scaled
-  Score* scores;      // chunk: rows [first, first + rows) of `side`, `pitch` numbers apart
-  T* weights;         // may be scores
-  int64_t pitch, first, rows;
-  int side;
-  bool softmax, weigh;
-  M* parts;           // columns: [1 + shares, 3, columns], the softmax of all chunks so far, and of each share of this one's rows
-  int64_t share_rows;
-  int shares;
-  bool last;          // this is the last chunk
-};
 
 template <class P>
 __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task) {
@@ -99,39 +72,12 @@ __global__ void __launch_bounds__(kTotalThreads) contrast_totals(RowTask<P> task
 }
 constexpr size_t kTotalsShared = room<double>(32);
 
-// What takes no part in a softmax: finite, lest 0 · ∞ be made of it, and so far below where every softmax starts that its
-// exponential is 0.
-template <class M>
-constexpr M kOut = kLowest<M>;
-template <class M>
-constexpr M kStart = kLowest<M> / 2;
-
 // A row of the block.
 template <class M>
 struct RowFacts {
   M scale, reference, share, push;
   int64_t mark;
   int32_t partner, own;  // the column of its positive, and of itself; or -1
-};
-
-// What is known of a thread's columns.
-template <class M, int kPack>
-struct ColumnFacts {
-  M scale[kPack], bias[kPack];  // bias: 0, or kOut for a column that takes no part
-  int64_t mark[kPack];          // tokens; labels, which few calls have, are read where they are compared
-
-  template <class P>
-  __device__ __forceinline__ void load(const RowTask<P>& task, int o, int64_t column, int64_t columns) {
-    const auto scales = load_pack<kPack>(task.p.stats[o].scale + column);
-    Pack<int64_t, kPack> marks{};
-    if (!P::kMarksJoin && task.marks[o] != nullptr) marks = load_pack<kPack>(task.marks[o] + column);
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      scale[k] = column + k < columns ? scales.at[k] : M(0);
-      mark[k] = marks.at[k];
-      bias[k] = column + k >= columns || (!P::kMarksJoin && task.marks[o] != nullptr && mark[k] == -1) ? kOut<M> : M(0);
-    }
-  }
 };
 
 // What the softmax left of a thread's columns, where they are anchors: as Contrast::recall, without what positives need.
@@ -151,45 +97,6 @@ struct AnchorFacts {
     }
   }
 };
-
-// Scores of kPack columns in one row; beyond the last column lie numbers that nobody wrote.
-template <class Score, int kPack, class M>
-__device__ __forceinline__ void load_scores(const Score* from, int64_t left, M (&at)[kPack]) {
-  const auto raw = load_pack<kPack>(from);
-#pragma unroll
-  for (int k = 0; k < kPack; ++k) at[k] = k < left ? widen(raw.at[k]) : M(0);
-}
-
-// The score of a product, kOut where the column takes no part. Softmax and weights must round it alike.
-template <class M>
-__device__ __forceinline__ M biased_score(M product, M scale, M other_scale, M coldness, M bias) {
-  return std::fma(product * (scale * other_scale), coldness, bias);
-}
-
-// f(k) for the one of kPack columns from `column` on that is `wanted`, if it is one of them.
-template <int kPack, class F>
-__device__ __forceinline__ void at_column(int64_t column, int32_t wanted, const F& f) {
-  const uint32_t off = static_cast<uint32_t>(wanted) - static_cast<uint32_t>(column);
-  if (off >= static_cast<uint32_t>(kPack)) return;
-#pragma unroll
-  for (int k = 0; k < kPack; ++k)
-    if (off == static_cast<uint32_t>(k)) f(k);
-}
-
-// Adds kPack scores to a softmax that started from kStart.
-template <class T, class M, int kPack>
-__device__ __forceinline__ void add_scores(Softmax<M>& softmax, const M (&at)[kPack]) {
-  M largest = at[0];
-#pragma unroll
-  for (int k = 1; k < kPack; ++k) largest = std::fmax(largest, at[k]);
-  if (largest > softmax.largest) softmax.raise(largest);
-#pragma unroll
-  for (int k = 0; k < kPack; ++k) {
-    const M down = at[k] - softmax.largest, e = exponential<T>(down);
-    softmax.sum += e;
-    softmax.moment += e * down;
-  }
-}
 
 template <class M>
 constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<RowFacts<M>>(kRowsPerBlock);
@@ -307,72 +214,6 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
       *reinterpret_cast<Pack<T, kPack>*>(task.weights + (begin + i) * task.pitch + column) = weights;
     }
   }
-}
-
-// The softmax of each column over a share of the chunk's rows; of a symmetric cross, whose rows' positives are its columns' too.
-template <class P>
-__global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_columns(RowTask<P> task) {
-  using T = typename P::Number;
-  using M = typename P::M;
-  using Score = typename RowTask<P>::Score;
-  constexpr int kPack = 16 / sizeof(Score);
-  const P& p = task.p;
-  const int s = task.side, o = p.other(s);
-  const int64_t columns = p.side[o].rows, column = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) * kPack;
-  if (column >= columns) return;
-  const M coldness = 1 / *p.temperature;
-  ColumnFacts<M, kPack> facts;
-  facts.load(task, o, column, columns);
-  Softmax<M> mine[kPack];
-#pragma unroll
-  for (int k = 0; k < kPack; ++k) mine[k].largest = kStart<M>;
-  const int64_t begin = blockIdx.y * task.share_rows, end = least(begin + task.share_rows, task.rows);
-  for (int64_t row = begin; row < end; row += kRowsPerBlock) {
-    M at[kRowsPerBlock][kPack], down[kPack][kRowsPerBlock];
-#pragma unroll
-    for (int i = 0; i < kRowsPerBlock; ++i)
-      load_scores(task.scores + least(row + i, end - 1) * task.pitch + column, columns - column, at[i]);
-#pragma unroll
-    for (int i = 0; i < kRowsPerBlock; ++i) {
-      const int64_t r = task.first + least(row + i, end - 1);
-      const M scale = p.stats[s].scale[r];
-#pragma unroll
-      for (int k = 0; k < kPack; ++k)
-        down[k][i] = row + i < end ? biased_score(at[i][k], scale, facts.scale[k], coldness, facts.bias[k]) : kOut<M>;
-      at_column<kPack>(column, static_cast<int32_t>(p.partner(s, r)), [&](int k) { down[k][i] = kOut<M>; });
-    }
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) add_scores<T>(mine[k], down[k]);
-  }
-  M* part = task.parts + (1 + blockIdx.y) * 3 * columns;
-  for (int k = 0; k < kPack && column + k < columns; ++k) {
-    part[column + k] = mine[k].largest;
-    part[columns + column + k] = mine[k].sum;
-    part[2 * columns + column + k] = mine[k].moment;
-  }
-}
-
-// Merges the shares of a chunk into what the chunks before it gave; after the last one, the columns are anchors like the rows.
-template <class P>
-__global__ void __launch_bounds__(kRowThreads) contrast_merge(RowTask<P> task) {
-  using M = typename P::M;
-  const P& p = task.p;
-  const int o = p.other(task.side);
-  const int64_t columns = p.side[o].rows, column = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
-  if (column >= columns) return;
-  Anchor<M> anchor;
-  anchor.others.largest = kStart<M>;
-  M* const parts = task.parts + column;
-  for (int i = task.first > 0 ? 0 : 1; i <= task.shares; ++i) {
-    const M* part = parts + i * 3 * columns;
-    anchor.others.merge({part[0], part[columns], part[2 * columns]});
-  }
-  if (!task.last) {
-    parts[0] = anchor.others.largest, parts[columns] = anchor.others.sum, parts[2 * columns] = anchor.others.moment;
-    return;
-  }
-  anchor.positive = task.positives[p.side[0].rows + column], anchor.count = 1;
-  finish_anchor(p, o, column, anchor, true, p.valid(column));
 }
 
 // Rows [first, first + rows) of a side's gradient; sums start at row `first`.
