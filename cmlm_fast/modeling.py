@@ -9,29 +9,27 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import Lengths, packing_of, use_packed_attention
+from .attention import Lengths, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
 from .config import FILE as OBJECTIVE
 from .config import CMLMConfig
+from .encoding import ROUND, encode_packed, encode_padded, row_bounds
 from .gradient_cache import CachedContrast
 from .heads import lm_transform
 from .layers import head_joins, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
 from .ops._philox import position_shift
-from .ops._rows import take_rows
 from .ops.mlm_cross_entropy import head_losses
 from .pooling import read_pooling, write_pooling
 
 logger = logging.getLogger(__name__)
 
 _CONTRAST = "contrast.safetensors"
-_ROUND = 32  # the rows of the encoder and of the LM head are rounded up to a multiple of this
 
 
 class CMLMOutput(NamedTuple):
@@ -207,50 +205,15 @@ class CMLMModel(nn.Module):
 
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Last hidden states [B·L, D] of both views, the rows of one batch of 2B."""
-        inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
-        if token_type_ids is not None:
-            inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
-        first = self._first_position(attention_mask.shape[1]) if self._has_position_table() else 0
         # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
-        if jitter is not None or self.pad_of_positions() is not None:
-            position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
-            inputs["position_ids"] = torch.cat([position, position if jitter is None else position + jitter[:, None]])
-        hidden = self.lm.base_model(input_ids=torch.cat([view1, view2]), **inputs).last_hidden_state
-        hidden1, hidden2 = hidden.flatten(0, 1).chunk(2)
-        return hidden1, hidden2
+        first = self._first_position(attention_mask.shape[1]) if self._has_position_table() else 0
+        given = first if jitter is not None or self.pad_of_positions() is not None else None
+        return encode_padded(self.lm.base_model, view1, view2, attention_mask, token_type_ids, jitter, given)
 
     def _encode_packed(self, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: Lengths,
                        token_type_ids: Tensor | None, jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T.
-
-        One more sequence rounds the row up: a library that prepares a kernel for each new shape (oneDNN) then meets few.
-        """
-        device = view1.device
-        length = cu_seqlens.diff().long()
-        sequence = torch.repeat_interleave(length, output_size=view1.numel())
-        before = cu_seqlens[:-1].long()[sequence]
-        position = torch.arange(view1.numel(), device=device) - before
-        at1 = before + before + position
-        at2 = at1 + length[sequence]
-        rest = -2 * view1.numel() % _ROUND
         first = self._first_position(int(max(lengths, default=0)))
-
-        def interleave(one: Tensor, two: Tensor, fill: int = 0) -> Tensor:
-            both = one.new_empty(2 * one.numel() + rest)
-            both[2 * one.numel() :] = fill
-            return both.scatter_(0, at1, one).scatter_(0, at2, two)[None]
-
-        position = position + first
-        inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence], first)}
-        if token_type_ids is not None:
-            inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
-        twice = (*np.repeat(lengths, 2).tolist(), *([rest] if rest else []))
-        cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
-        cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
-        hidden = self.lm.base_model(input_ids=interleave(view1, view2), packing=packing_of(twice, cu_twice), **inputs)
-        states = hidden.last_hidden_state.squeeze(0)
-        return take_rows(states, at1), take_rows(states, at2)
+        return encode_packed(self.lm.base_model, view1, view2, cu_seqlens, lengths, token_type_ids, jitter, first)
 
     def _has_position_table(self) -> bool:
         return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None) is not None
@@ -300,7 +263,7 @@ class CMLMModel(nn.Module):
         """Summed cross entropy of the LM head at rows [n, D] with tokens [n]; `weight` [V, D] stands for its decoder's."""
         decoder = self.lm.get_output_embeddings()
         weight = decoder.weight if weight is None else weight
-        rest = -len(hidden) % _ROUND
+        rest = -len(hidden) % ROUND
         hidden, target = nn.functional.pad(hidden, (0, 0, 0, rest)), nn.functional.pad(target, (0, rest), value=-100)
         return head_losses(lm_transform(self.lm, hidden), weight, decoder.bias, target).sum()
 
@@ -381,10 +344,3 @@ class CMLMModel(nn.Module):
         held = {id(names[name]): value for name, value in state_dict.items() if name in names}
         tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}
         return super().load_state_dict({**tied, **state_dict}, strict=strict, assign=assign)
-
-
-def row_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a padded batch [B, L], seen as one row of B·L: where each sequence's begins, int32 [B + 1], and its first token."""
-    batch, length = attention_mask.shape
-    begins = torch.arange(batch + 1, dtype=torch.int32, device=attention_mask.device) * length
-    return begins, begins[:-1] + attention_mask.long().argmax(1)  # not 0 where pads stand on the left

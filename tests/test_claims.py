@@ -19,12 +19,12 @@ from test_trainer import history, make_trainer
 
 from cmlm_fast import CMLMConfig, CMLMModel, info_nce, token_contrastive, token_similarity
 from cmlm_fast.data import CMLMDataCollator, tokenize_texts
+from cmlm_fast.encoding import row_bounds
 from cmlm_fast.fewshot import fine_tune, finetune, post_training
 from cmlm_fast.fewshot.methods import METHODS
 from cmlm_fast.fewshot.paired import PairCollator, PairedModel
 from cmlm_fast.layers import use_fast_layers
 from cmlm_fast.masking import EVALUATION_STEP
-from cmlm_fast.modeling import row_bounds
 from cmlm_fast.ops._philox import position_shift
 
 

@@ -57,7 +57,7 @@ def test_equal_to_uncompiled_and_compiled_once(masked):
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES])
 def test_where_pytorch_attends_layers_are_compiled_once_more(device, masked, monkeypatch):
     # As on a GPU, where sequences above 128 tokens are another's; here, where there are few of them.
-    monkeypatch.setattr("cmlm_fast.modeling.packing_of", lambda *args: (packing_of if len(args[0]) > 6 else Packing)(*args))
+    monkeypatch.setattr("cmlm_fast.encoding.packing_of", lambda *args: (packing_of if len(args[0]) > 6 else Packing)(*args))
     plain, compiled = (CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)).to(device) for _ in range(2))
     compiled.compile_layers()
     batches = [masked(rows) for rows in ((0, 5, 9, 12), (1, 200), (7, 8), (300, 201, 3, 4), range(11), (6, 10))]

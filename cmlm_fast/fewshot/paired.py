@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..attention import Lengths, packing_of
 from ..data import CMLMDataCollator
+from ..encoding import row_bounds
 from ..losses import CMLMLoss, Views
-from ..modeling import CMLMModel, CMLMOutput, row_bounds
+from ..modeling import CMLMModel, CMLMOutput
 
 
 class PairCollator:
