@@ -25,6 +25,7 @@ from ._philox import philox, signed_seed
 from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
 
 _NAME = "varlen_attention"
+_AT_ONCE = 2**20  # dropout's numbers that the reference draws at once: Philox takes 64 bits for each, several times over
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens"
 _OPTIONS = "float scale, float dropout, Tensor seed, int window"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
@@ -64,8 +65,11 @@ def keep_mask(length: int, heads: int, sequence: int, dropout: float, seed: int,
     """Bool [H, L, L]: the weights of one sequence that dropout keeps."""
     quads, rows = torch.arange((length + 3) // 4, device=device), torch.arange(length, device=device)
     samples = sequence * heads + torch.arange(heads, device=device)
-    words = torch.stack(philox(quads, samples[:, None, None], seed, rows[:, None]), -1).flatten(2)
-    return words[:, :, :length] >= int(dropout * 2.0**32)
+    kept = []
+    for some in samples.split(max(1, _AT_ONCE // length**2)):
+        words = torch.stack(philox(quads, some[:, None, None], seed, rows[:, None]), -1).flatten(2)
+        kept.append(words[:, :, :length] >= int(dropout * 2.0**32))
+    return torch.cat(kept)
 
 
 def _weights(query: Tensor, key: Tensor, rows: slice, sequence: int, scale: float, dropout: float, seed: Tensor,
