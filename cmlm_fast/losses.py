@@ -41,13 +41,19 @@ class _Temperature(nn.Module):
     def __init__(self, owner: str, temperature: float, learn: bool) -> None:
         super().__init__()
         least = 0.01 if learn else 0.0
-        number = isinstance(temperature, Real) and least <= temperature < math.inf and temperature > 0
+        number = isinstance(temperature, Real) and not isinstance(temperature, bool)
         rule = "a number, finite and > 0" + (", at least 0.01 where it is learned" if learn else "")
-        if not number:
+        if not (number and least <= temperature < math.inf and temperature > 0):
             raise ValueError(f"{owner}: expected temperature to be {rule}, got {temperature}")
         self.start = temperature
         # Of one element, for FSDP shards no scalar.
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
+
+    def restart(self) -> None:
+        """Learn from the start again."""
+        if self.logit_scale is not None:
+            with torch.no_grad():
+                self.logit_scale.fill_(-math.log(self.start))
 
     def clamp(self) -> None:
         if self.logit_scale is not None:

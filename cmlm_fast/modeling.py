@@ -106,7 +106,7 @@ class CMLMModel(nn.Module):
                 optimizer steps are lost in 16 bits.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the encoder; see also `CMLMModel`.
+            ValueError: the checkpoint lacks weights of the encoder, or what its own objective asks for; see also `CMLMModel`.
         """
         from transformers import AutoModelForMaskedLM
         from transformers.utils import logging as hf_logging
@@ -133,8 +133,16 @@ class CMLMModel(nn.Module):
         if fresh:
             tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
             logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
-        model = cls(lm, CMLMConfig.of_checkpoint(path) if config is None else config)
-        model.load_contrast(path)
+        saved = CMLMConfig.of_checkpoint(path)
+        model = cls(lm, saved if config is None else config)
+        missing = model.load_contrast(path)
+        if missing and config is None:
+            rule = f"a folder whose {_CONTRAST} holds what its {OBJECTIVE} asks for"
+            raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} without {', '.join(missing)}")
+        if model.cmlm.token_temperature != saved.token_temperature:  # another than what was learned is asked for
+            model.loss.token.temperature.restart()
+        if model.cmlm.sequence_temperature != saved.sequence_temperature:
+            model.loss.sequence.temperature.restart()
         model._pooling = read_pooling(path, **options)
         return model
 
@@ -317,22 +325,30 @@ class CMLMModel(nn.Module):
             save_file(rest, Path(path) / _CONTRAST)
         write_pooling(self._pooling, Path(path))
 
-    def load_contrast(self, path: str | Path) -> None:
-        """Take projection and learned temperatures from a folder that `save_pretrained` wrote.
+    def load_contrast(self, path: str | Path) -> list[str]:
+        """Take projection and learned temperatures from a folder that `save_pretrained` wrote; returns what is not there.
+
+        What is there and the objective has no place for is left out, with a warning.
 
         Raises:
-            ValueError: the projection there has another width.
+            ValueError: the projection there has another width, or the file is damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         file = Path(path) / _CONTRAST
-        if not file.exists():
-            return
         try:
-            super().load_state_dict(load_file(file), strict=False)
+            held = load_file(file) if file.exists() else {}
+        except SafetensorError as error:
+            raise ValueError(f"CMLMModel: expected {file} to be a whole file of safetensors, got: {error}") from error
+        try:
+            report = super().load_state_dict(held, strict=False)
         except RuntimeError as error:
             rule = f"as wide as in {file}, or that file deleted"
             raise ValueError(f"CMLMModel: expected projection to be {rule}, got {self.cmlm.projection}") from error
+        if report.unexpected_keys:
+            logger.warning("%s: left out, since this objective has none: %s", file, ", ".join(report.unexpected_keys))
+        return [name for name in report.missing_keys if not name.startswith("lm.")]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take this module's own state, or that of a plain Hugging Face checkpoint: of the masked LM alone."""

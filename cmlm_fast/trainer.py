@@ -200,6 +200,9 @@ class CMLMTrainer(ResumableTrainer):
                            "concatenated data sets anew", again, len(dataset))  # fmt: skip
         if args.max_tokens is None:
             return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
+        if not isinstance(dataset, Dataset):
+            rule = "None for a train_dataset whose rows' lengths are not known, any but a datasets.Dataset"
+            raise ValueError(f"CMLMTrainer: expected max_tokens to be {rule}, got {args.max_tokens}")
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -168,10 +169,22 @@ def test_projection_and_temperatures_come_back(tmp_path, caplog):
     for again in (CMLMModel.from_pretrained(tmp_path, config), CMLMModel.from_pretrained(tmp_path)):
         assert again.cmlm == config
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    warmer = CMLMModel.from_pretrained(tmp_path, replace(config, token_temperature=0.5)).loss
+    assert warmer.token.temperature().item() == pytest.approx(0.5)
+    assert torch.equal(warmer.sequence.temperature(), model.loss.sequence.temperature())
+    assert not caplog.records
     plain = CMLMModel.from_pretrained(tmp_path, CMLMConfig())  # without either
+    assert "left out, since this objective has none: " in caplog.text
     assert isinstance(plain.projection, torch.nn.Identity) and not plain.cmlm.learn_temperature
     with pytest.raises(ValueError, match=r"expected projection to be as wide as in .*contrast\.safetensors.*, got 4"):
         CMLMModel.from_pretrained(tmp_path, CMLMConfig(projection=4))
+    (tmp_path / "contrast.safetensors").write_bytes(b"no safetensors")
+    with pytest.raises(ValueError, match=r"expected .*contrast\.safetensors to be a whole file of safetensors"):
+        CMLMModel.from_pretrained(tmp_path)
+    (tmp_path / "contrast.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds what its cmlm_config\.json asks for, got .* without loss\.token"):
+        CMLMModel.from_pretrained(tmp_path)
+    assert CMLMModel.from_pretrained(tmp_path, config).cmlm == config  # anew
     for content in ("[1]", "{", '{"heat": 1}', '{"rate": 2}'):
         (tmp_path / "cmlm_config.json").write_text(content)
         with pytest.raises(ValueError, match=r"CMLMConfig: expected .*cmlm_config\.json to hold the fields of an objective"):
@@ -202,7 +215,7 @@ def test_batches_the_model_cannot_take_are_refused(tmp_path, tiny_rows, tiny_tok
     with pytest.raises(ValueError, match="expected data_collator to be one that gives sample_ids"):
         plain.mask({"input_ids": torch.zeros(1, 4, dtype=torch.long)}, 0)
     budget = make_trainer(tmp_path, list(rows), tiny_tokenizer, max_tokens=256)
-    with pytest.raises(ValueError, match=r"expected dataset to be a datasets\.Dataset, whose lengths are known, got list"):
+    with pytest.raises(ValueError, match="expected max_tokens to be None for a train_dataset .*, got 256"):
         budget.train()
     for kind in ("bert", "mpnet"):
         most = make_lm(kind).config.max_position_embeddings
