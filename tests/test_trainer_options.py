@@ -215,7 +215,7 @@ def test_batches_the_model_cannot_take_are_refused(tmp_path, tiny_rows, tiny_tok
     with pytest.raises(ValueError, match="expected data_collator to be one that gives sample_ids"):
         plain.mask({"input_ids": torch.zeros(1, 4, dtype=torch.long)}, 0)
     budget = make_trainer(tmp_path, list(rows), tiny_tokenizer, max_tokens=256)
-    with pytest.raises(ValueError, match="expected max_tokens to be None for a train_dataset .*, got 256"):
+    with pytest.raises(ValueError, match=r"expected max_tokens to be None for a train_dataset .*, got 256"):
         budget.train()
     for kind in ("bert", "mpnet"):
         most = make_lm(kind).config.max_position_embeddings
