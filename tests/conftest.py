@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,8 +75,6 @@ def script_folder(tmp_path_factory: Any) -> Any:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
         assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-        if "WARNING: " in result.stdout:  # in pytest's summary
-            warnings.warn(result.stdout[result.stdout.index("WARNING: ") :][:1500], stacklevel=1)
         return folder
 
     return run
