@@ -41,6 +41,7 @@ class CMLMTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         for name in ("mask_seed", "max_tokens", "contrastive_batch_size"):
             self._refuse(not isinstance(getattr(self, name), (Integral, NoneType)), name, "a whole number or None")
+        self._refuse(self.max_tokens is not None and self.max_tokens < 1, "max_tokens", ">= 1 or None")
         # Of losses and embeddings that are not used here; and the Trainer would leave the weights in 16 bits.
         for name in ("label_smoothing_factor", "neftune_noise_alpha", "bf16_full_eval", "fp16_full_eval", "use_liger_kernel"):
             self._refuse(bool(getattr(self, name)), name, "off")

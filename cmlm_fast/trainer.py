@@ -187,6 +187,7 @@ class CMLMTrainer(ResumableTrainer):
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **options: Any) -> Any:
         # Others are of another training, or of one that auto_find_batch_size gave up.
         self._first, self._seen, self._sums = True, 0, Sums()
+        self._encoder_size = self._plain_model.lm.base_model.num_parameters(exclude_embeddings=True)
         return super()._inner_training_loop(batch_size, *args, **options)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -295,6 +296,10 @@ class CMLMTrainer(ResumableTrainer):
         self._sums.add(output.measures)
         loss = output.loss * ranks
         return (loss, output) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, six for a token and a weight: of the encoder alone, on both views, without attention's products."""
+        return 6 * 2 * int(inputs["input_ids"].numel()) * self._encoder_size
 
     def _weights(self) -> dict[str, float]:
         config = self.cmlm

@@ -54,6 +54,15 @@ def test_training_lowers_every_part_of_the_loss(tmp_path, tiny_rows, tiny_tokeni
     assert history(trainer, "positive_similarity")[-1] > history(trainer, "negative_similarity")[-1]
 
 
+def test_operations_are_counted_by_the_weights_of_the_encoder(tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows.select(range(16)), tiny_tokenizer, max_steps=2)
+    trainer.train()
+    weights = sum(p.numel() for name, p in trainer.model.lm.base_model.named_parameters() if "embeddings." not in name)
+    weights += sum(p.numel() for name, p in trainer.model.lm.base_model.named_parameters() if "embeddings.LayerNorm" in name)
+    tokens = sum(map(len, tiny_rows.select(range(16))["input_ids"]))
+    assert trainer.state.total_flos == 6 * 2 * tokens * weights
+
+
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_accumulation_equals_one_large_batch(pieces, tmp_path, tiny_rows, tiny_tokenizer):
     # Where negatives come from the sequence itself, accumulating changes nothing at all; sequences differ in length, so a mean

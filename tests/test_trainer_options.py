@@ -238,7 +238,8 @@ def test_data_seed_orders_batches_by_tokens(tmp_path, tiny_rows, tiny_tokenizer)
     [{"bf16_full_eval": True}, {"fp16_full_eval": True}, {"train_sampling_strategy": "group_by_length"},
      {"train_sampling_strategy": "batch_rebalance"}, {"train_sampling_strategy": "sequential", "max_tokens": 500},
      {"dataloader_drop_last": True, "max_tokens": 500}, {"auto_find_batch_size": True, "max_tokens": 500},
-     {"use_liger_kernel": True}, {"max_tokens": 200.0}, {"contrastive_batch_size": 16.0}, {"mask_seed": "1"}],
+     {"use_liger_kernel": True}, {"max_tokens": 200.0}, {"max_tokens": 0}, {"contrastive_batch_size": 16.0},
+     {"mask_seed": "1"}],
 )
 def test_options_that_would_go_wrong_unnoticed_are_refused(options, tmp_path):
     with pytest.raises(ValueError, match=f"CMLMTrainingArguments: expected {next(iter(options))} to be "):
