@@ -113,8 +113,8 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
                (grad, q, k, v, bounds, torch.zeros(12, 256), *options))  # fmt: skip
 
 
-def compile_all(chip: str) -> dict[str, Any]:
-    """Compiled kernels by "op label: kernel", each once."""
+def compile_all(chip: str, labels: str) -> dict[str, Any]:
+    """Compiled kernels by "op label: kernel", each once, of the calls whose "op label" `labels` matches."""
     import triton.runtime.driver
     from triton.runtime.jit import JITFunction
 
@@ -137,6 +137,8 @@ def compile_all(chip: str) -> dict[str, Any]:
     try:
         for case, name, args in calls(chip):
             label = f"{name} {case}"
+            if not re.search(labels, label):
+                continue
             op(name, "_triton")(*args)
     finally:
         JITFunction.run = plain
@@ -185,9 +187,9 @@ def facts(chip: str, kernel: Any) -> dict[str, Any]:
             "loads": width(sass, "LDG|LDGSTS"), "stores": width(sass, "STG")}  # fmt: skip
 
 
-def table(chip: str) -> dict[str, dict[str, Any]]:
-    """Every kernel's row on one chip."""
-    return {name: facts(chip, kernel) for name, kernel in compile_all(chip).items()}
+def table(chip: str, labels: str = "") -> dict[str, dict[str, Any]]:
+    """Every kernel's row on one chip, of the calls that `labels` matches."""
+    return {name: facts(chip, kernel) for name, kernel in compile_all(chip, labels).items()}
 
 
 def digest() -> str:
@@ -209,15 +211,19 @@ def main() -> None:
     """Compile for the chips asked for; print JSON, or put it into the committed file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, action="append", help="only these chips (default: all)")
+    parser.add_argument("--labels", default="", help="only calls whose label this regular expression matches")
     parser.add_argument("--write", action="store_true", help=f"update {RESULTS.name}")
     parser.add_argument("--output", type=Path, help="write the JSON there")
     options = parser.parse_args()
+    if options.write and options.labels:
+        parser.error("expected --labels to be left out with --write, which replaces a chip's table")
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("triton_static: expected TRITON_INTERPRET to be unset: interpreted kernels are not compiled")
     os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # the shipped entries alone
     import triton
 
-    rows = {"triton": triton.__version__, "digest": digest(), "chips": {chip: table(chip) for chip in options.chip or CHIPS}}
+    chips = {chip: table(chip, options.labels) for chip in options.chip or CHIPS}
+    rows = {"triton": triton.__version__, "digest": digest(), "chips": chips}
     if options.write:
         before = committed()
         kept = {chip: rows["chips"].get(chip, before["chips"].get(chip, {})) for chip in CHIPS}

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -189,8 +190,9 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
   std::mt19937_64 order(seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10));
   if (grid.x == 0 || grid.y == 0 || grid.y > 65535) fail("an empty or too high grid");
   if (size.x == 0 || size.x > 1024) fail("a block of " + std::to_string(size.x) + " threads");
-  static std::vector<Thread> threads;
-  if (threads.size() != size.x) threads = std::vector<Thread>(size.x);
+  static std::map<unsigned, std::vector<Thread>> of_size;  // stacks cost more than most launches
+  std::vector<Thread>& threads = of_size[size.x];
+  if (threads.empty()) threads = std::vector<Thread>(size.x);
   for (unsigned t = 0; t < size.x; ++t) threads[t].index = dim3(t, 0, 0), threads[t].linear = t;
   std::vector<uint64_t> blocks(static_cast<uint64_t>(grid.x) * grid.y);
   for (size_t b = 0; b < blocks.size(); ++b) blocks[b] = b;
