@@ -13,14 +13,16 @@ from cmlm_fast.backends import _SUFFIX, BACKENDS, available
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-#: Samples of several tiles: seconds in Triton's interpreter.
-MANY_TILES = ("63x1000", "rows-ranges", "blocks", "same-token", "cross-65")
+#: Triton's interpreter takes seconds for a sample: what it runs of tests of the registration, which is the same for every
+#: sample, or of the order of programs, which run one by one there; and of tests of the gradients that are asked for.
+FEW = ("sum-dot", "no-target", "nothing", "cross-rows", "labels-all-different", "nt_xent-one", "cross-none", "exact-paper",
+       "bernoulli-8x128", "no-sequences", "odd-width", "dropout-window", "no-tokens", "ignored", "no-rows")  # fmt: skip
+GRADIENTS = (*FEW, "same-token", "cross-one-sided", "nt_xent-rows", "cold-nt_xent", "non-contiguous")
 
 
-def cases(dtypes: tuple[torch.dtype, ...] | None = None, values: bool = True) -> list[Any]:
-    """`(name, suffix, device, dtype, label)` of every op on every backend that can run here. `values`: False for tests of
-    the registration, which is the same for every sample, of what parity tests for each, or of the order of programs, which
-    Triton's interpreter runs one by one: they need no sample of several tiles there."""
+def cases(dtypes: tuple[torch.dtype, ...] | None = None, interpreted: tuple[str, ...] | None = None) -> list[Any]:
+    """`(name, suffix, device, dtype, label)` of every op on every backend that can run here; of the samples, Triton's
+    interpreter runs those that `interpreted` names, by default all."""
     found = []
     for name, contract in contracts.items():
         for device in DEVICES:
@@ -31,7 +33,7 @@ def cases(dtypes: tuple[torch.dtype, ...] | None = None, values: bool = True) ->
                     for label in labels:
                         if backend == "triton" and device == "cuda" and dtype == torch.float64 and label != labels[0]:
                             continue  # a kernel compiles for seconds; the interpreter runs them all
-                        if not values and backend == "triton" and device == "cpu" and label in MANY_TILES:
+                        if backend == "triton" and device == "cpu" and label not in (interpreted or labels):
                             continue
                         case = f"{name}-{backend}-{device}-{str(dtype)[6:]}-{label}"
                         marks = [pytest.mark.gpu] if device == "cuda" else []

@@ -12,6 +12,7 @@ import torch
 import cmlm_fast
 from cmlm_fast import _library, backends
 from cmlm_fast._library import contracts, op
+from cmlm_fast.attention import packing_of
 from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
 from cmlm_fast.layers import use_fast_layers
 
@@ -144,14 +145,13 @@ def test_without_kernels_everything_still_works():
 
 def test_packed_attention_is_pytorchs_where_no_kernel_is():
     # Not the op's reference, which draws dropout's numbers in Python.
-    code = (
-        "import torch; from cmlm_fast.attention import packing_of; "
-        "print(type(packing_of((3, 2), torch.tensor([0, 3, 5], dtype=torch.int32))).__name__)"
-    )
-    for variables in ({}, {"CMLM_FAST_BACKEND": "reference"}):
-        assert python(code, **variables).strip() == "PackingForOp"
-    for variables in ({"CMLM_FAST_NATIVE": "0"}, {"CMLM_FAST_BACKEND": "cuda"}):
-        assert python(code, **variables).strip() == "Packing"
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    for backend, kind in (("auto", "PackingForOp"), ("reference", "PackingForOp"), ("cuda", "Packing")):
+        with cmlm_fast.use_backend(backend):
+            assert type(packing_of((3, 2), bounds)).__name__ == kind
+    code = ("import torch; from cmlm_fast.attention import packing_of; "
+            "print(type(packing_of((3, 2), torch.tensor([0, 3, 5], dtype=torch.int32))).__name__)")  # fmt: skip
+    assert python(code, CMLM_FAST_NATIVE="0").strip() == "Packing"
 
 
 def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sweep import cases, sample
+from sweep import FEW, GRADIENTS, cases, sample
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cmlm_fast
@@ -14,7 +14,14 @@ from cmlm_fast.backends import BACKENDS
 EVERY = ("name", "suffix", "device", "dtype", "label")
 
 
-@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64), values=False))
+def test_the_few_samples_of_the_interpreter_are_there_and_of_every_op():
+    labels = {name: {label for label, _ in contract.samples(contract.dtypes[0], torch.device("cpu"))}
+              for name, contract in contracts.items() if cmlm_fast.available(name)["triton"] is None}  # fmt: skip
+    assert set(GRADIENTS) <= set.union(set(), *labels.values()) or not labels
+    assert all(found & set(FEW) for found in labels.values())
+
+
+@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64), FEW))
 def test_opcheck(name, suffix, device, dtype, label):
     args = list(sample(name, dtype, device, label))
     for position in contracts[name].differentiable:
@@ -23,7 +30,7 @@ def test_opcheck(name, suffix, device, dtype, label):
     assert set(report.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize(EVERY, cases((torch.float64,), values=False))
+@pytest.mark.parametrize(EVERY, cases((torch.float64,), FEW))
 def test_gradcheck_in_double(name, suffix, device, dtype, label):
     args = list(sample(name, dtype, device, label))
     positions = contracts[name].differentiable
@@ -40,7 +47,7 @@ def test_gradcheck_in_double(name, suffix, device, dtype, label):
     assert torch.autograd.gradcheck(output, leaves, fast_mode=True, eps=1e-7, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64), values=False))
+@pytest.mark.parametrize(EVERY, cases((torch.float32, torch.int64), FEW))
 def test_compiles_without_graph_break(name, suffix, device, dtype, label):
     args = sample(name, dtype, device, label)
     torch._dynamo.reset()

@@ -60,7 +60,7 @@ OPS = (
     Op(
         "train_step", "optimizer steps of post-training: masks, both views, backward, clipping, AdamW",
         (
-            _shape(2, 4, "float32", "smoke"), _shape(3, 16, "bfloat16"),
+            _shape(1, 2, "float32", "smoke"), _shape(3, 16, "bfloat16"),
             _shape(5, 32, "float32", "full"), _shape(5, 32, "bfloat16", "full"),
         ),
         build,
