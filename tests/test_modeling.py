@@ -295,28 +295,31 @@ def test_an_encoder_without_lm_head_gets_one_tied_to_its_embeddings(tiny_lm, tmp
     assert model.lm.get_output_embeddings().weight is model.lm.get_input_embeddings().weight
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert"])
-def test_what_is_saved_loads_without_this_package(kind, tiny_lm, tiny_tokenizer, tmp_path):
-    model = CMLMModel(tiny_lm(kind), CMLMConfig(projection=8, learn_temperature=True))
-    with torch.no_grad():
-        model.loss.token.temperature.logit_scale.fill_(1.5)
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
+def test_what_is_saved_loads_without_this_package(tiny_lm, tiny_tokenizer, tmp_path):
+    models = {str(tmp_path / kind): CMLMModel(tiny_lm(kind), CMLMConfig(projection=8, learn_temperature=True))
+              for kind in ("bert", "roberta", "modernbert")}  # fmt: skip
+    for folder, model in models.items():
+        with torch.no_grad():
+            model.loss.token.temperature.logit_scale.fill_(1.5)
+        model.save_pretrained(folder)
+        tiny_tokenizer.save_pretrained(folder)
     code = f"""
 import sys, torch, transformers
-for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
-    getattr(transformers, name).from_pretrained({str(tmp_path)!r})
 from sentence_transformers import SentenceTransformer
-assert SentenceTransformer({str(tmp_path)!r}, device="cpu").encode("the fountain").shape == (32,)
-model, report = transformers.AutoModelForMaskedLM.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
-assert not report["missing_keys"] and not report["unexpected_keys"], report
-torch.save(model.base_model(torch.arange(5, 12)[None]).last_hidden_state, {str(tmp_path / "hidden.pt")!r})
+for folder in {list(models)!r}:
+    for name in ("AutoModel", "AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+        getattr(transformers, name).from_pretrained(folder)
+    assert SentenceTransformer(folder, device="cpu").encode("the fountain").shape == (32,)
+    model, report = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"], report
+    torch.save(model.base_model(torch.arange(5, 12)[None]).last_hidden_state, folder + "/hidden.pt")
 assert not [name for name in sys.modules if name.startswith("cmlm_fast")]
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    hidden = model.lm.eval().base_model(torch.arange(5, 12)[None]).last_hidden_state
-    torch.testing.assert_close(torch.load(tmp_path / "hidden.pt"), hidden, rtol=1e-4, atol=1e-5)
-    again = CMLMModel.from_pretrained(tmp_path, model.cmlm)
-    again.load_contrast(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    for folder, model in models.items():
+        hidden = model.lm.eval().base_model(torch.arange(5, 12)[None]).last_hidden_state
+        torch.testing.assert_close(torch.load(folder + "/hidden.pt"), hidden, rtol=1e-4, atol=1e-5)
+        again = CMLMModel.from_pretrained(folder, model.cmlm)
+        again.load_contrast(folder)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
