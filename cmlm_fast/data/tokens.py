@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
@@ -61,11 +62,13 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     if whole_word and (not tokenizer.is_fast or len(set(probe.word_ids()) - {None}) < 2):
         name = f"{type(tokenizer).__name__} {tokenizer.name_or_path!r}"
         raise fail("tokenize_texts", "tokenizer", "a fast tokenizer that splits words, for whole_word", name)
-    lists = {"input_ids": "int32", "attention_mask": "int8"}
-    lists |= {"token_type_ids": "int8"} if "token_type_ids" in probe else {}
-    lists |= {"unit_ids": "int32"} if whole_word else {}
-    features = Features({name: ListOf(Value(kind)) for name, kind in lists.items()} | {"start": Value("int8")})
-    options = {"tokenizer": tokenizer, "max_length": max_length, "columns": list(lists), "encoding": _ENCODING}
+    types = {"input_ids": "int32", "attention_mask": "int8"}
+    types |= {"token_type_ids": "int8"} if "token_type_ids" in probe else {}
+    types |= {"unit_ids": "int32"} if whole_word else {}
+    features = Features({name: ListOf(Value(kind)) for name, kind in types.items()} | {"start": Value("int8")})
+    special = probe["special_tokens_mask"]
+    options = {"tokenizer": tokenizer, "max_length": max_length, "types": types, "special": sum(special),
+               "around": (special.index(0), special[::-1].index(0)), "encoding": _ENCODING}  # fmt: skip
     encoded = dataset.map(_encode, batched=True, fn_kwargs=options, features=features, num_proc=num_proc,
                           remove_columns=dataset.column_names, desc="Tokenising")  # fmt: skip
     if len(encoded) == 0:
@@ -78,42 +81,50 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     return encoded.remove_columns("start").add_column("sample_id", np.arange(len(encoded), dtype=np.int64))
 
 
-def _encode(batch: Mapping[str, Sequence[str | None]], *, tokenizer: Any, max_length: int, columns: list[str],
-            encoding: int) -> dict[str, list[Any]]:  # fmt: skip
+def _encode(batch: Mapping[str, Sequence[str | None]], *, tokenizer: Any, max_length: int, types: dict[str, str],
+            special: int, around: tuple[int, int], encoding: int) -> pa.Table:  # fmt: skip
+    """The rows of a batch of texts, as Arrow: lists of Python's numbers would take as long as the tokenizer itself.
+
+    Args:
+        types: of the columns of lists.
+        special: special tokens of a text (of a pair).
+        around: how many of them stand before and behind a text.
+    """
     texts = [text or "" for text in batch["text"]]
     pairs = [text or "" for text in batch["text_pair"]] if "text_pair" in batch else None
-    options = {"return_special_tokens_mask": True, "verbose": False}
+    options = {"return_attention_mask": False, "verbose": False}
     encoded = tokenizer(texts, pairs, **options)
-    out: dict[str, list[Any]] = {name: [] for name in (*columns, "start")}
-    for row in range(len(texts)):
+    made = [name for name in types if name != "attention_mask"]
+    rows: dict[str, list[list[int]]] = {name: [] for name in made}
+    start: list[int] = []
+    for row, ids in enumerate(encoded["input_ids"]):
         source, at, cut = encoded, row, False
-        if pairs is not None and len(encoded["input_ids"][row]) > max_length:
+        if pairs is not None and len(ids) > max_length:
             longest_first = {"truncation": "longest_first", "max_length": max_length}
             source, at, cut = tokenizer([texts[row]], [pairs[row]], **longest_first, **options), 0, True
-        special = source["special_tokens_mask"][at]
-        if all(special):
+        if len(ids) == special:
             continue
-        values = {name: source[name][at] for name in columns if name in source}
-        values["attention_mask"] = [1] * len(special)
-        if "unit_ids" in columns:
+        values = {name: source[name][at] for name in made if name in source}
+        if "unit_ids" in types:
             values["unit_ids"] = _unit_ids(source.word_ids(at), source.sequence_ids(at))
-        for i, pieces in enumerate(_chunks(special, max_length)):
-            for name in columns:
-                out[name].append([value for piece in pieces for value in values[name][piece]])
-            out["start"].append(0 if i else _CUT if cut else _WHOLE)
-    return out
+        for name in made:
+            rows[name] += _chunks(values[name], max_length, *around)
+        start += [_CUT if cut else _WHOLE, *[0] * (len(rows["input_ids"]) - len(start) - 1)]
+    edges = np.cumsum([0, *map(len, rows["input_ids"])], dtype=np.int32)
+    flat = {name: np.fromiter(chain.from_iterable(rows[name]), types[name], edges[-1]) for name in made}
+    flat["attention_mask"] = np.ones(edges[-1], np.int8)
+    lists = {name: pa.ListArray.from_arrays(edges, flat[name]) for name in types}
+    return pa.table({**lists, "start": pa.array(start, pa.int8())})
 
 
-def _chunks(special: list[int], max_length: int) -> list[tuple[slice, ...]]:
-    """Slices that cut [head, content, tail] into sequences [head, share, tail], shares equal to within one token."""
-    length = len(special)
-    if length <= max_length:
-        return [(slice(0, length),)]
-    head, tail = special.index(0), length - special[::-1].index(0)
-    content, room = tail - head, max_length - (length - (tail - head))
-    count = -(-content // room)
-    edges = [head + content * i // count for i in range(count + 1)]
-    return [(slice(0, head), slice(a, b), slice(tail, length)) for a, b in pairwise(edges)]
+def _chunks(values: list[int], max_length: int, head: int, tail: int) -> list[list[int]]:
+    """Sequences [head, share, tail] of [head, content, tail], shares equal to within one token."""
+    if len(values) <= max_length:
+        return [values]
+    end, room = len(values) - tail, max_length - head - tail
+    count = -(-(end - head) // room)
+    edges = [head + (end - head) * i // count for i in range(count + 1)]
+    return [values[:head] + values[a:b] + values[end:] for a, b in pairwise(edges)]
 
 
 def _unit_ids(words: list[int | None], texts: list[int | None]) -> list[int]:
