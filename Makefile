@@ -44,7 +44,7 @@ lint: setup
 	$(PY) -m mypy
 
 test: lint
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # A training killed by SIGKILL at random moments and resumed, until it ends with the bits of one that was not.
 KILLS ?= 12

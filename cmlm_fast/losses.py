@@ -112,16 +112,8 @@ class InfoNCELoss(nn.Module):
         self.options = options
 
     def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:
-        """z1, z2 [B, D]; `options` as for `info_nce`. With `group`, the gradient by τ is this rank's share of the whole."""
-        options = {**self.options, **options}
-        tau, group = self.temperature(), options.get("group")
-        if isinstance(tau, Tensor) and group is not None:
-            tau = _scale_gradient(tau, 1 / dist.get_world_size(group))
-        return info_nce(z1, z2, temperature=tau, **options)
-
-
-def _scale_gradient(value: Tensor, factor: float) -> Tensor:
-    return value.detach() + factor * (value - value.detach())
+        """z1, z2 [B, D]; `options` as for `info_nce`."""
+        return info_nce(z1, z2, temperature=self.temperature(), **{**self.options, **options})
 
 
 class Views(NamedTuple):

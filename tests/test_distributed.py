@@ -44,8 +44,8 @@ def half(z1, z2, labels, kind, group=None):
 
 
 def learned(z1, z2, group):
-    """Gradient of a learned temperature, the group given to the module or to its call."""
-    given = {"group": dist.group.WORLD}
+    """Gradient of a learned temperature, the group given to the "module" or to its "call", or none."""
+    given = {"group": dist.group.WORLD} if group else {}
     loss = InfoNCELoss(0.1, learn_temperature=True, **(given if group == "module" else {}))
     loss(z1, z2, **({} if group == "module" else given)).backward()
     return loss.temperature.logit_scale.grad
@@ -74,7 +74,8 @@ def test_equals_one_process_on_the_joined_batch(world, tmp_path):
         loss, grad1, grad2, grad_tau = loss_and_gradients(*batch(), kind)
         for rank in ranks:
             torch.testing.assert_close(rank[kind][0], loss)
-            torch.testing.assert_close(rank[kind][3], grad_tau)
+        # As of any parameter: the ranks' parts add up, so that DDP treats a temperature like the weights behind z1, z2.
+        torch.testing.assert_close(sum(rank[kind][3] for rank in ranks), grad_tau)
         torch.testing.assert_close(torch.cat([rank[kind][1] for rank in ranks]), grad1)
         torch.testing.assert_close(torch.cat([rank[kind][2] for rank in ranks]), grad2)
         joined = [(5000 * z).half().double() for z in batch()[:2]]
@@ -84,3 +85,4 @@ def test_equals_one_process_on_the_joined_batch(world, tmp_path):
             assert (got - exact[which] / 2).norm() < 2e-3 * exact[which].norm()
     for rank in ranks:
         assert torch.equal(*rank["learned"])
+    torch.testing.assert_close(sum(rank["learned"][0] for rank in ranks), learned(*batch()[:2], None))

@@ -50,21 +50,6 @@ class _SumOverRanks(torch.autograd.Function):
         return grad, None
 
 
-class _SumGradient(torch.autograd.Function):
-    """A replicated parameter (the temperature): identity, whose gradient is summed over ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
 def info_nce_across_ranks(
     z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, symmetric: bool, normalize: bool,
     reduction: str, *, group: Any, backend: str | None,
@@ -79,7 +64,6 @@ def info_nce_across_ranks(
     sizes: list[int] = torch.cat(counts).tolist()  # the device is waited for once
     first, total = sum(sizes[:rank]), sum(sizes)
     all1, all2 = _GatherRows.apply(z1, sizes, group), _GatherRows.apply(z2, sizes, group)
-    temperature = _SumGradient.apply(temperature, group)
     recording = torch.is_grad_enabled() and in_forward(z1.dtype)
     if labels is not None:
         # SupCon's positives are a set a row: every rank computes the whole loss, and its own rows' gradient is complete

@@ -238,8 +238,10 @@ def info_nce(
         reduction: "mean" over rows (SupCon: over rows with a positive), "sum", or "none".
         group: a `torch.distributed` process group (`dist.group.WORLD`): negatives come from all its ranks, whose batches may
             differ in size. Loss and gradients equal those of one process on the concatenated batch: every rank returns the
-            whole loss, and the gradient that reaches its own z1, z2 is the whole loss's. (DDP averages parameter gradients
-            over ranks: multiply the loss by the world size there.) Needs reduction "mean" or "sum".
+            whole loss, and its own z1, z2 get the whole loss's gradient; a temperature gets this rank's part of its
+            gradient, which add up to the whole's, as do those of all parameters behind z1, z2. (DDP averages parameter
+            gradients over ranks: multiply the loss by the world size there.) The call and its backward pass are collectives:
+            every rank makes both, with inputs that want gradients on all ranks or on none. Needs reduction "mean" or "sum".
         backend: "reference", "cpp", "cuda", "triton"; None chooses.
 
     Returns:
