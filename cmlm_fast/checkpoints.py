@@ -41,6 +41,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (_number(path), step_of(path)))
 
 
+def sealed(folder: Path) -> list[Path]:
+    """Those of `checkpoints` that have a manifest."""
+    return [path for path in checkpoints(folder) if _number(path) < math.inf]
+
+
 def step_of(checkpoint: Path) -> int:
     """N of checkpoint-N."""
     return int(checkpoint.name.rpartition("-")[2])
@@ -150,7 +155,7 @@ def newest_whole(folder: Path) -> Path | None:
 def rotate(folder: Path, limit: int | None, keep: str | None = None) -> None:
     """Remove all but `limit` checkpoints that were sealed: the newest, and `keep`, beside which the newest always stays. A
     limit of None or 0 removes none."""
-    found = [path for path in checkpoints(folder) if _number(path) < math.inf]
+    found = sealed(folder)
     if not limit:
         return
     kept = [path for path in found if keep is not None and path.resolve() == Path(keep).resolve()]

@@ -35,8 +35,7 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
     start, texts = demo_model_path(), demo_texts()
     order = np.random.default_rng(0).permutation(len(texts))
     test, train = texts.select(order[:test_texts]), texts.select(order[test_texts:])
-    open_output(folder, 1 << 20, fresh=False)
-    with disk_errors(folder):
+    with open_output(folder, 1 << 20, fresh=False), disk_errors(folder):
         (folder / "texts.txt").write_text("\n".join(train["text"]) + "\n", encoding="utf-8")
     options = PostTrainOptions(
         model=str(start), train_file=str(folder / "texts.txt"), output_dir=str(folder / "model"), max_steps=steps,

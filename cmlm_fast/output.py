@@ -7,27 +7,33 @@ folder inside the output folder (so on the same disk) and renamed into place onc
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoints import STAGING, checkpoints, flush, newest_whole
+from .checkpoints import STAGING, checkpoints, flush, newest_whole, sealed
 
 #: Written last of all: where it is, the run is finished.
 SUMMARY = "summary.json"
 _CHUNK = bytes(1 << 20)
 _BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
-# What a checkpoint may have beside its config.json: weights, tokenizer, and modules of sentence-transformers.
-_OF_A_MODEL = ("model*.safetensors*", "pytorch_model*.bin*", "contrast.safetensors", "cmlm_config.json", "tokenizer*",
-               "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model",
-               "sentencepiece.bpe.model", "modules.json", "config_sentence_transformers.json",
-               "sentence_bert_config.json", "[0-9]_*")  # fmt: skip
+#: TensorBoard's files, of this run and earlier ones.
+REPORTS = "runs"
+# Files that a checkpoint may have beside its config.json, by their exact names: what else lies in the folder is not ours.
+_OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", "pytorch_model.bin",
+               "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin", "contrast.safetensors", "cmlm_config.json",
+               "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
+               "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
+               "config_sentence_transformers.json", "sentence_bert_config.json")  # fmt: skip
+_PATIENCE = 5.0  # seconds that a run waits for one that is just ending
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 # safetensors and torch.save report a failed write as an exception of their own, with these words.
 _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
@@ -50,7 +56,8 @@ class DiskError(OSError):
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
-    """Check that `folder` may be written to; return the checkpoint to resume from, if asked. Writes nothing.
+    """Check that `folder` may be written to; return the checkpoint to resume from, if asked (None also where the run has
+    finished and its checkpoints are gone). Writes nothing.
 
     Raises:
         ValueError: overwrite and resume together; a file where the folder should be; a folder with something in it and
@@ -62,33 +69,62 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
         raise ValueError(f"expected output_dir to be a folder, or a path where one can be made, got {folder}")
     if resume:
         checkpoint = newest_whole(folder)
-        if checkpoint is None:
+        if checkpoint is None and finished_run(folder) is None:
             rule = "a whole checkpoint-N to resume from (--overwrite begins anew)"
             raise ValueError(f"expected output_dir to hold {rule}, got {folder}")
         return checkpoint
-    begun = (path.name in _BEGUN or path.name.startswith(STAGING) for path in (folder.iterdir() if folder.exists() else ()))
-    if not overwrite and not all(begun):
+    there = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if not overwrite and not all(name in (*_BEGUN, REPORTS) or name.startswith(STAGING) for name in there):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
 
 
-def open_output(folder: Path, size: int, *, fresh: bool) -> None:
-    """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind.
+@contextmanager
+def open_output(folder: Path, size: int, *, fresh: bool) -> Iterator[None]:
+    """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind. Inside, no
+    other process can open it.
 
     `fresh` also removes earlier checkpoints, metrics and summary, which a later `--resume` would otherwise take up; other
-    files stay. Raises DiskError, and leaves nothing that was not there, when the trial file cannot be written.
+    files stay.
+
+    Raises:
+        DiskError: the trial file cannot be written; nothing is left that was not there.
+        ValueError: another process has it open.
     """
     created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise _unusable(folder, size, error, created) from error
+    try:
+        _lock(descriptor, folder)
+        _clear(folder, size, created, fresh)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    """Raise ValueError where another process holds the folder, and still does after some seconds."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise ValueError(f"expected output_dir to be used by no other run, got {folder}") from None
+            time.sleep(0.1)
+        except OSError:  # a file system without locks
+            return
+
+
+def _clear(folder: Path, size: int, created: list[Path], fresh: bool) -> None:
+    try:
         with tempfile.TemporaryFile(dir=folder) as trial:
             _fill(trial, size)
     except OSError as error:
-        for path in created:
-            if path.exists():
-                path.rmdir()
-        rule = f"writable, with room for {size / 1e6:.0f} MB"
-        raise DiskError(f"expected output_dir to be {rule}, got {error.strerror or error}: {folder}") from error
+        raise _unusable(folder, size, error, created) from error
     for path in folder.glob(f"{STAGING}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if fresh:
@@ -96,6 +132,14 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> None:
             shutil.rmtree(path)
         for name in (*_BEGUN, SUMMARY):
             (folder / name).unlink(missing_ok=True)
+
+
+def _unusable(folder: Path, size: int, error: OSError, created: list[Path]) -> DiskError:
+    for path in created:
+        if path.exists():
+            path.rmdir()
+    rule = f"writable, with room for {size / 1e6:.0f} MB"
+    return DiskError(f"expected output_dir to be {rule}, got {error.strerror or error}: {folder}")
 
 
 def _fill(file: IO[bytes], size: int) -> None:
@@ -128,7 +172,7 @@ def staged(folder: Path) -> Iterator[Path]:
         yield staging
         flush(staging)
         names = {path.name for path in staging.iterdir()}
-        for path in [path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.name not in names]:
+        for path in [path for path in _of_a_model(folder) if path.name not in names]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == SUMMARY):
             target = folder / path.name
@@ -137,6 +181,17 @@ def staged(folder: Path) -> Iterator[Path]:
             os.replace(path, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _of_a_model(folder: Path) -> list[Path]:
+    """What lies in the folder of another checkpoint: files, and the modules that its modules.json names."""
+    found = [path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.is_file()]
+    try:
+        modules = [module["path"] for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError):
+        modules = []
+    inside = [folder / name for name in modules if isinstance(name, str) and name == Path(name).name and name not in ("", "..")]
+    return found + [path for path in inside if path.is_dir()]
 
 
 @contextmanager
@@ -155,7 +210,7 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
 
 def what_is_kept(folder: Path) -> str:
     """What a run that ends early leaves, for its message."""
-    found = checkpoints(folder)
+    found = sealed(folder)
     if not found:
         return "there is no checkpoint, the same command begins again"
     return f"{found[-1].name} is whole, continue with --resume"

@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from .config import CMLMConfig
 from .doctor import bfloat16_hardware
 from .options import PostTrainOptions, arguments_named, check_numbers, expect, first_line
 from .output import (
+    REPORTS,
     SUMMARY,
     Stopped,
     check_output,
@@ -76,6 +78,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
     Raises ValueError, OSError or ModuleNotFoundError, each with one line for the user.
     """
     check_numbers(options)
+    options = replace(options, **{name: os.fspath(getattr(options, name)) for name in ("model", "train_file", "output_dir")})
     config = CMLMConfig.from_preset(options.preset, **options.objective)
     check_backend_here(options.backend)
     checkpoint = None
@@ -133,22 +136,23 @@ def run(prepared: Prepared) -> dict[str, Any]:
     """
     from .callbacks import StopOnSignal
 
-    with StopOnSignal() as stop:
+    with StopOnSignal() as stop, ExitStack() as opened:
         try:
-            return _run(prepared, stop)
+            return _run(prepared, stop, opened)
         except Stopped as stopped:
             raise Stopped(stopped.signal, what_is_kept(Path(prepared.options.output_dir))) from None
 
 
-def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
+def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str, Any]:
     from transformers import PrinterCallback, ProgressCallback
+    from transformers.integrations import TensorBoardCallback
 
     from .callbacks import MetricsFile, QuietProgress, TrainingTime
     from .trainer import CMLMTrainer
 
     options, folder = prepared.options, Path(prepared.options.output_dir)
     prepared.checkpoint = ranks.of_main(prepared.checkpoint)
-    finished: dict[str, Any] | None = ranks.of_main(finished_run(folder) if prepared.checkpoint else None)
+    finished: dict[str, Any] | None = ranks.of_main(finished_run(folder) if options.resume else None)
     if finished is not None:
         logger.warning("%s holds a finished run: nothing is left to do", folder)
         return finished
@@ -160,7 +164,8 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
         saved = min(saved, -(-options.max_steps // options.save_steps))
     copies = 1 + (3 * saved if options.save_steps else 0)
     fresh = prepared.checkpoint is None
-    ranks.in_turn(lambda: open_output(folder, copies * size, fresh=fresh) if ranks.is_main() else None)
+    opening = open_output(folder, copies * size, fresh=fresh)
+    ranks.in_turn(lambda: opened.enter_context(opening) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
     spent = TrainingTime(prepared.checkpoint)
     with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
@@ -172,6 +177,10 @@ def _run(prepared: Prepared, stop: StopOnSignal) -> dict[str, Any]:
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback if prepared.arguments.disable_tqdm else ProgressCallback)
         trainer.add_callback(progress)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # It would learn the folder when the training begins, and have the scores before in the working directory.
+                callback.logging_dir = str(folder / REPORTS / time.strftime("%Y-%m-%d_%H-%M-%S"))
         before: dict[str, float] = {}
         if prepared.evaluation is not None and fresh:
             if trainer.is_fsdp_enabled:  # FSDP shards model and optimizer together, when the training begins
@@ -235,7 +244,8 @@ def _check_reports(arguments: CMLMTrainingArguments) -> None:
 
 def _processes(texts: int) -> int | None:
     """For tokenising: one a core where there is work for them, else this one."""
-    wanted = min(os.cpu_count() or 1, texts // 20_000)
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = min(here, texts // 20_000)
     return wanted if wanted > 1 else None
 
 

@@ -133,7 +133,7 @@ class ResumableTrainer(Trainer):
             raise DivergedError(f"the weights are not finite after step {step}; {self._way_back(step)}")
 
     def _way_back(self, step: int) -> str:
-        before = [path for path in checkpoints.checkpoints(Path(self.args.output_dir)) if checkpoints.step_of(path) < step]
+        before = [path for path in checkpoints.sealed(Path(self.args.output_dir)) if checkpoints.step_of(path) < step]
         return f"{before[-1].name} is of before that" if before else "there is no checkpoint of before that"
 
     def _get_output_dir(self, trial: Any) -> str:

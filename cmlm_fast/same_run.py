@@ -40,7 +40,10 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _NAME
     if not path.exists():
         raise ValueError(f"expected output_dir to hold {_NAME} of the run to resume, got {folder} without it")
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected {path} to be as the run to resume wrote it, got no JSON: {error}") from error
     for name, value in json.loads(json.dumps(settings)).items():
         if before.get(name) == value:
             continue

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_lm
+from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
 from cmlm_fast import CMLMConfig, CMLMModel, report
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
-from cmlm_fast.output import DiskError
+from cmlm_fast.output import DiskError, finished_run
 from cmlm_fast.post_train import prepare, run
 
 QUICK = ("--max-steps", "4", "--batch-size", "8", "--logging-steps", "2", "--save-steps", "2", "--max-length", "32",
@@ -160,6 +161,33 @@ def test_a_finished_run_is_left_as_it_is(tiny_checkpoint, sentence_file, tmp_pat
         assert all((folder / name).exists() for name in gone)
         again = lines(folder)  # the last line are scores, with their seconds
         assert again[:-1] == logged[:-1] and again[-1]["eval_loss"] == logged[-1]["eval_loss"]
+
+
+def test_a_finished_run_without_its_checkpoints_is_finished(tiny_checkpoint, sentence_file, tmp_path, caplog):
+    assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out", "--save-steps", "0").exit_code == 0
+    result = post_train(tiny_checkpoint, sentence_file, tmp_path / "out", "--save-steps", "0", "--resume")
+    assert result.exit_code == 0 and "holds a finished run: nothing is left to do" in caplog.text, result.output
+
+
+def test_paths_and_reports_of_python_stay_in_the_folder(tiny_checkpoint, sentence_file, tmp_path, monkeypatch):
+    folders = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            folders.append(log_dir)
+
+        def __getattr__(self, name):
+            return lambda *args, **options: None
+
+    def start(callback, tb_writer=None):
+        callback.tb_writer, callback._SummaryWriter, callback.logging_dir = None, Writer, None
+
+    monkeypatch.setattr(TensorBoardCallback, "__init__", start)
+    options = PostTrainOptions(model=Path(tiny_checkpoint), train_file=Path(sentence_file), output_dir=tmp_path / "out",
+                               max_steps=2, batch_size=8, max_length=32, save_steps=0, report_to="tensorboard")  # fmt: skip
+    summary = run(prepare(options))
+    assert summary["options"]["output_dir"] == str(tmp_path / "out") and finished_run(tmp_path / "out") is not None
+    assert folders and all(Path(folder).parent == tmp_path / "out" / "runs" for folder in folders)
 
 
 def test_columns_and_pairs(tiny_checkpoint, sentences, tmp_path):

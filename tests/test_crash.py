@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from forks import fork, wait
 
 from cmlm_fast import checkpoints
 from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
-from cmlm_fast.output import Stopped, check_output, finished_run, staged
+from cmlm_fast.output import Stopped, check_output, finished_run, open_output, staged, what_is_kept
 
 
 @pytest.fixture(scope="module")
@@ -183,14 +185,42 @@ def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_mode
         (tmp_path / name).write_text("")
     (tmp_path / f"{checkpoints.STAGING}checkpoint-1").mkdir()  # killed while its first checkpoint was written
     assert check_output(tmp_path, overwrite=False, resume=False) is None
-    (tmp_path / "1_Pooling").mkdir()
-    for name in ("contrast.safetensors", "modules.json", "model-00001-of-00002.safetensors", "notes.txt", "model.safetensors"):
+    own = ("notes.txt", "vocab.csv", "model_of_mine.safetensors", "1_raw_data", "tokenizer_experiments")  # the user's
+    for name in ("1_Pooling", *own[3:]):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inside").write_text("old")
+    for name in ("contrast.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "model.safetensors", *own[:3]):
         (tmp_path / name).write_text("old")
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": ".."}]')
     with staged(tmp_path) as staging:
         (staging / "model.safetensors").write_text("new")
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(checkpoints.STAGING)}
-    assert left == {"settings.json", "metrics.jsonl", "notes.txt", "model.safetensors"}
+    assert left == {"settings.json", "metrics.jsonl", "model.safetensors", *own}
+    assert (tmp_path / "1_raw_data" / "inside").read_text() == "old"
     assert (tmp_path / "model.safetensors").read_text() == "new"
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("cmlm_fast.output._PATIENCE", 0.2)
+    (tmp_path / f"{checkpoints.STAGING}checkpoint-4").mkdir()
+    with open_output(tmp_path, 1, fresh=False):
+        assert not (tmp_path / f"{checkpoints.STAGING}checkpoint-4").exists()
+        (tmp_path / f"{checkpoints.STAGING}checkpoint-6").mkdir()
+        code = "from pathlib import Path; from cmlm_fast.output import open_output; import sys\n"
+        code += "with open_output(Path(sys.argv[1]), 1, fresh=True): pass"
+        other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+        assert f"expected output_dir to be used by no other run, got {tmp_path}" in other.stderr
+        with pytest.raises(ValueError, match="used by no other run"), open_output(tmp_path, 1, fresh=True):
+            pass
+        assert (tmp_path / f"{checkpoints.STAGING}checkpoint-6").exists()
+    with open_output(tmp_path, 1, fresh=True):
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_is_kept_is_a_sealed_checkpoint(tmp_path):
+    make_checkpoint(tmp_path, 4)
+    (make_checkpoint(tmp_path, 6) / "manifest.json").write_text("")
+    assert what_is_kept(tmp_path) == "checkpoint-4 is whole, continue with --resume"
 
 
 def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):

@@ -24,6 +24,7 @@ from cmlm_fast.data import (
     CMLMDataCollator,
     TextCounts,
     clean_texts,
+    load_labelled,
     load_texts,
     mask_settings,
     split_evaluation,
@@ -49,6 +50,41 @@ def texts(*rows: str | None, **pairs: Any) -> Dataset:
                                      b"\xef\xbb\xbfone\ntwo\n\nthree\n"], ids=["lf", "crlf", "bom"])  # fmt: skip
 def test_txt_has_one_text_a_line(tmp_path: Path, content: bytes) -> None:
     assert load_texts(write(tmp_path / "a.txt", content))["text"][:] == ["one", "two", "", "three"]
+
+
+def test_stray_quotation_marks_of_a_tsv_swallow_no_lines(tmp_path):
+    lines = [f'"stray {i}' if i % 10 == 0 else f"plain {i}" for i in range(100)]
+    (tmp_path / "one.tsv").write_text("text\n" + "".join(f"{line}\n" for line in lines))
+    assert load_texts(tmp_path / "one.tsv")["text"][:] == lines
+    rows = [f"{line}\t{i % 2}\n" for i, line in enumerate(lines)]
+    (tmp_path / "ragged.tsv").write_text("text\tlabel\n" + "".join(rows[:-1]) + "plain 99\n")
+    assert load_texts(tmp_path / "ragged.tsv", text_column="text")["text"][:] == lines
+    (tmp_path / "quoted.tsv").write_text('text\n"two\nlines"\n"a ""word"""\nplain\n')
+    assert load_texts(tmp_path / "quoted.tsv")["text"][:] == ["two\nlines", 'a "word"', "plain"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow"])
+def test_a_saved_folder_that_carries_a_format_is_read_as_its_rows(kind, tmp_path):
+    rows = Dataset.from_dict({"text": ["one", "two"], "label": [0, 1]})
+    rows.with_format(kind, columns=["label"]).save_to_disk(tmp_path / "saved")
+    assert load_texts(tmp_path / "saved")["text"][:] == ["one", "two"]
+    assert load_labelled(tmp_path / "saved")["label"][:] == ["0", "1"]
+
+
+def test_tokens_do_not_depend_on_how_many_texts_are_tokenised_together(sentences, tiny_tokenizer, monkeypatch):
+    whole = tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict()
+    monkeypatch.setattr("cmlm_fast.data.tokens._BATCH_BYTES", 150)  # two or three, as of long documents
+    sizes = []
+    monkeypatch.setattr(Dataset, "map", _noted(Dataset.map, sizes))
+    assert tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict() == whole and sizes[0] in (1, 2, 3)
+
+
+def _noted(plain, sizes):
+    def map(*args, **options):
+        sizes.append(options["batch_size"])
+        return plain(*args, **options)
+
+    return map
 
 
 def test_quotation_marks_of_a_tsv_are_text_unless_they_quote(tmp_path):

@@ -6,6 +6,7 @@ import codecs
 import csv
 import glob
 import re
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,7 @@ def _read_folder(path: Path) -> tuple[Dataset, dict[str, str]]:
         saved = saved["train"] if "train" in saved else next(iter(saved.values()))
     if len(saved) == 0:
         raise fail("load_texts", "path", "a folder with at least one row", path)
+    saved = saved.with_format(None)  # it is kept with the folder, and would change what a row is
     return saved, _types(saved)
 
 
@@ -184,17 +186,32 @@ def _csv_type(column: pd.Series) -> str:
 
 def _uses_quotes(path: Path) -> bool:
     """False where quotation marks are text: each line has the header's number of fields, at least two, and a field that
-    begins with a mark is not all quoted. Read as quoted, such a field would swallow the lines behind it."""
+    begins with a mark is not all quoted; or a mark that begins a field has no other that ends it. Read as quoted, such a
+    field would swallow the lines behind it."""
     plain = False
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         width = next(file, "").count("\t")
         for line in file:
             if width == 0 or (line.count("\t") != width and line.strip()):
-                return True
+                return _is_quoted(path)
             if '"' in line and not plain:
                 fields = line.rstrip("\r\n").split("\t")
                 plain = any(field.startswith('"') and not _QUOTED.fullmatch(field) for field in fields)
     return not plain
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether every field that begins with a quotation mark ends with one, before a tab or the line's end."""
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for _ in csv.reader(file, delimiter="\t", strict=True):
+                pass
+    except csv.Error:
+        return False
+    finally:
+        csv.field_size_limit(before)
+    return True
 
 
 def _check_utf8(path: Path) -> None:

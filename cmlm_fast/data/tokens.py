@@ -17,6 +17,7 @@ from ._errors import check_tokenizer, fail, texts_of
 logger = logging.getLogger(__name__)
 
 _ENCODING = 1  # part of the cache key; raise it when `_encode` returns something else for the same input
+_BATCH_BYTES = 1 << 21  # of texts that are tokenised together: a tokenizer's lists take some 45 times as many
 _WHOLE, _CUT = 1, 2  # column start of a text's first sequence; 0 for its further ones
 
 
@@ -69,7 +70,9 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     special = probe["special_tokens_mask"]
     options = {"tokenizer": tokenizer, "max_length": max_length, "types": types, "special": sum(special),
                "around": (special.index(0), special[::-1].index(0)), "encoding": _ENCODING}  # fmt: skip
-    encoded = dataset.map(_encode, batched=True, fn_kwargs=options, features=features, num_proc=num_proc,
+    mean = dataset.data.nbytes // max(len(dataset.data), 1)
+    batch = min(1000, max(1, _BATCH_BYTES // max(mean, 1)))
+    encoded = dataset.map(_encode, batched=True, batch_size=batch, fn_kwargs=options, features=features, num_proc=num_proc,
                           remove_columns=dataset.column_names, desc="Tokenising")  # fmt: skip
     if len(encoded) == 0:
         raise fail("tokenize_texts", "dataset", "one with at least one token", f"{len(dataset)} texts without any")
