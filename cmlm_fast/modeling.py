@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -58,10 +59,12 @@ class CMLMModel(nn.Module):
 
     Example:
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
-        >>> masked = complementary_mask(batch["input_ids"], attention_mask=batch["attention_mask"],
-        ...                             sample_ids=batch["sample_ids"], step=step, **mask_settings(tokenizer))
-        >>> model(**batch, **masked._asdict(), special_ids=special_ids).loss.backward()
+        >>> masker, collate = Masker(tokenizer), CMLMDataCollator(tokenizer, packed=model.takes_packed)
+        >>> batch = masker(collate(rows), model, seed=0, step=step)  # rates, sampling, jitter, ...: as model.cmlm says
+        >>> model(**batch).loss.backward()
         >>> model.save_pretrained("post-trained")
+
+    `masking.Masker` is what makes masks by the objective: `forward` takes whatever views it is given.
     """
 
     # Read by transformers.Trainer when a checkpoint is loaded; nothing is left out of one.
@@ -186,7 +189,7 @@ class CMLMModel(nn.Module):
         can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
         with head_joins(self.lm.get_input_embeddings(), self.lm.get_output_embeddings()) as head_weight:
-            if cu_seqlens is None or lengths is None:
+            if cu_seqlens is None:
                 if attention_mask is None:
                     raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
                 can = can & attention_mask.bool()
@@ -197,6 +200,7 @@ class CMLMModel(nn.Module):
                 rule = f"a padded batch, all that {type(self.lm).__name__} takes"
                 raise ValueError(f"CMLMModel: expected input_ids to be {rule}, got one with cu_seqlens")
             else:
+                lengths = _checked_lengths(lengths, len(cu_seqlens) - 1, input_ids.numel())
                 hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
                 batch, first = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
@@ -360,3 +364,13 @@ class CMLMModel(nn.Module):
         held = {id(names[name]): value for name, value in state_dict.items() if name in names}
         tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}
         return super().load_state_dict({**tied, **state_dict}, strict=strict, assign=assign)
+
+
+def _checked_lengths(lengths: Lengths | None, sequences: int, tokens: int) -> Lengths:
+    """The lengths; ValueError where they cannot be those of cu_seqlens, whose values the device alone knows."""
+    total = None if lengths is None else int(np.sum(lengths))
+    if lengths is None or len(lengths) != sequences or total != tokens:
+        rule = f"those of the {sequences} sequences of cu_seqlens, {tokens} tokens in all"
+        got = "None" if lengths is None else f"{len(lengths)}, {total} tokens in all"
+        raise ValueError(f"CMLMModel: expected lengths to be {rule}, got {got}")
+    return lengths

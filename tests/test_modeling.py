@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_lm
 from datasets import Dataset
 
 from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask, info_nce
 from cmlm_fast.config import PRESETS
 from cmlm_fast.data import CMLMDataCollator, mask_settings, tokenize_texts
 from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
+from cmlm_fast.masking import Masker
 
 KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "albert", "mpnet")
 
@@ -323,3 +325,16 @@ assert not [name for name in sys.modules if name.startswith("cmlm_fast")]
         again = CMLMModel.from_pretrained(folder, model.cmlm)
         again.load_contrast(folder)
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_masks_by_the_objective_and_lengths_that_are_not_the_batchs(tiny_rows, tiny_tokenizer):
+    rows, losses = [tiny_rows[i] for i in range(6)], []
+    for changes in ({}, {"complement_rate": 0.7}, {"position_jitter": 4}):
+        model = CMLMModel(make_lm(), CMLMConfig(**changes))
+        batch = Masker(tiny_tokenizer)(CMLMDataCollator(tiny_tokenizer, packed=model.takes_packed)(rows), model, seed=0, step=3)
+        losses.append(model(**batch).loss.item())
+    assert len(set(losses)) == 3
+    wrong = (None, [3, 3], [int(n) + (i == 0) for i, n in enumerate(batch["lengths"])])
+    for lengths in wrong:
+        with pytest.raises(ValueError, match="expected lengths to be those of the 6 sequences of cu_seqlens"):
+            model(**{**batch, "lengths": lengths})

@@ -277,7 +277,8 @@ def complementary_mask(
             expect(_NAME, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
             like = name in ("cu_seqlens", "sample_ids") or tensor.shape == shape
             expect(_NAME, like, name, f"of input_ids' shape {list(shape)}", list(tensor.shape))
-    expect(_NAME, eligible is None or eligible.dtype == torch.bool, "eligible", "torch.bool", getattr(eligible, "dtype", None))
+    for name, tensor, dtype in (("eligible", eligible, torch.bool), ("unit_ids", unit_ids, torch.int32)):
+        expect(_NAME, tensor is None or tensor.dtype == dtype, name, str(dtype), getattr(tensor, "dtype", None))
     if attention_mask is not None:
         attended = attention_mask != 0
         eligible = attended if eligible is None else eligible & attended
