@@ -84,8 +84,8 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> Iterator[None]:
     """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind. Inside, no
     other process can open it.
 
-    `fresh` also removes earlier checkpoints, metrics and summary, which a later `--resume` would otherwise take up; other
-    files stay.
+    `fresh` also removes earlier checkpoints, whose room counts, metrics and summary, which a later `--resume` would otherwise
+    take up; other files stay.
 
     Raises:
         DiskError: the trial file cannot be written; nothing is left that was not there.
@@ -120,6 +120,9 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _clear(folder: Path, size: int, created: list[Path], fresh: bool) -> None:
+    going = checkpoints(folder) if fresh else []
+    freed = sum(path.stat().st_size for checkpoint in going for path in checkpoint.rglob("*") if path.is_file())
+    size = max(size - freed, 0)
     try:
         with tempfile.TemporaryFile(dir=folder) as trial:
             _fill(trial, size)
@@ -127,9 +130,9 @@ def _clear(folder: Path, size: int, created: list[Path], fresh: bool) -> None:
         raise _unusable(folder, size, error, created) from error
     for path in folder.glob(f"{STAGING}*"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in going:
+        shutil.rmtree(path)
     if fresh:
-        for path in checkpoints(folder):
-            shutil.rmtree(path)
         for name in (*_BEGUN, SUMMARY):
             (folder / name).unlink(missing_ok=True)
 

@@ -217,6 +217,16 @@ def test_a_folder_is_of_one_run_at_a_time(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
+def test_the_room_of_checkpoints_that_go_counts(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("cmlm_fast.output._fill", lambda file, size: asked.append(size))
+    held = sum(path.stat().st_size for path in make_checkpoint(tmp_path, 4).rglob("*") if path.is_file())
+    for size, fresh in ((held + 7, False), (held + 7, True), (5, True)):
+        with open_output(tmp_path, size, fresh=fresh):
+            assert (tmp_path / "checkpoint-4").exists() is not fresh
+    assert asked == [held + 7, 7, 5]
+
+
 def test_what_is_kept_is_a_sealed_checkpoint(tmp_path):
     make_checkpoint(tmp_path, 4)
     (make_checkpoint(tmp_path, 6) / "manifest.json").write_text("")

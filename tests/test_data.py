@@ -79,6 +79,12 @@ def test_tokens_do_not_depend_on_how_many_texts_are_tokenised_together(sentences
     assert tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict() == whole and sizes[0] in (1, 2, 3)
 
 
+def test_a_stream_is_not_tokenised(sentences, tiny_tokenizer):
+    stream = Dataset.from_dict({"text": sentences[:5]}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"expected dataset to be a list of texts .*, got IterableDataset"):
+        tokenize_texts(stream, tiny_tokenizer)
+
+
 def _noted(plain, sizes):
     def map(*args, **options):
         sizes.append(options["batch_size"])

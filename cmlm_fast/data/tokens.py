@@ -52,6 +52,8 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     """
     check_tokenizer(tokenizer, "tokenize_texts")
     dataset = texts_of(dataset, "tokenize_texts")
+    if not isinstance(dataset, Dataset):
+        raise fail("tokenize_texts", "dataset", "a list of texts or a datasets.Dataset", type(dataset).__name__)
     paired = "text_pair" in dataset.column_names
     # A first call also resets truncation and padding, which a fast tokenizer keeps: the cache key depends on them.
     probe = tokenizer("one two", "one two" if paired else None, return_special_tokens_mask=True)
