@@ -68,9 +68,16 @@ def _mapped(call: Any) -> Any:
     """The column of ids, made anew: `datasets` would else return what it cached."""
     import datasets
 
+    cached, hidden = datasets.is_caching_enabled(), datasets.are_progress_bars_disabled()
     datasets.disable_caching()
     datasets.disable_progress_bars()
-    return call().with_format("numpy")["input_ids"]
+    try:
+        return call().with_format("numpy")["input_ids"]
+    finally:  # both are of the whole process
+        if cached:
+            datasets.enable_caching()
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def _one_by_one(problem: Problem) -> Call:
