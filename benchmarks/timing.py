@@ -77,7 +77,7 @@ def _cuda_sample(call: Call, repeats: int, device: torch.device) -> float:
 def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
     """What this device does at best: TFLOP/s of a matrix product in each dtype, GB/s read and written by a copy."""
     n = 1536 if device.type == "cpu" else 8192
-    # Where the CPU emulates bfloat16, a product as large takes seconds, and a smaller one has the same rate.
+    # Where the CPU emulates bfloat16, a product as large takes seconds, at half the rate of one that its cache holds.
     sizes = {"float32": n, "bfloat16": n if device.type != "cpu" or bfloat16_hardware() else n // 4}
     rows = {name: torch.randn(size, size, device=device).to(getattr(torch, name)) for name, size in sizes.items()}
     source = torch.ones(128 * 1024**2, dtype=torch.uint8, device=device)

@@ -14,10 +14,11 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 #: Triton's interpreter takes seconds for a sample: what it runs of tests of the registration, which is the same for every
-#: sample, or of the order of programs, which run one by one there; and of tests of the gradients that are asked for.
+#: sample, or of the order of programs, which run one by one there; and of tests of the gradients that are asked for, one of
+#: them of several panels ("blocks").
 FEW = ("sum-dot", "no-target", "nothing", "cross-rows", "labels-all-different", "nt_xent-one", "cross-none", "exact-paper",
        "bernoulli-8x128", "no-sequences", "odd-width", "dropout-window", "no-tokens", "ignored", "no-rows")  # fmt: skip
-GRADIENTS = (*FEW, "same-token", "cross-one-sided", "nt_xent-rows", "cold-nt_xent", "non-contiguous")
+GRADIENTS = (*FEW, "blocks", "same-token", "cross-one-sided", "nt_xent-rows", "cold-nt_xent", "non-contiguous")
 
 
 def cases(dtypes: tuple[torch.dtype, ...] | None = None, interpreted: tuple[str, ...] | None = None) -> list[Any]:
