@@ -76,10 +76,11 @@ def tokens(work: Sequence[Sequence[Any]]) -> float:
 class Ours:
     """The trainer's step, driven from outside."""
 
-    def __init__(self, lm: Any, tokenizer: Any, dtype: torch.dtype, folder: str, compiled: bool = False) -> None:
+    def __init__(self, lm: Any, tokenizer: Any, dtype: torch.dtype, folder: str, compiled: bool = False,
+                 low_norms: bool = False) -> None:  # fmt: skip
         on_cpu = next(lm.parameters()).device.type == "cpu"
         arguments = CMLMTrainingArguments(folder, use_cpu=on_cpu, bf16=dtype == torch.bfloat16, report_to="none",
-                                          torch_compile=compiled)  # fmt: skip
+                                          torch_compile=compiled, low_precision_layer_norm=low_norms)  # fmt: skip
         self.trainer = CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=[])
         self.trainer.state.max_steps = 1_000_000
         self.trainer.create_optimizer_and_scheduler(1_000_000)
@@ -111,12 +112,13 @@ def minilm() -> Any:
 
 
 def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str, new: Callable[[], Any] = minilm) -> Any:
-    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`; "ours compiled", say, has compiled layers."""
+    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`; "ours compiled", say, has compiled layers,
+    and "ours compiled low" layer norms of low precision, too."""
     torch.manual_seed(0)  # new weights must be the same for all
     lm, (kind, *how) = new(), provider.split()
     compiled = "compiled" in how
     if kind == "ours":
-        return Ours(lm, tokenizer, dtype, folder, compiled)
+        return Ours(lm, tokenizer, dtype, folder, compiled, "low" in how)
     if compiled:
         compile_layers(lm)
     return {"strong": Strong, "naive": Naive}[kind](lm, tokenizer, CMLMConfig(), dtype)

@@ -44,18 +44,20 @@ SENTENCES = (
     296, 287, 303, 285, 261, 247, 252, 209, 212, 211, 217, 182, 169, 171, 144, 157, 122, 114, 108, 79, 71, 78,
     59, 56, 40, 32, 42, 36, 25, 29, 19, 16, 7, 10, 10, 5, 7, 5, 4, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1,
 )  # fmt: skip
-COMPILED = ("ours compiled", "strong compiled")
+COMPILED = ("ours compiled", "strong compiled", "ours compiled low")
 FIRST, STEPS = 4, 12  # of `train`: the first are not timed
-BATCH, BATCHES, DEVICE = 512, 4, "cuda"  # of more sentences than BATCH `naive` is not timed
-CASES = {"bert-base": BATCH, "roberta-base": BATCH, "bert-base 1024": 1024}  # sentences a step
-USUAL = ("bert-base", "roberta-base")  # the rest where --case names it
+BATCHES, DEVICE = 4, "cuda"
+CASES = ("bert-base", "roberta-base")
+SIZES = (512, 1024, 2048)  # sentences a step
+BATCH = SIZES[0]
+MOST = {"naive": 512, "strong": 1024}  # what fits into the memory beside the others
 
 
 def configuration(case: str) -> Any:
     """Of the published checkpoint."""
     from transformers import BertConfig, RobertaConfig
 
-    if case.startswith("bert-base"):
+    if case == "bert-base":
         return BertConfig()
     return RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
@@ -96,13 +98,13 @@ def batches(rows: Sequence[Any], provider: str, size: int) -> list[list[Any]]:
 
 
 def seconds(step: Callable[[Any], Any], work: Sequence[Any]) -> float:
-    """Of a step, the mean over the batches."""
+    """Of a step, the mean over the batches. Twice: the device idles while the host begins, which in a training is once."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    for batch in work:
+    for batch in (*work, *work):
         step(batch)
     torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / len(work)
+    return (time.perf_counter() - begin) / (2 * len(work))
 
 
 class Clock(TrainerCallback):
@@ -144,8 +146,10 @@ def waits(step: Callable[[Any], Any], batch: Any) -> str:
     return ""
 
 
-def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapping[str, Any], until: float) -> dict[str, str]:
-    """Add the compiled providers, checked against others that have taken no step and compiled. None is begun after `until`.
+def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapping[str, Any], differences: dict[str, float],
+                until: float) -> dict[str, str]:  # fmt: skip
+    """Add the compiled providers, checked against others that have taken no step and compiled, and their differences. None is
+    begun after `until`.
 
     Returns:
         name -> why it is absent.
@@ -160,11 +164,10 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
             if time.perf_counter() > until:
                 raise TimeoutError("no time was left to compile it")
             provider = new(name)
-            difference = check({name: provider, **plain}, work["naive"][0][:64])[name]
+            differences[name] = difference = check({name: provider, **plain}, work["naive"][0][:64])[name]
             if not difference < 0.05:
                 raise AssertionError(f"loss and gradients differ from the naive step's by {difference}")
-            seconds(provider.step, work[name])
-            seconds(provider.step, work[name])  # code for other sizes would be made now
+            seconds(provider.step, work[name])  # the second time, code for other sizes would be made
             providers[name] = provider
         except Exception as error:  # of a compiler or the driver: what is measured without it counts
             absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -188,42 +191,51 @@ def compile_only(case: str) -> dict[str, str]:
     """Compile the layers of both providers; name -> why not."""
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
-    work = {name: batches(rows, name, CASES[case])[:1] for name in ("naive", *COMPILED)}
+    work = {name: batches(rows, name, BATCH)[:1] for name in ("naive", *COMPILED)}
     with tempfile.TemporaryDirectory() as folder:
-        return compile_too({}, maker(config, tokenizer, folder), work, float("inf"))
+        return compile_too({}, maker(config, tokenizer, folder), work, {}, float("inf"))
 
 
-def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> Iterator[dict[str, Any]]:
-    """The row of a case: first, of one round, without the compiled providers, should time run out while they are made; then of
-    all. Traces are made after both."""
+def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a case, one for each of SIZES; also while there are some, should time run out."""
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
-    work = {name: batches(rows, name, CASES[case]) for name in (*PROVIDERS, *COMPILED)}
+    work = {size: {name: batches(rows, name, size) for name in (*PROVIDERS, *COMPILED) if size <= most(name)} for size in SIZES}
     with tempfile.TemporaryDirectory() as folder:
         new = maker(config, tokenizer, folder)
         providers = {name: new(name) for name in PROVIDERS}
-        differences = check(providers, work["naive"][0][:64])
+        differences = check(providers, work[BATCH]["naive"][0][:64])
         if any(not value < 0.05 for value in differences.values()):
             raise AssertionError(f"loss and gradients are not those of the naive step: {differences}")
-        flops = operations(providers["ours"], work["ours"])
-        if CASES[case] > BATCH:
-            del providers["naive"]
+        facts = {"absent": dict.fromkeys(COMPILED, "not made yet"), "difference from naive": differences}
         for name in providers:
-            seconds(providers[name].step, work[name])
-        yield row_of(case, rate, flops, providers, work, 1, dict.fromkeys(COMPILED, "not made yet"), differences)
-        absent = compile_too(providers, new, work, until)
-        yield (row := row_of(case, rate, flops, providers, work, rounds, absent, differences))
-        row["train ms"] = train(new_lm(config), tokenizer, rows, CASES[case], folder)
-        yield row
-        for name in providers.keys() & {"ours", "ours compiled"} if trace is not None else ():
-            found, row["device ms"][name] = profile(providers[name].step, work[name])
-            (trace / f"trace-{case}-{name.replace(' ', '-')}.txt").write_text(found)
-            yield row
+            seconds(providers[name].step, work[BATCH][name])
+        yield [row_of(f"{case} {BATCH}", rate, providers, work[BATCH], 1) | facts]
+        facts["absent"] = compile_too(providers, new, work[BATCH], differences, until)
+        done = []
+        for size in SIZES:
+            here = {name: provider for name, provider in providers.items() if name in work[size]}
+            for name in here if size > BATCH else ():
+                seconds(here[name].step, work[size][name])
+            done.append(row_of(f"{case} {size}", rate, here, work[size], rounds) | facts)
+            yield done
+        done[0]["train ms"] = train(new_lm(config), tokenizer, rows, BATCH, folder)
+        yield done
+        for row, size in ((done[0], BATCH), (done[-1], SIZES[-1])) if trace is not None else ():
+            for name in sorted({"ours", row["best"]} if size == BATCH else {row["best"]}):
+                found, row["device ms"][name] = profile(providers[name].step, work[size][name])
+                (trace / f"trace-{case}-{size}-{name.replace(' ', '-')}.txt").write_text(found)
+                yield done
 
 
-def row_of(case: str, rate: float, flops: float, providers: Mapping[str, Any], work: Mapping[str, Any], rounds: int,
-           absent: dict[str, str], differences: dict[str, float]) -> dict[str, Any]:  # fmt: skip
+def most(provider: str) -> int:
+    """Sentences a step that a provider is timed with."""
+    return MOST.get(provider.split()[0], SIZES[-1])
+
+
+def row_of(case: str, rate: float, providers: Mapping[str, Any], work: Mapping[str, Any], rounds: int) -> dict[str, Any]:
     """One row of the results."""
+    flops = operations(providers["ours"], work["ours"])
     found = {name: waits(provider.step, work[name][0]) for name, provider in providers.items() if name.startswith("ours")}
     samples: dict[str, list[float]] = {name: [] for name in providers}
     peak = {}
@@ -237,12 +249,11 @@ def row_of(case: str, rate: float, flops: float, providers: Mapping[str, Any], w
     best = min((name for name in ms if name.startswith("ours")), key=ms.__getitem__)
     long = {name: ms[name] / size[name] for name in ms}  # a token takes so long
     return {
-        "case": f"{case.split()[0]} {CASES[case]} sentences bfloat16", "ms": ms,
+        "case": f"{case} sentences bfloat16", "ms": ms,
         "tokens": {name: round(n) for name, n in size.items()},
         "best": best, "speedup": {name: round(long[name] / long[best], 2) for name in ms if name != best},
         "TFLOP": round(flops / 1e12, 2), "MFU": round(flops / (ms[best] / 1e3) / rate, 3),
-        "peak GB": {name: round(n / 1e9, 1) for name, n in peak.items()}, "waits": found, "absent": absent,
-        "difference from naive": differences, "device ms": {},
+        "peak GB": {name: round(n / 1e9, 1) for name, n in peak.items()}, "waits": found, "device ms": {},
     }  # fmt: skip
 
 
@@ -289,7 +300,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="only fill torch.compile's cache")
     options = parser.parse_args()
     if options.compile:
-        print({case: compile_only(case) for case in options.case or USUAL})
+        print({case: compile_only(case) for case in options.case or CASES})
         return
     options.out.mkdir(parents=True, exist_ok=True)
     until = time.perf_counter() + options.seconds
@@ -297,10 +308,10 @@ def main() -> None:
     rate = 2 * 8192**3 / milliseconds(lambda: a @ b) * 1e3
     results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__,
                                "rate": rate, "rows": []}  # fmt: skip
-    for case in options.case or USUAL:
+    for case in options.case or CASES:
         done = list(results["rows"])
-        for row in measure(case, rate, options.rounds, until, options.out if options.trace else None):
-            results["rows"] = [*done, row]
+        for rows in measure(case, rate, options.rounds, until, options.out if options.trace else None):
+            results["rows"] = [*done, *rows]
             (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
             (options.out / "train.txt").write_text(report(results))
         gc.collect()  # a Trainer is held by cycles, and with it the model

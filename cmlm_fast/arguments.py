@@ -28,6 +28,9 @@ class CMLMTrainingArguments(TrainingArguments):
         contrastive_batch_size: sequences of one device that are each other's negatives, a multiple of
             `per_device_train_batch_size` that `gradient_accumulation_steps` makes up; None: those of one batch. By gradient
             caching, which costs one more forward pass; the token part keeps to its batch. Not with `max_tokens`.
+        low_precision_layer_norm: with bf16 or fp16, layer norms give 16 bits, too, and so the states between layers and their
+            gradients are 16 bits, where autocast has float32: faster on a GPU, most of all with torch_compile, and other
+            roundings.
         torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
             torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
             a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
@@ -37,6 +40,7 @@ class CMLMTrainingArguments(TrainingArguments):
     packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
     max_tokens: int | None = field(default=None, metadata={"help": "tokens per batch, instead of sequences per batch"})
     contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
+    low_precision_layer_norm: bool = field(default=False, metadata={"help": "layer norms in 16 bits under bf16 or fp16"})
 
     def __post_init__(self) -> None:
         for name in ("mask_seed", "max_tokens", "contrastive_batch_size"):

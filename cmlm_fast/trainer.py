@@ -28,6 +28,7 @@ from .data import CMLMDataCollator, TokenBudgetSampler, sequence_lengths
 from .data.budget import repeated_ids
 from .data.share import share_loader
 from .gradient_cache import GradientCache
+from .layers import use_low_precision_layer_norm
 from .losses import PARTS
 from .masking import EVALUATION_STEP, Masker
 from .measures import Sums
@@ -117,6 +118,8 @@ class CMLMTrainer(ResumableTrainer):
         if ids > rows:
             rule = f"of at most {rows} ids, the rows of the model's embedding"
             raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")
+        if self.args.low_precision_layer_norm:
+            use_low_precision_layer_norm(model.lm)
         if self.args.torch_compile:
             model.compile_layers(self.args.torch_compile_backend, self.args.torch_compile_mode)
         return model

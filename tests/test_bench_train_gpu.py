@@ -13,21 +13,20 @@ from benchmarks import bench_train_gpu
 from benchmarks.bench_train_gpu import batches, make_rows, measure, report, tokens
 
 
-@pytest.mark.parametrize("most", [8, 4])
-def test_rows_and_report(most, monkeypatch):
+def test_rows_and_report(monkeypatch):
     config = make_lm(vocab_size=300, hidden_dropout_prob=0.1).config
     monkeypatch.setattr(bench_train_gpu, "configuration", lambda case: config)
-    monkeypatch.setattr(bench_train_gpu, "CASES", {"small": 8})
-    monkeypatch.setattr(bench_train_gpu, "BATCH", most)
+    for name, value in {"BATCH": 8, "SIZES": (8, 12), "MOST": {"naive": 8}}.items():
+        monkeypatch.setattr(bench_train_gpu, name, value)
     monkeypatch.setattr(bench_train_gpu, "DEVICE", "cpu")
     monkeypatch.setattr(bench_train_gpu, "waits", lambda step, batch: step(batch) and "")
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
-    first, *_, row = measure("small", 1e6, 2, until=0.0)
-    timed = {"ours", "strong", "naive"} if most == 8 else {"ours", "strong"}
-    assert first["ms"].keys() == row["ms"].keys() == timed and row["best"] == "ours"
-    assert row["case"] == "small 8 sentences bfloat16" and row["MFU"] > 0
+    (first,), *_, (row, larger) = measure("small", 1e6, 2, until=0.0)
+    assert first["ms"].keys() == row["ms"].keys() == {"ours", "strong", "naive"} and larger["ms"].keys() == {"ours", "strong"}
+    assert row["case"] == "small 8 sentences bfloat16" and larger["case"] == "small 12 sentences bfloat16"
+    assert row["best"] == "ours" and row["MFU"] > 0 and larger["MFU"] > 0
     assert row["difference from naive"].keys() == {"ours", "strong"} and max(row["difference from naive"].values()) < 0.05
     assert set(row["absent"].values()) == {"TimeoutError: no time was left to compile it"}
     assert row["train ms"] > 0

@@ -1,16 +1,19 @@
 """varlen_attention in Triton, for many short sequences: a program for each sequence and head.
 
-attend    grid sequences × heads → all rows of the sequence, BLOCK at a time, with the softmax of the keys seen so far
-gradient  the same grid; a sequence of at most BLOCK tokens makes its scores once and all three gradients of them, a longer one
-          walks its tiles three times: the rows' Σ p·dp (kept in `delta`), dq, then dk and dv. In 16 bits a second launch takes
-          those of more than BLOCK and at most 2·BLOCK tokens, as one tile of that size
-Memory: of a sequence of at most BLOCK tokens q, k, v and out are read or written once, in the backward pass seven such arrays.
+attend    grid sequences × heads → all rows of the sequence
+gradient  the same grid → the gradients of all rows
+Both are launched once for each size of tile: sequences that fit into one tile make their scores once, in a kernel that keeps
+few registers, and so many of them at a time; then those of more tokens, which walk tiles: forward with the softmax of the keys
+seen so far, backward three times (the rows' Σ p·dp, kept in `delta`, then dq, then dk and dv). A program whose sequence is
+another launch's ends at once.
+Memory: of a sequence in one tile q, k, v and out are read or written once, in the backward pass seven such arrays.
 Tensor cores take operands of the rows' dtype; scores, softmax and sums are float32 (float64 for float64).
 Deterministic: a row has one writer, and sums run in the order of the tiles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -55,26 +58,29 @@ def kept(i, j0, sample, seed, threshold, GAIN: tl.constexpr, ACC: tl.constexpr, 
     return tl.where(words.to(tl.int64) >= threshold, tl.full((), GAIN, ACC), tl.zeros((), ACC))
 
 
-_RUNTIME = ["T", "H", "window", "threshold", "skip"]
+_RUNTIME = ["T", "H", "window", "threshold", "low", "high"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def attend(q, k, v, cu, seed, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_head, window, threshold,
-           SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-           PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """out [T, H, D] and lse [H, T]."""
+           low, high, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+           PRECISION: tl.constexpr, ACC: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
+    """out [T, H, D] and lse [H, T] of the sequences of low < length <= high; with ONE_TILE high is at most BLOCK."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
+    if (length <= low) | (length > high):
+        return
+    walked = BLOCK if ONE_TILE else length
     sample, seed = sequence.to(tl.int64) * H + head, tl.load(seed)
     q, k, v = q + head * q_head, k + head * k_head, v + head * v_head
     d = tl.arange(0, WIDTH)
-    for i0 in range(0, length, BLOCK):
+    for i0 in range(0, walked, BLOCK):
         i = i0 + tl.arange(0, BLOCK)
         query = rows_at(q, begin + i, d, q_row, i < length, D)
         total = tl.zeros((BLOCK, WIDTH), ACC)
         largest, weight = tl.full((BLOCK,), -1e30, ACC), tl.zeros((BLOCK,), ACC)
-        for j0 in range(0, length, BLOCK):
+        for j0 in range(0, walked, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             s = scores_of(query, rows_at(k, begin + j, d, k_row, j < length, D), i, j, length, window, SCALE, PRECISION, ACC)
             raised = tl.maximum(largest, tl.max(s, 1))
@@ -110,19 +116,14 @@ def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row, q_head, k_row, k_head, v_row, v_head,
-             window, threshold, skip, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+             window, threshold, low, high, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
              BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
-    """dq, dk, dv [T, H, D] of the gradient g of out; delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p.
-
-    Sequences of BLOCK < length <= skip are left to another launch; with ONE_TILE only those of skip < length <= BLOCK are done.
-    """
+    """dq, dk, dv [T, H, D] of the gradient g of out, for the sequences of low < length <= high; with ONE_TILE high is at most
+    BLOCK. delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
-    if ONE_TILE:
-        if (length <= skip) | (length > BLOCK):
-            return
-    elif (length > BLOCK) & (length <= skip):
+    if (length <= low) | (length > high):
         return
     sample = sequence.to(tl.int64) * H + head
     g, q, k, v = g + head * g_head, q + head * q_head, k + head * k_head, v + head * v_head
@@ -130,7 +131,7 @@ def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, 
     d = tl.arange(0, WIDTH)
     columns = (d < D)[None, :]
     dtype = dq.dtype.element_ty
-    if length <= BLOCK:
+    if ONE_TILE:
         i = tl.arange(0, BLOCK)
         inside = i < length
         query, key = rows_at(q, begin + i, d, q_row, inside, D), rows_at(k, begin + i, d, k_row, inside, D)
@@ -148,7 +149,7 @@ def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, 
         ds = (p * (dp - tl.sum(dp * p, 1)[:, None]) * SCALE).to(query.dtype)
         tl.store(dq + at, multiply(ds, key, zero, PRECISION).to(dtype), mask=mask)
         tl.store(dk + at, multiply(tl.trans(ds), query, zero, PRECISION).to(dtype), mask=mask)
-    elif not ONE_TILE:
+    else:
         for i0 in range(0, length, BLOCK):
             i = i0 + tl.arange(0, BLOCK)
             inside = i < length
@@ -199,17 +200,21 @@ def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, 
             tl.store(dv + at, by_value.to(dtype), mask=(j < length)[:, None] & columns)
 
 
-def _constants(query: Tensor, scale: float, dropout: float, block: int) -> dict[str, Any]:
-    width = query.shape[2]
-    acc = tl.float64 if query.dtype == torch.float64 else tl.float32
-    padded = max(16, triton.next_power_of_2(width))  # what tl.dot takes
-    return {"SCALE": scale, "GAIN": 1 / (1 - dropout), "D": width, "WIDTH": padded, "BLOCK": block, "PRECISION": "ieee",
-            "ACC": acc}  # fmt: skip
-
-
-def _launch(query: Tensor) -> dict[str, int]:
-    """Fewer warps, or more stages, spill registers."""
-    return {"num_warps": 4 if query.element_size() == 2 else 8, "num_stages": 1}
+def _launches(query: Tensor, tokens: int, scale: float, dropout: float,
+              backward: bool = False) -> Iterator[tuple[int, int, dict[str, Any]]]:  # fmt: skip
+    """(low, high, constants) of each launch."""
+    width, sixteen = query.shape[2], query.element_size() == 2
+    narrow = sixteen and width <= 64  # beyond, larger tiles and fewer warps would spill registers
+    constants = {"SCALE": scale, "GAIN": 1 / (1 - dropout), "D": width, "PRECISION": "ieee",
+                 "WIDTH": max(16, triton.next_power_of_2(width)),  # what tl.dot takes
+                 "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32, "num_stages": 1}  # fmt: skip
+    warps = 4 if sixteen else 8
+    small = 2 if narrow and not backward else warps
+    walking = 2 if narrow and backward else warps
+    yield 0, _BLOCK, {**constants, "BLOCK": _BLOCK, "ONE_TILE": True, "num_warps": small}
+    if narrow:
+        yield _BLOCK, 2 * _BLOCK, {**constants, "BLOCK": 2 * _BLOCK, "ONE_TILE": True, "num_warps": warps}
+    yield (2 if narrow else 1) * _BLOCK, tokens, {**constants, "BLOCK": _BLOCK, "ONE_TILE": False, "num_warps": walking}
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -230,8 +235,9 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scal
         return out, lse
     rows = [_unit_stride(x) for x in (query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
-    attend[(cu.shape[0] - 1, heads)](*rows, cu, seed, out, lse, tokens, heads, *strides, window, int(dropout * 2.0**32),
-                                     **_constants(query, scale, dropout, _BLOCK), **_launch(query))  # fmt: skip
+    for low, high, constants in _launches(query, tokens, scale, dropout):
+        attend[(cu.shape[0] - 1, heads)](*rows, cu, seed, out, lse, tokens, heads, *strides, window, int(dropout * 2.0**32),
+                                         low, high, **constants)  # fmt: skip
     return out, lse
 
 
@@ -246,9 +252,7 @@ def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: T
     rows = [_unit_stride(x) for x in (grad, query, key, value)]
     strides = [x.stride(n) for x in rows for n in (0, 1)]
     delta = lse.new_empty((2, *lse.shape))
-    larger = query.element_size() == 2 and query.shape[2] <= 64  # beyond, larger tiles would spill registers
-    for block, skip in ((_BLOCK, 2 * _BLOCK), (2 * _BLOCK, _BLOCK)) if larger else ((_BLOCK, 0),):
+    for low, high, constants in _launches(query, tokens, scale, dropout, backward=True):
         gradient[(cu.shape[0] - 1, heads)](*rows, cu, seed, lse, delta, dq, dk, dv, tokens, heads, *strides, window,
-                                           int(dropout * 2.0**32), skip, **_constants(query, scale, dropout, block),
-                                           ONE_TILE=block > _BLOCK, **_launch(query))  # fmt: skip
+                                           int(dropout * 2.0**32), low, high, **constants)  # fmt: skip
     return dq, dk, dv
