@@ -107,15 +107,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    rows = [measure(f"attention, dropout {p}", *attention(p), compared=p == 0) for p in (0.0, 0.1)]
-    rows.append(measure("attention of 65 to 128 tokens, dropout 0.1", *attention(0.1, longer=True), compared=False))
-    rows.append(measure("LM head and its loss", *lm_head(), compared=True))
-    found = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__, "rows": rows}
-    (options.out / "layers.json").write_text(json.dumps(found, indent=1) + "\n")
+    cases = (
+        *((f"attention, dropout {p}", partial(attention, p), p == 0) for p in (0.0, 0.1)),
+        ("attention of 65 to 128 tokens, dropout 0.1", partial(attention, 0.1, longer=True), False),
+        ("LM head and its loss", lm_head, True),
+    )
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__, "rows": []}
+    for case, make, compared in cases:
+        found["rows"].append(measure(case, *make(), compared=compared))
+        (options.out / "layers.json").write_text(json.dumps(found, indent=1) + "\n")  # what there is, should time run out
+        (options.out / "layers.txt").write_text(report(found["rows"]))
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """The table for people."""
     lines = [f"{row['case']}: {name}: " + ", ".join(f"{what} {ms:.3f} ms" for what, ms in parts.items())
              for row in rows for name, parts in row["ms"].items()]  # fmt: skip
     lines += [f"{row['case']}: absent: {name}, {why}" for row in rows for name, why in row["absent"].items()]
-    (options.out / "layers.txt").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -68,17 +68,18 @@ def sanitizer(tool: str) -> Step:
 
 
 STEPS = (
-    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 48, gpu=False),
+    Step("build", (*PYTHON, "setup.py", "-q", "build_ext", "--inplace"), 64, gpu=False),
     Step("doctor", (*PYTHON, "-c", DOCTOR), 8, gpu=False),
     *(Step(f"compile-{case}", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--compile", "--case", case), 130, beside=True)
       for case in ("bert-base", "roberta-base")),
     # -v: names what fails at once, should the step be stopped.
     Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 130),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 70, asked=True),
-    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 70),
-    Step("layers", (*PYTHON, "-m", "benchmarks.bench_layers_gpu", "--out", "{out}"), 28),
-    Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--seconds", "150", "--out", "{out}", "--trace"), 205),
-    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 30),
+    Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
+    Step("layers", (*PYTHON, "-m", "benchmarks.bench_layers_gpu", "--out", "{out}"), 42),
+    Step("train", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--seconds", "150", "--out", "{out}", "--trace"), 195),
+    Step("bench", (*PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", "0.3", "--output", "{out}/bench.json"), 300,
+         asked=True),
     Step("profile", ("ncu", "--clock-control", "none", "--set", "basic", "--section", "MemoryWorkloadAnalysis",
                      "--kernel-name", "regex:^(contrast_rows|contrast_columns|mask_bernoulli)$",
                      *PYTHON, "-m", "benchmarks.bench_gpu", "--once"), 20),

@@ -103,7 +103,6 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             label = f"{sampling} L={length}" + ("" if units is None else " units")
             yield label, "complementary_mask", (ids, cu, special, None, units, None, *numbers)
     yield "bfloat16 V=30528", "softmax_loss", (torch.zeros(8, 30528, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64))
-    yield "p=0.1", "dropout_bits", (torch.tensor(5), 4096, 0.1)
     bounds = torch.arange(9, dtype=torch.int32) * 32
     for dtype in (torch.bfloat16, torch.float32) if chip == "sm_90" else (torch.bfloat16,):
         # As attention layers hand them on: views of [1, H, T, D], and of what projections made.

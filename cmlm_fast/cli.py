@@ -77,6 +77,9 @@ def post_train_command(
     fp16: Annotated[bool, _option("float16 autocast (GPU)", "--fp16")] = False,
     gradient_checkpointing: Annotated[bool, _option("less memory, more time", "--gradient-checkpointing")] = False,
     torch_compile: Annotated[bool, _option("compile the layers; dropout draws other numbers", "--torch-compile")] = False,
+    low_precision_layer_norm: Annotated[
+        bool, _option("layer norms in 16 bits: faster on a GPU", "--low-precision-layer-norm")
+    ] = False,
     seed: Annotated[int, _option("of masks, order, dropout and the held-out share")] = _default("seed"),
     logging_steps: Annotated[int, _option("steps from log entry to log entry")] = _default("logging_steps"),
     save_steps: Annotated[int, _option("steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),

@@ -1,11 +1,10 @@
-"""Faster layers for encoders, mostly on the CPU, under the parameters' own names: `use_fast_layers(lm)` turns them in place.
+"""Faster layers for encoders on the CPU, under the parameters' own names: `use_fast_layers(lm)` turns them in place.
 
     nn.Linear    float32 products by oneDNN where MKL, which PyTorch calls, leaves the CPU's widest vectors unused
     nn.Dropout   the op `dropout`: threads draw in parallel, and no mask is kept
     nn.Embedding, where its weight is the LM head's too: its rows are added to the head's gradient, in place
 
-On a GPU or under torch.compile each is what it was, but for dropout in compiled code on a GPU, which takes its draws from the
-op `dropout_bits`; `Linear` in 16 bits and under autocast too.
+On a GPU or under torch.compile each is what it was; `Linear` in 16 bits and under autocast too.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from ._library import no_second_derivative
 from .backends import instead
 from .ops._linear import linear
-from .ops.dropout_bits import exact_rate
 
 
 class Linear(nn.Linear):
@@ -33,33 +31,16 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; its seed comes from torch's generator, which checkpoints keep and recomputation replays."""
+    """`nn.Dropout`; on the CPU its seed comes from torch's generator, which checkpoints keep and recomputation replays."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
-        if not self.training or self.inplace or not 0.0 < self.p < 1.0:
-            return super().forward(input)
-        if torch.compiler.is_compiling():
-            return self._compiled(input)
-        own = instead("dropout", input.device)
+        drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and not torch.compiler.is_compiling()
+        own = instead("dropout", input.device) if drops else None
         if own is None:
             return super().forward(input)
         out: Tensor = own(input, self.p, int(torch.randint(2**62, ())))
         return out
-
-    def _compiled(self, input: Tensor) -> Tensor:
-        """By bits that are drawn beforehand: the code around them, which only reads memory, would wait for its own draws."""
-        draw = instead("dropout_bits", input.device) if input.is_cuda and input.shape[-1] % 8 == 0 else None
-        if draw is None:
-            return super().forward(input)
-        return keep(input, draw(torch.randint(2**62, (), device=input.device), input.numel() // 8, self.p), self.p)
-
-
-def keep(input: Tensor, bits: Tensor, p: float) -> Tensor:
-    """What dropout gives that keeps the numbers whose bit in `bits`, uint8 [numel / 8], is set."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = ((bits[:, None] >> places) & 1).view(input.shape).bool()
-    return torch.where(kept, input * (1 / (1 - exact_rate(p))), 0.0)
 
 
 class _OneWeight(torch.autograd.Function):

@@ -34,7 +34,8 @@ class PostTrainOptions:
         warmup: share of the steps, below 1, or their number.
         bf16: None: where this machine multiplies bfloat16 in hardware.
         fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as the Trainer has them.
-        torch_compile: compile the encoder's layers; see `CMLMTrainingArguments`.
+        torch_compile, low_precision_layer_norm: compile the encoder's layers, layer norms in 16 bits; see
+            `CMLMTrainingArguments`.
         save_steps: steps from checkpoint to checkpoint; 0 makes none.
         resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
         trust_remote_code: run code that the checkpoint brings along.
@@ -66,6 +67,7 @@ class PostTrainOptions:
     fp16: bool = False
     gradient_checkpointing: bool = False
     torch_compile: bool = False
+    low_precision_layer_norm: bool = False
     seed: int = 42
     logging_steps: int = 10
     save_steps: int = 500

@@ -280,5 +280,6 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
         seed=options.seed, logging_steps=options.logging_steps,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,
-        dataloader_pin_memory=gpu, torch_compile=options.torch_compile, **checkpointing,
+        dataloader_pin_memory=gpu, torch_compile=options.torch_compile,
+        low_precision_layer_norm=options.low_precision_layer_norm, **checkpointing,
     )  # fmt: skip

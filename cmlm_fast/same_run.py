@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .modeling import CMLMModel
 
 _NAME = "settings.json"
+_LATER = {"low_precision_layer_norm": False}  # settings that earlier runs had no name for
 _CONTENTS = ("model", "train_file", "held-out texts")  # whose values are fingerprints
 
 
@@ -41,7 +42,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         raise ValueError(f"expected output_dir to hold {_NAME} of the run to resume, got {folder} without it")
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = {**_LATER, **json.loads(path.read_text(encoding="utf-8"))}
     except ValueError as error:
         raise ValueError(f"expected {path} to be as the run to resume wrote it, got no JSON: {error}") from error
     for name, value in json.loads(json.dumps(settings)).items():
@@ -57,7 +58,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def settings_of(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
     """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
     names = ("seed", "epochs", "max_steps", "batch_size", "max_tokens", "contrastive_batch_size", "learning_rate",
-             "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile")  # fmt: skip
+             "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile",
+             "low_precision_layer_norm")  # fmt: skip
     kept = {name: getattr(options, name) for name in names}
     if kept["contrastive_batch_size"] is not None:
         kept["contrastive_batch_size"] *= arguments.world_size

@@ -100,6 +100,9 @@ class CMLMTrainer(ResumableTrainer):
                 logger.warning("%s takes padded batches only: its attention cannot be replaced", type(model.lm).__name__)
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
         self.model_init = model_init
+        if args.low_precision_layer_norm and self.accelerator.mixed_precision == "no":
+            rule = "False where neither bf16 nor fp16 is used: all is float32 there"
+            raise ValueError(f"CMLMTrainer: expected low_precision_layer_norm to be {rule}, got True")
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
             rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"

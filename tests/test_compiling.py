@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from cmlm_fast import CMLMConfig, CMLMModel
 from cmlm_fast.attention import Packing, attention_forward, packing_of
 from cmlm_fast.compiling import compile_layers
+from cmlm_fast.layers import use_low_precision_layer_norm
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -67,6 +68,30 @@ def test_where_pytorch_attends_layers_are_compiled_once_more(device, masked, mon
             (loss, gradient), (loss_compiled, gradient_compiled) = step(plain, batch), step(compiled, batch)
         torch.testing.assert_close(loss_compiled, loss, rtol=1e-4, atol=0)
         assert (gradient_compiled - gradient).norm() < 1e-4 * gradient.norm()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layer_norms_of_low_precision_differ_by_roundings(compiled, masked):
+    plain, low = (CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)) for _ in range(2))
+    use_low_precision_layer_norm(low.lm)
+    assert list(low.state_dict()) == list(plain.state_dict())
+    if compiled:
+        low.compile_layers()
+    seen = set()
+    for layer in low.lm.base_model.encoder.layer:
+        layer.register_forward_hook(lambda module, args, out: seen.add((out if torch.is_tensor(out) else out[0]).dtype))
+    batch = masked(range(30))
+    exact, exact_gradient = step(plain, batch)
+    float32, float32_gradient = step(low, batch)  # without autocast nothing changes
+    torch.testing.assert_close(float32, exact, rtol=1e-5, atol=0)
+    assert (float32_gradient - exact_gradient).norm() < 1e-4 * exact_gradient.norm() and seen == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        (loss, gradient), (loss_low, gradient_low) = step(plain, batch), step(low, batch)
+    assert seen == {torch.bfloat16} and loss_low != loss
+    for found, by in ((loss, gradient), (loss_low, gradient_low)):
+        torch.testing.assert_close(found, exact, rtol=0.01, atol=0)
+        assert (by - exact_gradient).norm() < 0.05 * exact_gradient.norm()
 
 
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES])

@@ -1,6 +1,6 @@
 """The ops: one file each, holding schema, reference, checks, samples, autograd and the public function."""
 
-from . import dropout, dropout_bits, softmax_loss  # noqa: F401 - declared there; layers and mlm_cross_entropy call them
+from . import dropout, softmax_loss  # noqa: F401 - declared there; layers and mlm_cross_entropy call them
 from .complementary_mask import ComplementaryMask, complementary_mask
 from .info_nce import info_nce
 from .mlm_cross_entropy import mlm_cross_entropy
