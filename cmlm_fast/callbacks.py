@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -103,8 +104,10 @@ class MetricsFile(TrainerCallback):
         """Append one line; none of a training that had nothing left to do."""
         idle = "train_runtime" in (logs or ()) and 0 < self._begin == state.global_step
         if state.is_world_process_zero and logs and not idle:
+            # JSON has no word for what a gradient's norm is where float16 overflowed, a step that is left out.
+            finite = {name: value for name, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **dict.fromkeys(logs), **finite}) + "\n")
 
     def first_evaluation(self) -> dict[str, float]:
         """The scores before training, of the run that this one resumes; empty where there are none."""
@@ -118,6 +121,10 @@ class StopOnSignal(TrainerCallback):
     run of one process (a launcher of several passes on what the terminal has sent already). All ranks stop after the same
     step: they agree on it while the step runs, over gloo, so that no device is waited for.
 
+    Attributes:
+        stopped: the signal that ended a training, or came while it ended.
+        patient: set it where a training has no checkpoint: after it, too, a signal waits, until what was trained is saved.
+
     Example:
         >>> with StopOnSignal() as stop:
         ...     CMLMTrainer(model, args, train_dataset=rows, processing_class=tokenizer, callbacks=[stop]).train()
@@ -126,6 +133,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped: signal.Signals | None = None
+        self.patient = False
         self._received, self._process = 0, os.getpid()
         self._training = False
         self._before: dict[int, Any] = {}
@@ -181,4 +189,4 @@ class StopOnSignal(TrainerCallback):
             dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
         if number:
             self.stopped = signal.Signals(int(number))
-        self._training = False
+        self._training = self.patient

@@ -109,6 +109,8 @@ def prepare(options: PostTrainOptions) -> Prepared:
     length = sequence_length(model, tokenizer, options.max_length, config.position_jitter)
     check_vocabulary(model, tokenizer)
     arguments = _arguments(options)
+    low = not options.low_precision_layer_norm or arguments.bf16 or arguments.fp16
+    expect(low, "low_precision_layer_norm", "used with bf16 or fp16", "float32")
     if options.max_steps > 0:  # else the trainer knows
         arguments.check_schedule(options.max_steps)
     _check_reports(arguments)
@@ -187,11 +189,14 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
                 prepared.arguments.eval_on_start = True
             else:
                 before = trainer.evaluate()
+        stop.patient = not options.save_steps
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = spent.seconds()
         if stop.stopped:
-            raise Stopped(stop.stopped)
-        after = trainer.evaluate() if prepared.evaluation is not None else {}
+            if ranks.of_main((folder / f"checkpoint-{result.global_step}").exists()):
+                raise Stopped(stop.stopped)
+            logger.warning("%s came behind the last step: the model is saved without scores", stop.stopped.name)
+        after = trainer.evaluate() if prepared.evaluation is not None and not stop.stopped else {}
         summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
         _save(trainer, prepared, summary, metrics)
     return summary

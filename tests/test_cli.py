@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -18,12 +19,14 @@ from conftest import make_lm
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
-from cmlm_fast import CMLMConfig, CMLMModel, report
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, report
+from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import DiskError, finished_run
 from cmlm_fast.post_train import prepare, run
+from cmlm_fast.same_run import check_settings
 
 QUICK = ("--max-steps", "4", "--batch-size", "8", "--logging-steps", "2", "--save-steps", "2", "--max-length", "32",
          "--no-bf16")  # fmt: skip
@@ -248,6 +251,8 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
                    "expected contrastive_batch_size to be left out with max_tokens, got 16"),
         "contrast": (["--contrastive-batch-size", "7"], "expected contrastive_batch_size to be a multiple of batch_size = "),
         "precision": (["--bf16", "--fp16"], "expected bf16 and fp16 to be at most one of them, got both"),
+        "norms": (["--no-bf16", "--low-precision-layer-norm"],
+                  "expected low_precision_layer_norm to be used with bf16 or fp16, got float32"),
         "file": (["--train-file", "missing.txt"], "expected train_file to be an existing file or folder, got missing.txt"),
         "suffix": (["--train-file", file("texts.doc", b"a")], "a saved datasets folder or a file ending in"),
         "empty": (["--train-file", file("empty.txt", b"")], "expected train_file to be a file that is not empty"),
@@ -314,6 +319,27 @@ def test_from_python(tiny_checkpoint, sentence_file, tmp_path):
     assert issubclass(DiskError, OSError)
 
 
+@pytest.mark.parametrize("when", ["scored", "ended"])
+def test_a_training_without_checkpoints_is_saved_whatever_comes_behind_its_last_step(when, tiny_checkpoint, sentence_file,
+                                                                                   tmp_path, monkeypatch, caplog):  # fmt: skip
+    def tell_after(step, function):
+        def run_with_signal(trainer, *args, **options):
+            state = args[1] if args else trainer.state
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(trainer, *args, **options)
+
+        return run_with_signal
+
+    owner, name = {"scored": (CMLMTrainer, "evaluate"), "ended": (StopOnSignal, "on_train_end")}[when]
+    monkeypatch.setattr(owner, name, tell_after(2, getattr(owner, name)))
+    summary = run(prepare(PostTrainOptions(tiny_checkpoint, sentence_file, str(tmp_path / "out"), max_steps=2, save_steps=0,
+                                           bf16=False, eval_share=0.1)))  # fmt: skip
+    assert finished_run(tmp_path / "out")["steps"] == 2 and (tmp_path / "out" / "model.safetensors").exists()
+    assert bool(summary["held_out_before_after"]) == (when == "scored")
+    assert ("SIGTERM came behind the last step: the model is saved without scores" in caplog.text) == (when == "ended")
+
+
 def test_the_command_line_offers_all_of_the_objective():
     offered = signature(post_train_command).parameters
     assert {field.name for field in fields(CMLMConfig)} <= set(offered)
@@ -330,6 +356,13 @@ def test_options_reach_the_trainer_and_decide_what_may_be_resumed(tiny_checkpoin
         made = prepare(replace(base, **{name: value}))
         assert getattr(made.arguments, argument) == value and made.settings[name] == value != before.settings[name], name
     assert (made.settings["ranks"], before.settings.get("ranks")) == (1, None)  # batches by tokens depend on the ranks
+    plain, low = (prepare(replace(base, bf16=True, low_precision_layer_norm=value)) for value in (False, True))
+    assert low.arguments.low_precision_layer_norm
+    earlier = {name: value for name, value in plain.settings.items() if name != "low_precision_layer_norm"}
+    (tmp_path / "settings.json").write_text(json.dumps(earlier))  # of a run before there was the option
+    check_settings(tmp_path, plain.settings)
+    with pytest.raises(ValueError, match="expected low_precision_layer_norm to be False, as in the run to resume, got True"):
+        check_settings(tmp_path, low.settings)
 
 
 def test_doctor_names_every_op_and_reason():

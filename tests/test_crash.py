@@ -250,6 +250,17 @@ def test_a_leg_that_trains_nothing_leaves_the_training_s_line_alone(step, tmp_pa
     assert metrics.path.exists() == (step > 3)
 
 
+def test_a_line_of_metrics_is_json_whatever_a_number_is(tmp_path):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", None)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    metrics.on_log(None, state, None, {"loss": 1.5, "grad_norm": float("inf"), "epoch": 1})
+    line = json.loads(metrics.path.read_text(), parse_constant=refuse)
+    assert line == {"step": 3, "loss": 1.5, "grad_norm": None, "epoch": 1} and metrics.entries() == [line]
+
+
 def test_what_is_renamed_into_place_is_on_the_disk_before_and_the_summary_comes_last(tmp_path, monkeypatch):
     events, flush, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (events.append(Path(os.readlink(f"/proc/self/fd/{file}")).name), flush(file)))

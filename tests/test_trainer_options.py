@@ -14,6 +14,7 @@ from test_trainer import history, make_trainer, weights
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments, checkpoints
 from cmlm_fast.data import CMLMDataCollator
+from cmlm_fast.layers import LowPrecisionLayerNorm
 from cmlm_fast.output import DivergedError
 
 
@@ -101,6 +102,15 @@ def test_what_nothing_would_heed_is_refused(tmp_path, tiny_rows, tiny_tokenizer)
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"CMLMTrainer: expected {name} to be None"):
             CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, **{name: print})
+
+
+def test_layer_norms_of_low_precision_need_a_precision_that_is_low(tmp_path, tiny_rows, tiny_tokenizer):
+    with pytest.raises(ValueError, match="CMLMTrainer: expected low_precision_layer_norm to be False where neither bf16 nor"):
+        make_trainer(tmp_path, tiny_rows, tiny_tokenizer, low_precision_layer_norm=True)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, low_precision_layer_norm=True, bf16=True, max_steps=1)
+    trainer.train()
+    norms = [type(module) for module in trainer.model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert set(norms) == {LowPrecisionLayerNorm}
 
 
 def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_tokenizer):
