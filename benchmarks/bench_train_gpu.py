@@ -6,11 +6,11 @@ BERT-base and RoBERTa-base in bfloat16, made from their configurations, dropout 
 sentences (Rotten Tomatoes in BERT's word pieces, at most 78), ids are random by Zipf's law: of text a step's time depends on
 lengths and on how often tokens repeat. As in bench_train, losses and gradients are compared first, providers take turns, a
 step is all of it from token rows on, and speed-ups are by real token. "ours compiled" and "strong compiled" have the encoder's
-layers compiled by torch.compile, before anything is timed; speed-ups are those of the faster of ours. One step of each of ours
+layers compiled by torch.compile, before anything is timed, "ours compiled low" layer norms of low precision, too; speed-ups
+are those of the fastest of ours. Steps are of SIZES sentences, naive and strong of those in MOST. One step of each of ours
 runs under PyTorch's watch for waits. MFU is the operations of a step's products (of real tokens) a second, by the rate of a
 product of 8192³ in this run. "train ms" is a step of the whole loop of `CMLMTrainer.train`, loader and callbacks and all, with
 layers that are not compiled. With --trace, "device ms" is how long of a step the device works, by PyTorch's profiler.
-Of 1,024 sentences, `--case "bert-base 1024"`, naive is not timed: by what it takes for 512 it would not fit into 80 GB.
 DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables. --compile times nothing: a
 later run then finds compiled layers in torch.compile's cache.
 """
@@ -167,7 +167,7 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
             differences[name] = difference = check({name: provider, **plain}, work["naive"][0][:64])[name]
             if not difference < 0.05:
                 raise AssertionError(f"loss and gradients differ from the naive step's by {difference}")
-            seconds(provider.step, work[name])  # the second time, code for other sizes would be made
+            seconds(provider.step, work[name])  # the second size since `check`: code for any size is made now
             providers[name] = provider
         except Exception as error:  # of a compiler or the driver: what is measured without it counts
             absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -188,7 +188,7 @@ def maker(config: Any, tokenizer: Any, folder: str) -> Callable[[str], Any]:
 
 
 def compile_only(case: str) -> dict[str, str]:
-    """Compile the layers of both providers; name -> why not."""
+    """Compile the layers of all that have compiled ones; name -> why not."""
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
     work = {name: batches(rows, name, BATCH)[:1] for name in ("naive", *COMPILED)}
@@ -222,7 +222,8 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         done[0]["train ms"] = train(new_lm(config), tokenizer, rows, BATCH, folder)
         yield done
         for row, size in ((done[0], BATCH), (done[-1], SIZES[-1])) if trace is not None else ():
-            for name in sorted({"ours", row["best"]} if size == BATCH else {row["best"]}):
+            compiled = {name for name in providers if name.startswith("ours compiled")}
+            for name in sorted({"ours", row["best"]} if size == BATCH else compiled):
                 found, row["device ms"][name] = profile(providers[name].step, work[size][name])
                 (trace / f"trace-{case}-{size}-{name.replace(' ', '-')}.txt").write_text(found)
                 yield done

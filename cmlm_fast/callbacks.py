@@ -82,11 +82,11 @@ class MetricsFile(TrainerCallback):
             kept, ended = [], None
             for entry in self.entries():
                 if entry["step"] <= self._begin and entry["step"] != ended:
-                    kept.append(json.dumps(entry))
+                    kept.append(_line(entry))
                 if "train_runtime" in entry:  # a training's last line, before the scores after it
                     ended = entry["step"]
             new = path.with_name(".saving-metrics")
-            new.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            new.write_text("".join(kept), encoding="utf-8")
             os.replace(new, path)
 
     def entries(self) -> list[dict[str, Any]]:
@@ -104,14 +104,18 @@ class MetricsFile(TrainerCallback):
         """Append one line; none of a training that had nothing left to do."""
         idle = "train_runtime" in (logs or ()) and 0 < self._begin == state.global_step
         if state.is_world_process_zero and logs and not idle:
-            # JSON has no word for what a gradient's norm is where float16 overflowed, a step that is left out.
-            finite = {name: value for name, value in logs.items() if not isinstance(value, float) or math.isfinite(value)}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **dict.fromkeys(logs), **finite}) + "\n")
+                file.write(_line({"step": state.global_step, **logs}))
 
     def first_evaluation(self) -> dict[str, float]:
         """The scores before training, of the run that this one resumes; empty where there are none."""
         return next((entry for entry in self.entries() if entry["step"] == 0 and "eval_loss" in entry), {})
+
+
+def _line(entry: dict[str, Any]) -> str:
+    # JSON has no word for what a gradient's norm is where float16 overflowed, a step that is left out.
+    finite = {name: value for name, value in entry.items() if not isinstance(value, float) or math.isfinite(value)}
+    return json.dumps({**dict.fromkeys(entry), **finite}) + "\n"
 
 
 class StopOnSignal(TrainerCallback):
@@ -123,7 +127,7 @@ class StopOnSignal(TrainerCallback):
 
     Attributes:
         stopped: the signal that ended a training, or came while it ended.
-        patient: set it where a training has no checkpoint: after it, too, a signal waits, until what was trained is saved.
+        patient: set it for a training without checkpoints: behind it, too, a signal waits, until `release`.
 
     Example:
         >>> with StopOnSignal() as stop:
@@ -148,6 +152,18 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *error: Any) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)
+
+    def release(self) -> None:
+        """What was trained is saved: raise `Stopped`, on all ranks, for a signal that waited on one; others act at once."""
+        self.patient = self._training = False
+        if number := self._of_any_rank():
+            raise Stopped(number)
+
+    def _of_any_rank(self) -> signal.Signals | None:
+        number = torch.tensor(self._received)
+        if self._group is not None:
+            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
+        return signal.Signals(int(number)) if number else None
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked from it, and is ended
@@ -184,9 +200,5 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A signal is obeyed at once again. One that came after the last step, while it was saved, ends the run."""
-        number = torch.tensor(self._received)
-        if self._group is not None:
-            dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group)
-        if number:
-            self.stopped = signal.Signals(int(number))
+        self.stopped = self._of_any_rank() or self.stopped
         self._training = self.patient

@@ -78,7 +78,7 @@ def post_train_command(
     gradient_checkpointing: Annotated[bool, _option("less memory, more time", "--gradient-checkpointing")] = False,
     torch_compile: Annotated[bool, _option("compile the layers; dropout draws other numbers", "--torch-compile")] = False,
     low_precision_layer_norm: Annotated[
-        bool, _option("layer norms in 16 bits: faster on a GPU", "--low-precision-layer-norm")
+        bool, _option("layer norms in 16 bits, for large batches on a GPU", "--low-precision-layer-norm")
     ] = False,
     seed: Annotated[int, _option("of masks, order, dropout and the held-out share")] = _default("seed"),
     logging_steps: Annotated[int, _option("steps from log entry to log entry")] = _default("logging_steps"),

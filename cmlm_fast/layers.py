@@ -86,7 +86,7 @@ def head_joins(embedding: nn.Module, decoder: Any) -> Iterator[Tensor | None]:
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm`; under autocast it takes and gives autocast's dtype, as its input's sum with the layer's does then."""
+    """`nn.LayerNorm` that takes and gives autocast's dtype, so that the sums between layers are of that dtype, too."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., *normalized_shape]; mean and variance are float32, as PyTorch's kernels have them."""
@@ -99,11 +99,16 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
             return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
-def use_low_precision_layer_norm(model: nn.Module) -> None:
-    """Turn the model's plain layer norms into those of low precision; parameters, names and hooks stay."""
-    for module in model.modules():
-        if type(module) is nn.LayerNorm:
-            module.__class__ = LowPrecisionLayerNorm
+def use_low_precision_layer_norm(model: nn.Module, use: bool = True) -> int:
+    """Turn the model's plain layer norms into those of low precision, or back; parameters, names and hooks stay.
+
+    Returns:
+        How many there are.
+    """
+    norms = [module for module in model.modules() if type(module) in (nn.LayerNorm, LowPrecisionLayerNorm)]
+    for module in norms:
+        module.__class__ = LowPrecisionLayerNorm if use else nn.LayerNorm
+    return len(norms)
 
 
 def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:

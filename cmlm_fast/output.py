@@ -213,6 +213,8 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
 
 def what_is_kept(folder: Path) -> str:
     """What a run that ends early leaves, for its message."""
+    if finished_run(folder) is not None:
+        return "the trained model is saved"
     found = sealed(folder)
     if not found:
         return "there is no checkpoint, the same command begins again"

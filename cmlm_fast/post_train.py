@@ -164,7 +164,8 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
     saved = 1 if prepared.checkpoint else options.save_total_limit + 1
     if options.save_steps and options.max_steps > 0:
         saved = min(saved, -(-options.max_steps // options.save_steps))
-    copies = 1 + (3 * saved if options.save_steps else 0)
+    # Without checkpoints the model is saved once more with its scores.
+    copies = 1 + (3 * saved if options.save_steps else prepared.evaluation is not None)
     fresh = prepared.checkpoint is None
     opening = open_output(folder, copies * size, fresh=fresh)
     ranks.in_turn(lambda: opened.enter_context(opening) if ranks.is_main() else None)
@@ -192,13 +193,17 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
         stop.patient = not options.save_steps
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = spent.seconds()
-        if stop.stopped:
-            if ranks.of_main((folder / f"checkpoint-{result.global_step}").exists()):
-                raise Stopped(stop.stopped)
-            logger.warning("%s came behind the last step: the model is saved without scores", stop.stopped.name)
-        after = trainer.evaluate() if prepared.evaluation is not None and not stop.stopped else {}
-        summary = _summary(prepared, before or metrics.first_evaluation(), after, result.global_step, seconds)
-        _save(trainer, prepared, summary, metrics)
+        if stop.stopped and ranks.of_main((folder / f"checkpoint-{result.global_step}").exists()):
+            raise Stopped(stop.stopped)
+        before = before or metrics.first_evaluation()
+        summary = _summary(prepared, before, {}, result.global_step, seconds)
+        if stop.patient:  # what was trained is nowhere yet, and the scores may take long
+            _save(trainer, prepared, summary, metrics)
+            stop.release()
+        if prepared.evaluation is not None:
+            summary = _summary(prepared, before, trainer.evaluate(), result.global_step, seconds)
+        if options.save_steps or prepared.evaluation is not None:
+            _save(trainer, prepared, summary, metrics)
     return summary
 
 

@@ -121,8 +121,10 @@ class CMLMTrainer(ResumableTrainer):
         if ids > rows:
             rule = f"of at most {rows} ids, the rows of the model's embedding"
             raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")
-        if self.args.low_precision_layer_norm:
-            use_low_precision_layer_norm(model.lm)
+        low = self.args.low_precision_layer_norm
+        if not use_low_precision_layer_norm(model.lm, low) and low:
+            rule = f"False for {type(model.lm).__name__}, which has no nn.LayerNorm"
+            raise ValueError(f"CMLMTrainer: expected low_precision_layer_norm to be {rule}, got True")
         if self.args.torch_compile:
             model.compile_layers(self.args.torch_compile_backend, self.args.torch_compile_mode)
         return model

@@ -76,7 +76,7 @@ def test_layer_norms_of_low_precision_differ_by_roundings(compiled, masked):
     use_low_precision_layer_norm(low.lm)
     assert list(low.state_dict()) == list(plain.state_dict())
     if compiled:
-        low.compile_layers()
+        low.compile_layers(backend="aot_eager")  # the inductor takes many times as long
     seen = set()
     for layer in low.lm.base_model.encoder.layer:
         layer.register_forward_hook(lambda module, args, out: seen.add((out if torch.is_tensor(out) else out[0]).dtype))

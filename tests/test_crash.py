@@ -259,6 +259,9 @@ def test_a_line_of_metrics_is_json_whatever_a_number_is(tmp_path):
     metrics.on_log(None, state, None, {"loss": 1.5, "grad_norm": float("inf"), "epoch": 1})
     line = json.loads(metrics.path.read_text(), parse_constant=refuse)
     assert line == {"step": 3, "loss": 1.5, "grad_norm": None, "epoch": 1} and metrics.entries() == [line]
+    metrics.path.write_text('{"step": 3, "grad_norm": NaN}\n')  # of an earlier version
+    MetricsFile(metrics.path, tmp_path / "checkpoint-3")
+    assert json.loads(metrics.path.read_text(), parse_constant=refuse) == {"step": 3, "grad_norm": None}
 
 
 def test_what_is_renamed_into_place_is_on_the_disk_before_and_the_summary_comes_last(tmp_path, monkeypatch):

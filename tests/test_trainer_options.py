@@ -104,13 +104,23 @@ def test_what_nothing_would_heed_is_refused(tmp_path, tiny_rows, tiny_tokenizer)
             CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, **{name: print})
 
 
+def norms(model):
+    return {type(module) for module in model.modules() if isinstance(module, torch.nn.LayerNorm)}
+
+
 def test_layer_norms_of_low_precision_need_a_precision_that_is_low(tmp_path, tiny_rows, tiny_tokenizer):
     with pytest.raises(ValueError, match="CMLMTrainer: expected low_precision_layer_norm to be False where neither bf16 nor"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, low_precision_layer_norm=True)
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, low_precision_layer_norm=True, bf16=True, max_steps=1)
     trainer.train()
-    norms = [type(module) for module in trainer.model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    assert set(norms) == {LowPrecisionLayerNorm}
+    assert norms(trainer.model) == {LowPrecisionLayerNorm}
+    plain = CMLMTrainer(trainer.model, replace(trainer.args, low_precision_layer_norm=False), processing_class=tiny_tokenizer)
+    assert norms(plain.model) == {torch.nn.LayerNorm}  # of this training, not of the one before
+    for module in plain.model.lm.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.__class__ = type("Other", (torch.nn.LayerNorm,), {})
+    with pytest.raises(ValueError, match="CMLMTrainer: expected low_precision_layer_norm to be False for BertForMaskedLM, w"):
+        CMLMTrainer(plain.model, trainer.args, processing_class=tiny_tokenizer)
 
 
 def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_tokenizer):

@@ -3,8 +3,8 @@
 attend    grid sequences × heads → all rows of the sequence
 gradient  the same grid → the gradients of all rows
 Both are launched once for each size of tile: sequences that fit into one tile make their scores once, in a kernel that keeps
-few registers, and so many of them at a time; then those of more tokens, which walk tiles: forward with the softmax of the keys
-seen so far, backward three times (the rows' Σ p·dp, kept in `delta`, then dq, then dk and dv). A program whose sequence is
+few registers, so that many of them run at a time; then those of more tokens, which walk tiles: forward with the softmax of the
+keys seen so far, backward three times (the rows' Σ p·dp, kept in `delta`, then dq, then dk and dv). A program whose sequence is
 another launch's ends at once.
 Memory: of a sequence in one tile q, k, v and out are read or written once, in the backward pass seven such arrays.
 Tensor cores take operands of the rows' dtype; scores, softmax and sums are float32 (float64 for float64).

@@ -156,7 +156,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
         return q, k, v, cu, d**-0.5, dropout, torch.tensor(seed, device=device), window
 
-    yield "ragged", make([7, 1, 0, 33, 64], 2, 32)
+    yield "ragged", make([7, 1, 0, 33, 64, 32, 65], 2, 32)
     yield "odd-width", make([5, 18], 3, 13)
     yield "window", make([30, 4], 2, 8, window=5)
     yield "dropout", make([9, 21], 2, 16, dropout=0.25, seed=-(2**40) - 7)
