@@ -78,11 +78,13 @@ def post_train_command(
     gradient_checkpointing: Annotated[bool, _option("less memory, more time", "--gradient-checkpointing")] = False,
     torch_compile: Annotated[bool, _option("compile the layers; dropout draws other numbers", "--torch-compile")] = False,
     low_precision_layer_norm: Annotated[
-        bool, _option("layer norms in 16 bits, for large batches on a GPU", "--low-precision-layer-norm")
+        bool, _option("layer norms in 16 bits, too (large batches on a GPU)", "--low-precision-layer-norm")
     ] = False,
     seed: Annotated[int, _option("of masks, order, dropout and the held-out share")] = _default("seed"),
     logging_steps: Annotated[int, _option("steps from log entry to log entry")] = _default("logging_steps"),
-    save_steps: Annotated[int, _option("steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),
+    save_steps: Annotated[
+        int, _option("steps from checkpoint to checkpoint; 0: only where a signal comes")
+    ] = _default("save_steps"),
     save_total_limit: Annotated[int, _option("checkpoints kept")] = _default("save_total_limit"),
     report_to: Annotated[str, _option("none, tensorboard, wandb, ...")] = _default("report_to"),
     trust_remote_code: Annotated[bool, _option("run code that the checkpoint brings along", "--trust-remote-code")] = False,

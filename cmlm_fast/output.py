@@ -213,8 +213,8 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
 
 def what_is_kept(folder: Path) -> str:
     """What a run that ends early leaves, for its message."""
-    if finished_run(folder) is not None:
-        return "the trained model is saved"
+    if (summary := finished_run(folder)) is not None:
+        return "the trained model is saved" + ("" if summary["held_out_before_after"] else ", without scores")
     found = sealed(folder)
     if not found:
         return "there is no checkpoint, the same command begins again"
