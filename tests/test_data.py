@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,16 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
 # --- clean_texts, split_evaluation -----------------------------------------------------------------------------------
 
 
+def test_long_documents_are_cleaned_a_few_at_a_time():
+    documents = texts(*(f"{number} " * 200_000 for number in range(40)))  # 20 MB
+    tracemalloc.start()
+    try:
+        assert clean_texts(documents)[1].kept == 40
+        assert tracemalloc.get_traced_memory()[1] < 12e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_clean_counts_and_keeps_order() -> None:
     kept, counts = clean_texts(texts("b", "", "a", " \t ", "b", None, "a ", "a", "c"))
     assert counts == TextCounts(rows=9, empty=3, duplicates=2, kept=4)
@@ -235,6 +246,8 @@ def test_a_list_of_texts_is_as_good_as_a_dataset(tiny_tokenizer: Any) -> None:
     for wrong, found in ((["a", 1], "list"), ({"text": ["a"]}, "dict")):
         with pytest.raises(ValueError, match=f"clean_texts: expected dataset to be a list of texts, or .*, got {found}"):
             clean_texts(wrong)
+    with pytest.raises(ValueError, match=r"clean_texts: expected dataset to be texts that UTF-8 can hold, .*, got '\\ud83d'"):
+        clean_texts(["fine", "half \ud83d"])
 
 
 def test_clean_compares_both_texts_of_a_pair() -> None:

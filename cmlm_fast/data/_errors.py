@@ -18,7 +18,11 @@ def texts_of(dataset: Dataset | Sequence[str], function: str) -> Dataset:
     from datasets import Dataset
 
     if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
-        return Dataset.from_dict({"text": list(dataset)})
+        try:
+            return Dataset.from_dict({"text": list(dataset)})
+        except UnicodeEncodeError as error:
+            found = repr(error.object[error.start : error.end])
+            raise fail(function, "dataset", "texts that UTF-8 can hold, no half of a surrogate pair", found) from error
     columns = getattr(dataset, "column_names", None)
     if not isinstance(columns, list) or "text" not in columns:
         found = type(dataset).__name__ if columns is None else f"columns {columns}"

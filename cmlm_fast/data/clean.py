@@ -10,6 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from ._errors import fail, texts_of
+from .tokens import rows_at_once
 
 
 class TextCounts(NamedTuple):
@@ -34,7 +35,7 @@ def clean_texts(dataset: Dataset | Sequence[str]) -> tuple[Dataset, TextCounts]:
     dataset = texts_of(dataset, "clean_texts")
     columns = [name for name in ("text", "text_pair") if name in dataset.column_names]
     digests, filled = bytearray(), []
-    for batch in dataset.select_columns(columns).iter(batch_size=10_000):
+    for batch in dataset.select_columns(columns).iter(batch_size=rows_at_once(dataset, 10_000)):
         for row in zip(*(batch[name] for name in columns), strict=True):
             texts = [text or "" for text in row]
             filled.append(any(text.strip() for text in texts))

@@ -17,7 +17,7 @@ from ._errors import check_tokenizer, fail, texts_of
 logger = logging.getLogger(__name__)
 
 _ENCODING = 1  # part of the cache key; raise it when `_encode` returns something else for the same input
-_BATCH_BYTES = 1 << 21  # of texts that are tokenised together: a tokenizer's lists take some 45 times as many
+_BATCH_BYTES = 1 << 21  # of texts that are handled together: a tokenizer's lists take some 45 times as many
 _WHOLE, _CUT = 1, 2  # column start of a text's first sequence; 0 for its further ones
 
 
@@ -72,10 +72,8 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     special = probe["special_tokens_mask"]
     options = {"tokenizer": tokenizer, "max_length": max_length, "types": types, "special": sum(special),
                "around": (special.index(0), special[::-1].index(0)), "encoding": _ENCODING}  # fmt: skip
-    mean = dataset.data.nbytes // max(len(dataset.data), 1)
-    batch = min(1000, max(1, _BATCH_BYTES // max(mean, 1)))
-    encoded = dataset.map(_encode, batched=True, batch_size=batch, fn_kwargs=options, features=features, num_proc=num_proc,
-                          remove_columns=dataset.column_names, desc="Tokenising")  # fmt: skip
+    encoded = dataset.map(_encode, batched=True, batch_size=rows_at_once(dataset, 1000), fn_kwargs=options, features=features,
+                          num_proc=num_proc, remove_columns=dataset.column_names, desc="Tokenising")  # fmt: skip
     if len(encoded) == 0:
         raise fail("tokenize_texts", "dataset", "one with at least one token", f"{len(dataset)} texts without any")
     start = np.asarray(encoded.data.column("start"))
@@ -84,6 +82,12 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     if cut := np.count_nonzero(start == _CUT):
         logger.warning("%d of %d pairs were longer than max_length = %d and were cut", cut, len(dataset), max_length)
     return encoded.remove_columns("start").add_column("sample_id", np.arange(len(encoded), dtype=np.int64))
+
+
+def rows_at_once(dataset: Dataset, most: int) -> int:
+    """How many texts are handled together, at most `most`: few of long documents."""
+    mean = dataset.data.nbytes // max(len(dataset.data), 1)
+    return min(most, max(1, _BATCH_BYTES // max(mean, 1)))
 
 
 def _encode(batch: Mapping[str, Sequence[str | None]], *, tokenizer: Any, max_length: int, types: dict[str, str],
