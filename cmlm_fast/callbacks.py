@@ -199,6 +199,6 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A signal is obeyed at once again. One that came after the last step, while it was saved, ends the run."""
+        """A signal is obeyed at once again, or waits for `release`. One that came after the last step ends the run."""
         self.stopped = self._of_any_rank() or self.stopped
         self._training = self.patient

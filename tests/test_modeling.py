@@ -16,6 +16,7 @@ from datasets import Dataset
 from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask, info_nce
 from cmlm_fast.config import PRESETS
 from cmlm_fast.data import CMLMDataCollator, mask_settings, tokenize_texts
+from cmlm_fast.layers import use_low_precision_layer_norm
 from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
 from cmlm_fast.masking import Masker
 
@@ -170,6 +171,25 @@ def test_packed_equals_padded(kind, changes, tiny_lm, tiny_rows, tiny_tokenizer)
     for a, b in zip(packed_gradients, padded_gradients, strict=True):
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_norms_of_low_precision_in_every_encoder(kind, tiny_lm, tiny_rows, tiny_tokenizer):
+    plain, low = (CMLMModel(tiny_lm(kind), CMLMConfig(token_temperature=0.2)) for _ in range(2))
+    assert use_low_precision_layer_norm(low.lm) >= 3
+    batch = batch_of(tiny_rows, tiny_tokenizer, plain.cmlm)
+    found = []
+    for model in (plain, low):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+            states = model.lm.base_model(batch["view1"], attention_mask=batch["attention_mask"]).last_hidden_state
+        gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        found.append((loss, torch.cat([g.flatten() for g in gradients if g is not None]), states.dtype))
+    (loss, gradient, dtype), (loss_low, gradient_low, dtype_low) = found
+    # A projection of the embeddings gives 16 bits, and what begins so stays so on a CPU, where autocast leaves norms alone.
+    assert dtype_low == torch.bfloat16 and (dtype == torch.float32 or kind in ("electra", "albert"))
+    torch.testing.assert_close(loss_low, loss, rtol=0.01, atol=0)
+    assert (gradient_low - gradient).norm() < 0.03 * gradient.norm()
 
 
 def test_packed_attention_stays_out_of_what_is_saved(tiny_lm, tmp_path):
