@@ -26,6 +26,7 @@ from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
 from .data import CMLMDataCollator, TokenBudgetSampler, sequence_lengths
 from .data.budget import repeated_ids
+from .data.collate import by_table
 from .data.share import share_loader
 from .gradient_cache import GradientCache
 from .layers import use_low_precision_layer_norm
@@ -65,6 +66,8 @@ class CMLMTrainer(ResumableTrainer):
         >>> trainer.train()
         >>> trainer.save_model("post-trained")
     """
+
+    train_dataset: Any
 
     def __init__(self, model: CMLMModel | None = None, args: CMLMTrainingArguments | None = None, *,
                  processing_class: Any = None, data_collator: Any = None, model_init: Callable[..., CMLMModel] | None = None,
@@ -208,14 +211,18 @@ class CMLMTrainer(ResumableTrainer):
             logger.warning("%d of %d rows have the sample_id of another, and in a step with it its masks: number the rows of "
                            "concatenated data sets anew", again, len(dataset))  # fmt: skip
         if args.max_tokens is None:
-            return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
+            self.train_dataset = by_table(dataset, self.data_collator)
+            try:
+                return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
+            finally:
+                self.train_dataset = dataset
         if not isinstance(dataset, Dataset):
             rule = "None for a train_dataset whose rows' lengths are not known, any but a datasets.Dataset"
             raise ValueError(f"CMLMTrainer: expected max_tokens to be {rule}, got {args.max_tokens}")
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
                                      rank=args.process_index, ranks=args.world_size)  # fmt: skip
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=self.data_collator,
+        loader = DataLoader(by_table(dataset, self.data_collator), batch_sampler=sampler, collate_fn=self.data_collator,
                             num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
                             prefetch_factor=args.dataloader_prefetch_factor, in_order=args.dataloader_in_order,
                             multiprocessing_context=args.dataloader_multiprocessing_context,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import skip_first_batches
 from conftest import make_lm
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import history, make_trainer, weights
@@ -15,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
-from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths
+from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths, tokenize_texts
+from cmlm_fast.data.collate import by_table
+from cmlm_fast.data.fetch import TableRows
 from cmlm_fast.gradient_cache import GradientCache
 from cmlm_fast.layers import TiedEmbedding, head_joins, use_fast_layers
 from cmlm_fast.ops import _linear
@@ -67,6 +70,44 @@ def test_a_run_by_tokens_resumes_in_the_same_bits(tmp_path, tiny_rows, tiny_toke
         resumed = make_trainer(tmp_path, rows, tiny_tokenizer, lm=make_lm(**lm), **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True)), at
+
+
+def test_batches_read_as_tables_are_those_of_rows(tmp_path, sentences, tiny_tokenizer):
+    pairs = Dataset.from_dict({"text": sentences[:200], "text_pair": sentences[200:400]})
+    made = tokenize_texts(pairs, tiny_tokenizer, max_length=48, whole_word=True)
+    some = concatenate_datasets([made.select(range(90, 200)), made.select(range(90))]).shuffle(seed=1)
+    for dataset in (some, some.remove_columns("unit_ids"), made.select(range(3, 50)).add_column("text", ["more"] * 47)):
+        collate = CMLMDataCollator(tiny_tokenizer, packed=True)
+        tables = by_table(dataset, collate)
+        assert isinstance(tables, TableRows) and len(tables) == len(dataset)
+        for indices in ([5, 2, 40, 2], list(range(20, 47)), [7]):
+            one, other = collate([dataset[i] for i in indices]), collate(tables.__getitems__(indices))
+            assert list(one) == list(other) and ("unit_ids" in dataset.column_names) == ("unit_ids" in one)
+            for name in one:
+                a, b = torch.as_tensor(one[name]), torch.as_tensor(other[name])
+                assert torch.equal(a, b) and a.dtype == b.dtype, name
+
+
+@pytest.mark.parametrize("options", [{}, {"max_tokens": 200}])
+def test_the_trainer_reads_tables_where_nobody_sees_the_rows(tmp_path, tiny_rows, tiny_tokenizer, options):
+    class Custom(CMLMDataCollator):
+        """May look at rows."""
+
+    def loader(rows=tiny_rows, collate=CMLMDataCollator, **more):
+        trainer = make_trainer(tmp_path, rows, tiny_tokenizer, **more, **options)
+        trainer.data_collator = collate(tiny_tokenizer, packed=True)
+        found = trainer.get_train_dataloader()
+        assert trainer.train_dataset is rows
+        return found
+
+    fast, slow = loader(), loader(collate=Custom)
+    assert isinstance(fast.dataset, TableRows) and slow.dataset is tiny_rows
+    for one, other in zip(fast, slow, strict=True):
+        assert list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
+    formatted = tiny_rows.with_format("numpy")
+    assert loader(formatted).dataset is formatted
+    with pytest.raises(ValueError, match=r"expected rows to be those of tokenize_texts, with a sample_id, got columns \["):
+        next(iter(loader(tiny_rows.remove_columns("sample_id"))))
 
 
 CONTRAST = CMLMConfig(scope="sequence", sequence_weight=1.0, token_temperature=0.2, learn_temperature=True)

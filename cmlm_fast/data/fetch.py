@@ -1,0 +1,58 @@
+"""The rows of a batch read as one Arrow table: as a dictionary of Python's numbers each, they take three times as long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+#: What a collator is given: rows one by one, or all of a batch.
+Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
+
+#: Columns of a number for each token, and what the batch holds them as.
+DTYPES = {"input_ids": np.int64, "token_type_ids": np.int64, "unit_ids": np.int32}
+
+
+class TableRows(TorchDataset[Any]):
+    """A tokenised data set that gives a DataLoader a batch's rows as a `pyarrow.Table`, which `CMLMDataCollator` packs.
+
+    Args:
+        dataset: rows of `tokenize_texts`.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset.select_columns([name for name in dataset.column_names if name in (*DTYPES, "sample_id")])
+        self.dataset = self.dataset.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> pa.Table:
+        return self.dataset[[index]]
+
+    def __getitems__(self, indices: list[int]) -> pa.Table:
+        """The rows, in this order."""
+        return self.dataset[indices]
+
+
+def longest_first(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """The rows end to end, equal lengths in their order: name -> [T] for those of DTYPES that there are, the lengths [B], the
+    sample ids [B]."""
+    if not isinstance(rows, pa.Table):
+        rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        # NumPy takes a fifth of the time that a tensor for each row does.
+        flat = {name: np.concatenate([np.asarray(row[name], dtype) for row in rows])
+                for name, dtype in DTYPES.items() if name in rows[0]}  # fmt: skip
+        return flat, lengths, np.array([int(row["sample_id"]) for row in rows], np.int64)
+    lengths = pc.list_value_length(rows["input_ids"]).to_numpy().astype(np.int64)
+    order = np.argsort(-lengths, kind="stable")
+    rows = rows.take(order)
+    flat = {name: rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
+            for name, dtype in DTYPES.items() if name in rows.column_names}  # fmt: skip
+    return flat, lengths[order], rows["sample_id"].to_numpy().astype(np.int64)
