@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .attention import Lengths, packing_of
-from .ops._rows import take_rows
 
 #: The rows of the encoder and of the LM head are rounded up to a multiple of this.
 ROUND = 32
@@ -37,34 +37,45 @@ def encode_padded(encoder: Any, view1: Tensor, view2: Tensor, attention_mask: Te
 
 def encode_packed(encoder: Any, view1: Tensor, view2: Tensor, cu_seqlens: Tensor, lengths: Lengths,
                   token_type_ids: Tensor | None, jitter: Tensor | None, first: int) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Last hidden states [T, D] of both views: each sequence's view 2 stands right behind its view 1, in one row of 2T.
+    """Last hidden states [T, D] of both views: all of view 1 and then all of view 2, in one row of 2T.
 
-    One more sequence rounds the row up: a library that prepares a kernel for each new shape (oneDNN) then meets few.
     Arguments as for `encode_padded`.
     """
-    length = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(length, output_size=view1.numel())
-    before = cu_seqlens[:-1].long()[sequence]
-    position = torch.arange(view1.numel(), device=view1.device) - before
-    at1 = before + before + position
-    at2 = at1 + length[sequence]
-    rest = -2 * view1.numel() % ROUND
+    tokens = view1.numel()
+    position = positions(cu_seqlens, tokens) + first
+    shifted = position
+    if jitter is not None:
+        shifted = position + torch.repeat_interleave(jitter, cu_seqlens.diff().long(), output_size=tokens)
+    types = None if token_type_ids is None else token_type_ids.repeat(2)
+    twice = torch.cat([cu_seqlens, cu_seqlens[1:] + tokens])
+    states = encode_row(encoder, torch.cat([view1, view2]), twice, np.tile(lengths, 2), types, torch.cat([position, shifted]))
+    hidden1, hidden2, *_ = states.split(tokens)  # its gradient is made in one pass, of slices in one each
+    return hidden1, hidden2
 
-    def interleave(one: Tensor, two: Tensor, fill: int = 0) -> Tensor:
-        both = one.new_empty(2 * one.numel() + rest)
-        both[2 * one.numel() :] = fill
-        return both.scatter_(0, at1, one).scatter_(0, at2, two)[None]
 
-    position = position + first
-    inputs = {"position_ids": interleave(position, position if jitter is None else position + jitter[sequence], first)}
+def encode_row(encoder: Any, input_ids: Tensor, cu_seqlens: Tensor, lengths: Lengths, token_type_ids: Tensor | None,
+               position_ids: Tensor) -> Tensor:  # fmt: skip
+    """Last hidden states of sequences packed end to end to [T], and of less than ROUND rows behind them.
+
+    One more sequence rounds the row up: a library that prepares a kernel for each new shape (oneDNN) then meets few.
+    """
+    rest = -input_ids.numel() % ROUND
+    inputs = {"input_ids": input_ids, "position_ids": position_ids}
     if token_type_ids is not None:
-        inputs["token_type_ids"] = interleave(token_type_ids, token_type_ids)
-    twice = (*np.repeat(lengths, 2).tolist(), *([rest] if rest else []))
-    cu_twice = torch.cat([cu_seqlens[:-1] * 2, cu_seqlens[:-1] + cu_seqlens[1:]]).view(2, -1).T.flatten()
-    cu_twice = torch.cat([cu_twice, cu_seqlens[-1:] * 2, *([cu_seqlens[-1:] * 2 + rest] if rest else [])])
-    hidden = encoder(input_ids=interleave(view1, view2), packing=packing_of(twice, cu_twice), **inputs)
-    states = hidden.last_hidden_state.squeeze(0)
-    return take_rows(states, at1), take_rows(states, at2)
+        inputs["token_type_ids"] = token_type_ids
+    lengths = tuple(map(int, lengths))
+    if rest:
+        inputs = {name: F.pad(value, (0, rest)) for name, value in inputs.items()}
+        lengths, cu_seqlens = (*lengths, rest), torch.cat([cu_seqlens, cu_seqlens[-1:] + rest])
+    inputs = {name: value[None] for name, value in inputs.items()}
+    states: Tensor = encoder(packing=packing_of(lengths, cu_seqlens), **inputs).last_hidden_state
+    return states.squeeze(0)
+
+
+def positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """Of each token in its sequence, from 0 on; int64 [tokens]."""
+    begins = torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(), output_size=tokens)
+    return torch.arange(tokens, device=cu_seqlens.device) - begins
 
 
 def row_bounds(attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ from .layers import head_joins, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
 from .ops._philox import position_shift
+from .ops._rows import mean_rows
 from .ops.mlm_cross_entropy import head_losses
 from .pooling import read_pooling, write_pooling
 
@@ -257,9 +258,7 @@ class CMLMModel(nn.Module):
         """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
         if self.cmlm.pooling == "cls":
             return hidden[first]
-        parts = (hidden.float().masked_fill(~eligible[:, None], 0.0), eligible.float()[:, None])
-        total, count = (torch.segment_reduce(part, "sum", offsets=cu_seqlens.long(), initial=0) for part in parts)
-        return (total / count.clamp_min(1)).to(hidden.dtype)
+        return mean_rows(hidden, eligible, cu_seqlens)
 
     def freeze_encoder(self) -> None:
         """Leave the LM head alone to be trained; its decoder too stays, where it is tied to the embeddings."""

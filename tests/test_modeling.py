@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from cmlm_fast.data import CMLMDataCollator, mask_settings, tokenize_texts
 from cmlm_fast.layers import use_low_precision_layer_norm
 from cmlm_fast.losses import InfoNCELoss, TokenContrastiveLoss
 from cmlm_fast.masking import Masker
+from cmlm_fast.ops._rows import mean_rows
 
 KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "modernbert", "albert", "mpnet")
 
@@ -358,3 +360,21 @@ def test_masks_by_the_objective_and_lengths_that_are_not_the_batchs(tiny_rows, t
     for lengths in wrong:
         with pytest.raises(ValueError, match="expected lengths to be those of the 6 sequences of cu_seqlens"):
             model(**{**batch, "lengths": lengths})
+
+
+def test_means_of_runs_and_their_gradient_are_those_written_out():
+    random = torch.Generator().manual_seed(0)
+    bounds, counted = torch.tensor([0, 5, 5, 9, 12], dtype=torch.int32), torch.rand(12, generator=random) < 0.6
+    counted[9:] = False
+    rows = torch.randn(12, 3, generator=random, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda rows: mean_rows(rows, counted, bounds), rows)
+    expected = torch.stack([rows[a:b][counted[a:b]].sum(0) / max(1, int(counted[a:b].sum()))
+                            for a, b in pairwise(bounds.tolist())])  # fmt: skip
+    torch.testing.assert_close(mean_rows(rows, counted, bounds), expected)
+    broken = torch.where(counted[:, None], rows.detach(), float("nan")).bfloat16().requires_grad_()
+    found = mean_rows(broken, counted, bounds)
+    found.float().pow(2).sum().backward()
+    assert found.dtype == broken.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=0.02, atol=0.02)
+    expected.pow(2).sum().backward()
+    torch.testing.assert_close(broken.grad.double(), rows.grad, rtol=0.03, atol=0.03)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import Lengths, packing_of
+from ..attention import Lengths
 from ..data import CMLMDataCollator
-from ..encoding import row_bounds
+from ..encoding import encode_row, positions, row_bounds
 from ..losses import CMLMLoss, Views
 from ..modeling import CMLMModel, CMLMOutput
 
@@ -63,23 +63,17 @@ class PairedModel(CMLMModel):
         """The contrast of sequences `one` with sequences `two` of a batch of 2B; arguments as for `CMLMModel.forward`."""
         can = ~torch.isin(input_ids, special_ids)
         can = can if eligible is None else can & eligible
-        inputs = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         if cu_seqlens is not None and lengths is not None:
-            lengths = tuple(map(int, lengths))
-            position = torch.arange(input_ids.numel(), device=input_ids.device)
-            position = position - torch.repeat_interleave(cu_seqlens[:-1].long(), cu_seqlens.diff().long(),
-                                                          output_size=input_ids.numel())  # fmt: skip
-            inputs = {name: value[None] for name, value in inputs.items()}
-            inputs["position_ids"] = (position + self._first_position(max(lengths)))[None]
-            encoded = self.lm.base_model(input_ids=input_ids[None], packing=packing_of(lengths, cu_seqlens), **inputs)
+            position = positions(cu_seqlens, input_ids.numel()) + self._first_position(int(max(lengths)))
+            hidden = encode_row(self.lm.base_model, input_ids, cu_seqlens, lengths, token_type_ids, position)[: len(input_ids)]
             first = cu_seqlens[:-1].long()
         elif attention_mask is not None:
             can = can & attention_mask.bool()
-            encoded = self.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            hidden = self.lm.base_model(input_ids, attention_mask=attention_mask, **types).last_hidden_state.flatten(0, 1)
             cu_seqlens, first = row_bounds(attention_mask)
         else:
             raise ValueError("PairedModel: expected attention_mask to be given with a padded batch, got None")
-        hidden = encoded.last_hidden_state.flatten(0, 1)
         z = self.projection(self._pool(hidden, can.flatten(), cu_seqlens, first))
         views = Views(hidden, hidden, z[one], z[two], input_ids.flatten(), role.flatten(), can.flatten(), cu_seqlens)
         sums = self.loss(views, self.mlm_sum, group)

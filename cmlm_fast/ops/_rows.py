@@ -1,4 +1,4 @@
-"""Rows of a matrix by an index without repeats: the gradient is written to its rows, not added up one after the other."""
+"""Rows of a matrix by an index without repeats, and means of its runs: a row's gradient is written once, not added up."""
 
 from __future__ import annotations
 
@@ -26,4 +26,30 @@ class _TakeRows(torch.autograd.Function):
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
     """rows[index]; rows [N, D], index int64 [M] of different numbers."""
     out: Tensor = _TakeRows.apply(rows, index)
+    return out
+
+
+class _MeanRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counted: Tensor, bounds: Tensor) -> Tensor:
+        bounds = bounds.long()
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        parts = (torch.where(counted[:, None], rows, 0).to(wide), counted.to(wide)[:, None])
+        total, count = (torch.segment_reduce(part, "sum", offsets=bounds, initial=0) for part in parts)
+        count = count.clamp_min_(1)
+        ctx.save_for_backward(counted, bounds, count)
+        return (total / count).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        counted, bounds, count = ctx.saved_tensors
+        share = torch.nn.functional.pad((grad / count).to(grad.dtype), (0, 0, 0, 1))  # a row of zeros for what is not counted
+        run = torch.repeat_interleave(bounds.diff(), output_size=counted.numel())
+        return share[torch.where(counted, run, len(grad))], None, None
+
+
+def mean_rows(rows: Tensor, counted: Tensor, bounds: Tensor) -> Tensor:
+    """Means [B, D] of runs of rows [N, D]: those of run b from bounds[b] on, int [B + 1], that are `counted`, bool [N]; zeros
+    where none is. Sums are float32 at least."""
+    out: Tensor = _MeanRows.apply(rows, counted, bounds)
     return out
