@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from conftest import make_lm
@@ -13,6 +15,22 @@ from benchmarks import bench_train_gpu
 from benchmarks.bench_train_gpu import batches, make_rows, measure, report, tokens
 
 
+class Event:
+    """torch.cuda.Event, of the host."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.time - self.time) * 1e3
+
+
 def test_rows_and_report(monkeypatch):
     config = make_lm(vocab_size=300, hidden_dropout_prob=0.1).config
     monkeypatch.setattr(bench_train_gpu, "configuration", lambda case: config)
@@ -22,6 +40,7 @@ def test_rows_and_report(monkeypatch):
     monkeypatch.setattr(bench_train_gpu, "waits", lambda step, batch: step(batch) and "")
     for name in ("synchronize", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
     (first,), *_, (row, larger) = measure("small", 1e6, 2, until=0.0)
     assert first["ms"].keys() == row["ms"].keys() == {"ours", "strong", "naive"} and larger["ms"].keys() == {"ours", "strong"}
