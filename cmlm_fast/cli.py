@@ -14,6 +14,7 @@ from enum import Enum
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import Annotated, Any
 
 import typer
@@ -23,7 +24,9 @@ from .cli_errors import one_line_errors, quiet
 from .cli_fewshot import register
 from .options import PostTrainOptions
 
+# Below 100 columns the boxes would cut the longest names of options.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True,
+                  rich_markup_mode="rich" if get_terminal_size().columns >= 100 else None,
                   context_settings={"help_option_names": ["-h", "--help"]},
                   help="CMLM post-training of text encoders on unlabelled text (arXiv 2106.02327).")  # fmt: skip
 
@@ -109,7 +112,10 @@ def post_train_command(
     pooling: Annotated[str | None, _option("mean or cls", panel=_OBJECTIVE)] = None,
     projection: Annotated[int | None, _option("width of a head on the sequence vector; 0: none", panel=_OBJECTIVE)] = None,
 ) -> None:
-    """Post-train an encoder on unlabelled text; writes a plain Hugging Face checkpoint."""
+    """Post-train an encoder on unlabelled text; writes a plain Hugging Face checkpoint.
+
+    --rate and the options behind it change parts of the preset's objective.
+    """
     given = dict(locals())
     names = {field.name for field in fields(PostTrainOptions)}
     objective = {name: value for name, value in given.items() if name not in names and value is not None}

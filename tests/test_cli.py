@@ -40,6 +40,14 @@ def post_train(checkpoint, file, folder, *more):
     return cli("post-train", "--model", checkpoint, "--train-file", file, "--output-dir", folder, *QUICK, *more)
 
 
+@pytest.mark.parametrize("columns", ["80", "100"])
+def test_help_shows_every_option_whole(columns):
+    command = [sys.executable, "-m", "cmlm_fast", "post-train", "--help"]
+    text = subprocess.check_output(command, text=True, env={**os.environ, "COLUMNS": columns})
+    names = [f"--{name.replace('_', '-')}" for name in signature(post_train_command).parameters]
+    assert len(names) > 40 and {*names, "--no-exclude-same-token"} <= set(text.split())
+
+
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
