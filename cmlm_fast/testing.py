@@ -21,6 +21,8 @@ from .ops.varlen_attention import keep_mask
 
 #: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+#: Below this a float64 sum of terms around 1 is one of roundings.
+NOISE = 1e-13
 
 
 def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
@@ -134,8 +136,10 @@ def error(value: Tensor, truth: Tensor) -> float:
     if not torch.equal(torch.isfinite(value), torch.isfinite(truth)) or value.isnan().any():
         return float("inf")
     finite = torch.isfinite(truth)
-    difference, scale = (value - truth)[finite].norm(), truth[finite].norm()
-    return float(difference / scale) if scale > 0 else float(difference)
+    difference, scale = float((value - truth)[finite].norm()), float(truth[finite].norm())
+    if scale < NOISE and difference < NOISE:  # a softmax that has decided: its 1 − p is rounded off in float64, too
+        return difference
+    return difference / scale if scale > 0 else difference
 
 
 def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]:
