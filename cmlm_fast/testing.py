@@ -152,10 +152,10 @@ def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]
     return tuple(nudge(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def errors_beside_eager(
-    name: str, suffix: str, args: tuple[Any, ...], nudges: int = 8
-) -> Iterator[tuple[str, float, float]]:
-    """(what, the op's error, eager's error) against float64, for the output and each gradient.
+def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: int = 8,
+                        ours: list[Tensor] | None = None) -> Iterator[tuple[str, float, float]]:  # fmt: skip
+    """(what, the op's error, eager's error) against float64, for the output and each gradient; `ours`, where it is known
+    already, is `value_and_gradients` of the op.
 
     Where a sum cancels, eager may be right by luck, and a small loss is one number: eager's error counts as no less than
     what inputs that are off by their own last bit cause in float64, at the worst of `nudges` draws.
@@ -165,7 +165,7 @@ def errors_beside_eager(
     truth = value_and_gradients(EAGER[name], name, wide)
     eager = value_and_gradients(EAGER[name], name, args)
     near = [value_and_gradients(EAGER[name], name, nudged(wide, torch.finfo(dtype).eps, seed)) for seed in range(nudges)]
-    ours = value_and_gradients(op(name, suffix), name, args)
+    ours = value_and_gradients(op(name, suffix), name, args) if ours is None else ours
     labels = ["output", *(f"gradient {position}" for position in contracts[name].differentiable)]
     for label, got, exact, *others in zip(labels, ours, truth, eager, *near, strict=True):
         yield label, error(got, exact), max(error(other, exact) for other in others) + ROUNDING[dtype] / 2

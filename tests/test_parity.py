@@ -39,10 +39,11 @@ CONTRASTS = [case for case in cases((torch.float32,), GRADIENTS) if case.values[
 
 
 @pytest.mark.parametrize(EVERY, CONTRASTS)
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
-def test_only_wanted_gradients_are_made(name, suffix, device, dtype, label, wanted):
+def test_only_wanted_gradients_are_made(name, suffix, device, dtype, label):
     args = sample(name, dtype, device, label)
-    both, some = op(name, suffix)(*args), op(name, suffix)(*flags(args, *wanted))
-    assert torch.equal(both[0], some[0])
-    for flag, whole, part in zip(wanted, both[1:3], some[1:3], strict=True):
-        assert torch.equal(part, whole) if flag else part.shape == (0,)
+    both = op(name, suffix)(*args)
+    for wanted in ((True, False), (False, True), (False, False)):
+        some = op(name, suffix)(*flags(args, *wanted))
+        assert torch.equal(both[0], some[0])
+        for flag, whole, part in zip(wanted, both[1:3], some[1:3], strict=True):
+            assert torch.equal(part, whole) if flag else part.shape == (0,)
