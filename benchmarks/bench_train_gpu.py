@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import TrainerCallback
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
@@ -130,8 +131,8 @@ def train(lm: Any, tokenizer: Any, rows: Sequence[Any], size: int, folder: str) 
     arguments = CMLMTrainingArguments(folder, max_steps=FIRST + STEPS, per_device_train_batch_size=size, save_strategy="no",
                                       logging_strategy="no", report_to="none", disable_tqdm=True, bf16=True,
                                       use_cpu=DEVICE == "cpu")  # fmt: skip
-    CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, train_dataset=list(rows),
-                callbacks=[clock]).train()  # fmt: skip
+    CMLMTrainer(CMLMModel(lm, CMLMConfig()), arguments, processing_class=tokenizer, callbacks=[clock],
+                train_dataset=Dataset.from_list(list(rows))).train()  # fmt: skip
     return round(clock.seconds * 1e3, 2)
 
 

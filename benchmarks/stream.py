@@ -92,6 +92,7 @@ def measure(path: Path, processes: int | None, batches: int, share: float) -> di
     from transformers import AutoTokenizer
 
     from cmlm_fast.data import CMLMDataCollator, clean_texts, load_texts, split_evaluation, tokenize_texts
+    from cmlm_fast.data.collate import by_table
     from cmlm_fast.demo_assets import demo_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
@@ -113,7 +114,8 @@ def measure(path: Path, processes: int | None, batches: int, share: float) -> di
     train, _ = stage("split", lambda: split_evaluation(clean, 0.01, 0))
     part = train.select(range(int(share * len(train))))
     rows = stage("tokenise", lambda: tokenize_texts(part, tokenizer, max_length=128, num_proc=processes), share * size)
-    loader = DataLoader(rows, batch_size=32, shuffle=True, collate_fn=CMLMDataCollator(tokenizer, packed=True))
+    collate = CMLMDataCollator(tokenizer, packed=True)
+    loader = DataLoader(by_table(rows, collate), batch_size=32, shuffle=True, collate_fn=collate)  # as in a training
 
     def draw() -> int:
         return sum(len(batch["lengths"]) for batch, _ in zip(loader, range(batches), strict=False))
