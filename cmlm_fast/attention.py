@@ -1,7 +1,7 @@
 """Attention over sequences packed end to end, under the name `cmlm_varlen` in transformers' registry of attentions.
 
-A packed call carries `packing`, where the sequences are; those of equal length stand next to each other. Without it the call
-is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
+A packed call carries `packing`, where the sequences are; in each view those of equal length stand next to each other. Without
+it the call is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
 
     CPU; CUDA with Triton, where no sequence is longer than SHORT and no head's row takes more than NARROW bytes
                     the op varlen_attention, but for a named backend that has no kernel for it, or none that was built
