@@ -7,7 +7,7 @@ it the call is an ordinary padded one and goes to transformers' own SDPA. Which 
                     the op varlen_attention, but for a named backend that has no kernel for it, or none that was built
     CUDA from compute capability 8.0 on, 16 bit
                     flash attention, one launch for all sequences
-    else            F.scaled_dot_product_attention on views, one call for each run of equal lengths: no padding
+    else            F.scaled_dot_product_attention, one call for all sequences of one length: no padding
 """
 
 from __future__ import annotations
@@ -108,16 +108,22 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
     q, k, v = map(_rows, (query, key, value))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_flash():
         return _flash(q, k, v, packing.cu_seqlens, packing.longest, scaling, dropout, sliding_window)[None]
-    parts, begin = [], 0
+    runs: dict[int, list[tuple[int, int]]] = {}  # length -> of each run of sequences: where it begins, and how many they are
+    begin = 0
     for length, run in groupby(packing.lengths):
         count = len(list(run))
-        rows = slice(begin, begin + count * length)
-        qs, ks, vs = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (q, k, v))
+        runs.setdefault(length, []).append((begin, count))
+        begin += count * length
+    parts: dict[int, Tensor] = {}
+    for length, found in runs.items():
+        sizes = [count * length for _, count in found]
+        rows = [slice(begin, begin + size) for (begin, _), size in zip(found, sizes, strict=True)]
+        shape = (sum(count for _, count in found), length)
+        qs, ks, vs = (torch.cat([x[each] for each in rows]).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
         mask = None if sliding_window is None or length <= sliding_window else _band(length, sliding_window, q.device)
         part = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, dropout_p=dropout, scale=scaling)
-        parts.append(part.transpose(1, 2).flatten(0, 1))
-        begin += count * length
-    return torch.cat(parts)[None]
+        parts |= zip((each.start for each in rows), part.transpose(1, 2).flatten(0, 1).split(sizes), strict=True)
+    return torch.cat([parts[begin] for begin in sorted(parts)])[None]
 
 
 @cache

@@ -13,6 +13,7 @@ from dataclasses import fields
 from enum import Enum
 from functools import partial
 from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any
@@ -176,6 +177,8 @@ def doctor() -> None:
 
 
 register(app)
+for _command in app.registered_commands:  # of which plain help would show the first words
+    _command.short_help = (getdoc(_command.callback) or "").split("\n\n")[0].replace("\n", " ")
 
 
 def main() -> None:

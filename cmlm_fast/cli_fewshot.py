@@ -54,7 +54,8 @@ def few_shot_command(
 ) -> None:
     """Does post-training help? Post-train on unlabelled texts, fine-tune on a few labels, compare methods draw by draw.
 
-    A method's objective is changed by name:field=value:…, for instance cmlm:sequence_weight=0.3.
+    A method's objective is changed by name:field=value:…, for instance cmlm:sequence_weight=0.3. --epochs to --warmup are of
+    the post-training, --fine-tune-… of the fine-tuning.
     """
     given = dict(locals())
     with one_line_errors("the same command goes on from the finished cells"):

@@ -67,8 +67,6 @@ class CMLMTrainer(ResumableTrainer):
         >>> trainer.save_model("post-trained")
     """
 
-    train_dataset: Any
-
     def __init__(self, model: CMLMModel | None = None, args: CMLMTrainingArguments | None = None, *,
                  processing_class: Any = None, data_collator: Any = None, model_init: Callable[..., CMLMModel] | None = None,
                  **options: Any) -> None:  # fmt: skip
@@ -211,11 +209,7 @@ class CMLMTrainer(ResumableTrainer):
             logger.warning("%d of %d rows have the sample_id of another, and in a step with it its masks: number the rows of "
                            "concatenated data sets anew", again, len(dataset))  # fmt: skip
         if args.max_tokens is None:
-            self.train_dataset = by_table(dataset, self.data_collator)
-            try:
-                return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
-            finally:
-                self.train_dataset = dataset
+            return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
         if not isinstance(dataset, Dataset):
             rule = "None for a train_dataset whose rows' lengths are not known, any but a datasets.Dataset"
             raise ValueError(f"CMLMTrainer: expected max_tokens to be {rule}, got {args.max_tokens}")
@@ -229,6 +223,11 @@ class CMLMTrainer(ResumableTrainer):
                             persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
         # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
         return prepare_data_loader(loader, num_processes=1, process_index=0)
+
+    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **options: Any) -> DataLoader:
+        """As the Trainer's, but rows are read by tables where nobody sees them; samplers see the data set itself."""
+        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
+        return super()._get_dataloader(by_table(dataset, self.data_collator), *args, sampler_fn=sampler, **options)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As the Trainer's, but no rank sees a sample twice (see `data.RankShare`), and dataloader_drop_last drops none."""

@@ -12,7 +12,7 @@ if torch.cuda.is_available():
     pytest.skip("make gpu measures there", allow_module_level=True)
 
 from benchmarks import bench_train_gpu
-from benchmarks.bench_train_gpu import batches, make_rows, measure, report, tokens
+from benchmarks.bench_train_gpu import batches, make_rows, measure, report, seconds, tokens
 
 
 class Event:
@@ -52,6 +52,12 @@ def test_rows_and_report(monkeypatch):
     text = report({"device": "none", "rate": 1e6, "rows": [row]})
     assert all(f"{name} {ms} ms" in text for name, ms in row["ms"].items()) and "absent: ours compiled" in text
     assert f"in the loop of train a step of ours takes {row['train ms']} ms" in text
+
+
+def test_steps_are_timed_behind_one_that_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    taken: list[str] = []
+    assert 0 <= seconds(taken.append, ["a", "b"]) < 1 and taken == ["b", "a", "b"]
 
 
 def test_batches_have_the_lengths_of_the_sentences():

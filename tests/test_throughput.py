@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import history, make_trainer, weights
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import SequentialSampler
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
@@ -72,7 +73,7 @@ def test_a_run_by_tokens_resumes_in_the_same_bits(tmp_path, tiny_rows, tiny_toke
         assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(resumed), strict=True)), at
 
 
-def test_batches_read_as_tables_are_those_of_rows(tmp_path, sentences, tiny_tokenizer):
+def test_batches_read_as_tables_are_those_of_rows(sentences, tiny_tokenizer):
     pairs = Dataset.from_dict({"text": sentences[:200], "text_pair": sentences[200:400]})
     made = tokenize_texts(pairs, tiny_tokenizer, max_length=48, whole_word=True)
     some = concatenate_datasets([made.select(range(90, 200)), made.select(range(90))]).shuffle(seed=1)
@@ -86,6 +87,27 @@ def test_batches_read_as_tables_are_those_of_rows(tmp_path, sentences, tiny_toke
             for name in one:
                 a, b = torch.as_tensor(one[name]), torch.as_tensor(other[name])
                 assert torch.equal(a, b) and a.dtype == b.dtype, name
+    table, padded = made.with_format("arrow")[:4], CMLMDataCollator(tiny_tokenizer)
+    assert all(map(torch.equal, padded(table).values(), padded([made[i] for i in range(4)]).values()))
+
+
+@pytest.mark.parametrize("column", ["input_ids", "unit_ids", "sample_id"])
+def test_a_null_in_a_table_is_named(sentences, tiny_tokenizer, column):
+    made = tokenize_texts(Dataset.from_dict({"text": sentences[:3]}), tiny_tokenizer, whole_word=True)
+    for value in (None, [None, 4]) if column != "sample_id" else (None,):
+        rows = made.to_dict()
+        rows[column][1] = value
+        tables = by_table(Dataset.from_dict(rows), CMLMDataCollator(tiny_tokenizer, packed=True))
+        with pytest.raises(ValueError, match=f"expected rows to be without null in {column}, got 1 of them"):
+            CMLMDataCollator(tiny_tokenizer, packed=True)(tables.__getitems__([0, 1, 2]))
+
+
+def test_samplers_see_the_data_set_itself(tmp_path, tiny_rows, tiny_tokenizer):
+    seen = []
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, held=tiny_rows)
+    trainer._get_train_sampler = trainer._get_eval_sampler = lambda dataset: seen.append(dataset) or SequentialSampler(dataset)
+    loaders = trainer.get_train_dataloader(), trainer.get_eval_dataloader(), trainer.get_test_dataloader(tiny_rows)
+    assert all(isinstance(loader.dataset, TableRows) for loader in loaders) and all(dataset is tiny_rows for dataset in seen)
 
 
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 200}])
@@ -104,8 +126,13 @@ def test_the_trainer_reads_tables_where_nobody_sees_the_rows(tmp_path, tiny_rows
     assert isinstance(fast.dataset, TableRows) and slow.dataset is tiny_rows
     for one, other in zip(fast, slow, strict=True):
         assert list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
-    formatted = tiny_rows.with_format("numpy")
-    assert loader(formatted).dataset is formatted
+    class Own(Dataset):
+        """May do something of its own with rows."""
+
+    own = Own(tiny_rows.data, tiny_rows.info)
+    hidden = tiny_rows.with_format(None, columns=["input_ids", "attention_mask", "sample_id"])  # not token_type_ids
+    for rows in (tiny_rows.with_format("numpy"), hidden, own):
+        assert loader(rows).dataset is rows
     with pytest.raises(ValueError, match=r"expected rows to be those of tokenize_texts, with a sample_id, got columns \["):
         next(iter(loader(tiny_rows.remove_columns("sample_id"))))
 

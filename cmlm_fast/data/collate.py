@@ -41,7 +41,8 @@ def mask_settings(tokenizer: Any) -> dict[str, Any]:
 
 @dataclass
 class CMLMDataCollator:
-    """Rows of `tokenize_texts` to one batch of plain tensors: B rows padded to L tokens, or packed end to end to T.
+    """Rows of `tokenize_texts`, a list or a `pyarrow.Table`, to one batch of plain tensors: B rows padded to L tokens, or
+    packed end to end to T.
 
     Padded: input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded on the right, whatever the
     tokenizer's side, so that masks and positions are those of the text alone; sample_ids int64 [B]; unit_ids int32 [B, L], 0
@@ -81,7 +82,9 @@ class CMLMDataCollator:
             names = rows.column_names if isinstance(rows, pa.Table) else list(rows[0])
             if "sample_id" not in names:
                 raise fail("CMLMDataCollator", "rows", "those of tokenize_texts, with a sample_id", f"columns {names}")
-            return self._pack(rows) if self.packed else self._pad(rows)
+            if self.packed:
+                return self._pack(rows)
+            return self._pad(rows.to_pylist() if isinstance(rows, pa.Table) else rows)
         nothing = {"input_ids": [self.tokenizer.mask_token_id], "attention_mask": [1], "sample_id": 0}
         return {**(self._pack([nothing]) if self.packed else self._pad([nothing])), "stand_in": True}
 
@@ -119,7 +122,10 @@ class CMLMDataCollator:
 
 def by_table(dataset: Any, collate: Any) -> Any:
     """What a loader with this `collate_fn` reads: a `datasets.Dataset` without a format of its user's by `TableRows`, where
-    `collate` packs and is no subclass, which may look at rows; any other as it is."""
-    plain = isinstance(dataset, Dataset) and dataset.format["type"] is None
-    plain = plain and {"input_ids", "sample_id"} <= set(dataset.column_names)  # else `collate` says what is missing
-    return TableRows(dataset) if plain and type(collate) is CMLMDataCollator and collate.packed else dataset
+    `collate` packs; any other, and subclasses of both, which may do something of their own, as it is."""
+    if type(dataset) is not Dataset or type(collate) is not CMLMDataCollator or not collate.packed:
+        return dataset
+    names, seen = set(dataset.column_names), set(dataset.format["columns"])
+    # Without one of the two columns `collate` says what is missing.
+    plain = dataset.format["type"] is None and seen == names and {"input_ids", "sample_id"} <= names
+    return TableRows(dataset) if plain else dataset

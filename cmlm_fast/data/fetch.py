@@ -1,4 +1,5 @@
-"""The rows of a batch read as one Arrow table: as a dictionary of Python's numbers each, they take three times as long."""
+"""The rows of a batch read as one Arrow table. As a dictionary of Python's numbers each, 512 rows take three times as long, 32
+somewhat longer, and 8 are 0.2 ms faster so."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
+
+from ._errors import fail
 
 #: What a collator is given: rows one by one, or all of a batch.
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
@@ -50,9 +53,19 @@ def longest_first(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray, np.nda
         flat = {name: np.concatenate([np.asarray(row[name], dtype) for row in rows])
                 for name, dtype in DTYPES.items() if name in rows[0]}  # fmt: skip
         return flat, lengths, np.array([int(row["sample_id"]) for row in rows], np.int64)
-    lengths = pc.list_value_length(rows["input_ids"]).to_numpy().astype(np.int64)
+    lengths = _numbers(pc.list_value_length(rows["input_ids"]), "input_ids", np.int64)
     order = np.argsort(-lengths, kind="stable")
     rows = rows.take(order)
-    flat = {name: rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(dtype)
-            for name, dtype in DTYPES.items() if name in rows.column_names}  # fmt: skip
-    return flat, lengths[order], rows["sample_id"].to_numpy().astype(np.int64)
+    flat = {name: _tokens(rows[name], name, dtype) for name, dtype in DTYPES.items() if name in rows.column_names}
+    return flat, lengths[order], _numbers(rows["sample_id"], "sample_id", np.int64)
+
+
+def _tokens(column: Any, name: str, dtype: Any) -> np.ndarray:
+    whole = column.combine_chunks()
+    return _numbers(whole.flatten() if whole.null_count == 0 else whole, name, dtype)
+
+
+def _numbers(column: Any, name: str, dtype: Any) -> np.ndarray:
+    if column.null_count:
+        raise fail("CMLMDataCollator", "rows", f"without null in {name}", f"{column.null_count} of them")
+    return np.asarray(column).astype(dtype)

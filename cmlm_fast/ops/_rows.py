@@ -49,7 +49,7 @@ class _MeanRows(torch.autograd.Function):
 
 
 def mean_rows(rows: Tensor, counted: Tensor, bounds: Tensor) -> Tensor:
-    """Means [B, D] of runs of rows [N, D]: those of run b from bounds[b] on, int [B + 1], that are `counted`, bool [N]; zeros
-    where none is. Sums are float32 at least."""
+    """Means [B, D] of runs of rows [N, D]: those of run b from bounds[b] on, int [B + 1] from 0 to N, that are `counted`, bool
+    [N]; zeros where none is. Sums are float32 at least."""
     out: Tensor = _MeanRows.apply(rows, counted, bounds)
     return out
