@@ -167,6 +167,8 @@ class StopOnSignal(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked from it, and is ended
+            if number == signal.SIGINT and self._training:
+                return  # a loader's: Ctrl-C is told to all, and the step is still to be finished
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from multiprocessing import active_children
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +131,20 @@ def test_a_signal_saves_also_where_a_checkpoint_must_be_the_best(step, make, tmp
         make("run", stop, At(step, lambda: os.kill(os.getpid(), signal.SIGTERM)), **options).train()
     stopped_at = checkpoints.checkpoints(tmp_path / "run")[-1]
     assert stop.stopped is signal.SIGTERM and checkpoints.step_of(stopped_at) in (step, step + 1)
+
+
+def test_ctrl_c_saves_also_where_workers_read_the_rows(make, tmp_path):
+    def press():  # a terminal tells every process
+        workers = active_children()
+        assert workers
+        for process in (*(worker.pid for worker in workers), os.getpid()):
+            os.kill(process, signal.SIGINT)
+        time.sleep(1)  # a worker that ended would be found now
+
+    with StopOnSignal() as stop:
+        make("run", At(2, press), stop, max_steps=9, save_strategy="steps", save_steps=5, dataloader_num_workers=2).train()
+    assert stop.stopped is signal.SIGINT
+    assert checkpoints.step_of(checkpoints.checkpoints(tmp_path / "run")[-1]) == 2 and not active_children()
 
 
 def test_the_last_entry_is_of_what_the_training_saw(make):
