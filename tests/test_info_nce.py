@@ -22,7 +22,7 @@ def rows(n, d, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(b=st.integers(0, 90), d=st.integers(2, 40), seed=st.integers(0, 2**31),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
        kind=st.sampled_from(["cross", "one-sided", "nt_xent", "labels"]), classes=st.integers(1, 60),

@@ -21,7 +21,7 @@ def rows(n, d, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), n=st.integers(0, 70), m=st.integers(1, 90), d=st.integers(2, 40),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
        ranges=st.booleans(), tokens=st.booleans(), normalize=st.booleans(),
