@@ -8,8 +8,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
-# constraints.txt stays a relative path: pip splits on blanks, and the clone may lie under a folder with one.
-INSTALL := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS)
+# constraints.txt stays a relative path: pip splits on blanks, and the clone may lie under a folder with one. Python compiles
+# what is imported; pip would compile every file of every package, a third of its time.
+INSTALL := $(PY) -m pip install --disable-pip-version-check -q --no-compile -c constraints.txt $(PIP_ARGS)
 MADE := $(VENV)/.made-with-$(notdir $(PYTHON))
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 SANITIZED := build/sanitize
