@@ -491,6 +491,7 @@ def test_more_than_sixteen_special_tokens(tiny_tokenizer: Any) -> None:
     assert (ids == extra[19]).any()
     assert (ids == extra[0]).any()
     assert torch.equal(eligible, ids != extra[19])
+    assert torch.equal(CMLMDataCollator(tokenizer, packed=True)([dataset[0]])["eligible"], eligible[0])
     assert "eligible" not in CMLMDataCollator(tiny_tokenizer)([dataset[0]])
 
 

@@ -194,6 +194,14 @@ def test_layer_norms_of_low_precision_in_every_encoder(kind, tiny_lm, tiny_rows,
     assert (gradient_low - gradient).norm() < 0.03 * gradient.norm()
 
 
+def test_a_layer_norm_of_low_precision_keeps_its_epsilon():
+    norm, rows = torch.nn.LayerNorm(8, eps=0.5), torch.randn(5, 8).bfloat16()
+    exact = norm(rows.float())
+    use_low_precision_layer_norm(norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(rows).float(), exact, rtol=0.01, atol=0.01)
+
+
 def test_packed_attention_stays_out_of_what_is_saved(tiny_lm, tmp_path):
     CMLMModel(tiny_lm("modernbert")).save_pretrained(tmp_path)
     assert "cmlm" not in (tmp_path / "config.json").read_text()
