@@ -41,9 +41,9 @@ class Gradients(TrainerCallback):
             model.register_comm_hook(self.reduced, _noted_allreduce)
         self.reduced.append(0)
 
-
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.steps.append({name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()})
+        self.steps.append({name.removeprefix("module."): whole(p.grad) for name, p in model.named_parameters()
+                           if p.grad is not None})  # fmt: skip
 
 
 def _noted_allreduce(reduced, bucket):  # without annotations, of which DDP takes none that are strings
@@ -72,7 +72,8 @@ def use_fsdp2() -> None:
 
 
 def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
-          evaluate_first: bool = False, full_at: int = 0, scale: float | None = None, **options: Any) -> None:  # fmt: skip
+          evaluate_first: bool = False, full_at: int = 0, scale: float | None = None, config: CMLMConfig = CONFIG,
+          **options: Any) -> None:  # fmt: skip
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
@@ -83,7 +84,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True,
                                       dataloader_pin_memory=False, **{**usual, **options})  # fmt: skip
     gradients = Gradients()
-    trainer = CMLMTrainer(CMLMModel(make_lm(), CONFIG), arguments, train_dataset=rows.select(range(33)),
+    trainer = CMLMTrainer(CMLMModel(make_lm(), config), arguments, train_dataset=rows.select(range(33)),
                           eval_dataset=rows.select(range(33, 54)), processing_class=tokenizer,
                           callbacks=[gradients])  # fmt: skip
     gradients.trainer = trainer
@@ -100,7 +101,15 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
                 masks.setdefault((step, sample), []).append(torch.stack([made["view1"], made["view2"]])[:, begin:end].clone())
         return made
 
-    trainer.mask = mask  # type: ignore[method-assign]
+    dtypes: set[torch.dtype] = set()
+    compute = trainer.compute_loss
+
+    def compute_loss(*inputs: Any, **more: Any) -> Any:
+        loss = compute(*inputs, **more)
+        dtypes.add(loss.dtype)
+        return loss
+
+    trainer.mask, trainer.compute_loss = mask, compute_loss  # type: ignore[method-assign]
     if evaluate_first:
         trainer.evaluate()
     if full_at:
@@ -109,7 +118,8 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
-             "temperature": [entry["token_temperature"] for entry in trainer.state.log_history if "loss" in entry],
+             "temperature": [entry["token_temperature"] for entry in trainer.state.log_history if "token_temperature" in entry],
+             "dtypes": dtypes,
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
              "best": trainer.state.best_metric,
              "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
@@ -174,6 +184,9 @@ def main() -> None:
         run(f"cached-{world}", world, contrastive_batch_size=24 // world, **micro)
     run("uneven-3", 3, per_device_train_batch_size=8, contrastive_batch_size=8)  # the last step leaves a rank without any
     run("evaluated-2", 2, evaluate_first=True)
+    # What has no part in the loss, the LM head or the projection, has no gradient for DDP to wait for.
+    run("headless-2", 2, config=CMLMConfig(mlm_weight=0.0), num_train_epochs=1)
+    run("flat-2", 2, config=CMLMConfig(sequence_weight=0.0, projection=8), num_train_epochs=1)
     run("full-2", 2, full_at=4, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss")
     run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
     adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}
