@@ -140,9 +140,9 @@ def test_batches_by_tokens_are_shared_out_to_the_ranks(tmp_path, tiny_rows, tiny
     assert sorted(seen) == list(range(len(tiny_rows)))
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_pairs_of_texts_are_the_same_packed_and_padded(kind, tiny_rows, tiny_tokenizer):
-    model, sums = PairedModel(make_lm(kind), CMLMConfig.from_preset("simcse")).eval(), []
+@pytest.mark.parametrize(("kind", "pooling"), [("bert", "mean"), ("roberta", "mean"), ("bert", "cls")])
+def test_pairs_of_texts_are_the_same_packed_and_padded(kind, pooling, tiny_rows, tiny_tokenizer):
+    model, sums = PairedModel(make_lm(kind), CMLMConfig.from_preset("simcse", pooling=pooling)).eval(), []
     for packed in (True, False):
         collator = PairCollator(CMLMDataCollator(tiny_tokenizer, packed=packed), lambda row: tiny_rows[row["sample_id"] + 9])
         batch = collator([dict(tiny_rows[i]) for i in (0, 7, 100)])
