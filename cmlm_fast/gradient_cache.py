@@ -24,8 +24,8 @@ from .losses import CMLMLoss
 
 @dataclass(frozen=True)
 class CachedContrast:
-    """What step 2 found for one micro-batch: its share of the loss (a sum over sequences) and gradients by z1, z2 [B, D] and by
-    the learned temperature's logit scale."""
+    """What step 2 found for one micro-batch: gradients by z1, z2 [B, D], and an equal share of the loss (a sum over sequences)
+    and of its gradient by the learned temperature's logit scale: the step adds all of them up."""
 
     share: Tensor
     by_z1: Tensor
@@ -76,12 +76,10 @@ class GradientCache:
         with torch.enable_grad(), self.autocast():
             total = self.loss.sequence_sum(z1, z2, self.group)
         by_z1, by_z2, *by_scale = torch.autograd.grad(total, [z1, z2, *([] if scale is None else [scale])])
-        parts = zip(members, rows, by_z1.float().split(rows), by_z2.float().split(rows), strict=True)
-        for at, count, first, second in parts:
-            # A rank without a sequence stands in for batches that there are not, and has its share of the whole all the same.
-            portion = count / sum(rows) if sum(rows) else 1 / len(rows)
-            learned = by_scale[0] * portion if by_scale else None
-            self.found[at] = CachedContrast(total.detach() * portion, first, second, learned)
+        share = total.detach() / len(rows)
+        learned = by_scale[0] / len(rows) if by_scale else None
+        for at, first, second in zip(members, by_z1.float().split(rows), by_z2.float().split(rows), strict=True):
+            self.found[at] = CachedContrast(share, first, second, learned)
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:

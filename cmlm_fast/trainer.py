@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
@@ -14,9 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, send_to_device
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
@@ -24,23 +21,20 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
-from .data import CMLMDataCollator, TokenBudgetSampler, sequence_lengths
-from .data.budget import repeated_ids
-from .data.collate import by_table
-from .data.share import share_loader
+from .data import CMLMDataCollator
 from .gradient_cache import GradientCache
 from .layers import use_low_precision_layer_norm
+from .loading import LoadingTrainer
 from .losses import PARTS
 from .masking import EVALUATION_STEP, Masker
 from .measures import Sums
 from .memory import keep_freed_memory
 from .modeling import CMLMModel, CMLMOutput
-from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class CMLMTrainer(ResumableTrainer):
+class CMLMTrainer(LoadingTrainer):
     """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
@@ -198,56 +192,6 @@ class CMLMTrainer(ResumableTrainer):
         self._first, self._seen, self._sums = True, 0, Sums()
         self._encoder_size = self._plain_model.lm.base_model.num_parameters(exclude_embeddings=True)
         return super()._inner_training_loop(batch_size, *args, **options)
-
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the Trainer's, or with batches by tokens; no rank sees a sample twice: see `data.RankShare`."""
-        args, dataset = self.args, self.train_dataset
-        least = self._train_batch_size * args.world_size if args.dataloader_drop_last else 1
-        if has_length(dataset) and len(dataset) < least:  # the Trainer would end without a step
-            raise ValueError(f"CMLMTrainer: expected train_dataset to hold {least} rows at least, got {len(dataset)}")
-        if args.process_index == 0 and isinstance(dataset, Dataset) and (again := repeated_ids(dataset)):
-            logger.warning("%d of %d rows have the sample_id of another, and in a step with it its masks: number the rows of "
-                           "concatenated data sets anew", again, len(dataset))  # fmt: skip
-        if args.max_tokens is None:
-            return share_loader(super().get_train_dataloader(), args, args.dataloader_drop_last)
-        if not isinstance(dataset, Dataset):
-            rule = "None for a train_dataset whose rows' lengths are not known, any but a datasets.Dataset"
-            raise ValueError(f"CMLMTrainer: expected max_tokens to be {rule}, got {args.max_tokens}")
-        seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = TokenBudgetSampler(sequence_lengths(dataset), args.max_tokens, seed=seed,
-                                     rank=args.process_index, ranks=args.world_size)  # fmt: skip
-        loader = DataLoader(by_table(dataset, self.data_collator), batch_sampler=sampler, collate_fn=self.data_collator,
-                            num_workers=args.dataloader_num_workers, pin_memory=args.dataloader_pin_memory,
-                            prefetch_factor=args.dataloader_prefetch_factor, in_order=args.dataloader_in_order,
-                            multiprocessing_context=args.dataloader_multiprocessing_context,
-                            persistent_workers=args.dataloader_persistent_workers)  # fmt: skip
-        # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
-        return prepare_data_loader(loader, num_processes=1, process_index=0)
-
-    def _get_dataloader(self, dataset: Any, *args: Any, sampler_fn: Any = None, **options: Any) -> DataLoader:
-        """As the Trainer's, but rows are read by tables where nobody sees them; samplers see the data set itself."""
-        sampler = None if sampler_fn is None else lambda _: sampler_fn(dataset)
-        return super()._get_dataloader(by_table(dataset, self.data_collator), *args, sampler_fn=sampler, **options)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As the Trainer's, but no rank sees a sample twice (see `data.RankShare`), and dataloader_drop_last drops none."""
-        if eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset:
-            return self.get_test_dataloader(eval_dataset)  # persistent workers are those of one data set
-        with self._to_the_last():
-            return share_loader(super().get_eval_dataloader(eval_dataset), self.args)
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """As `get_eval_dataloader`."""
-        with self._to_the_last():
-            return share_loader(super().get_test_dataloader(test_dataset), self.args)
-
-    @contextmanager
-    def _to_the_last(self) -> Iterator[None]:
-        kept, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
-        try:
-            yield
-        finally:
-            self.args.dataloader_drop_last = kept
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
         """The batch on the device, with both views and the role of each token."""

@@ -202,7 +202,10 @@ def test_macro_f1_weighs_every_class_that_is_tested_alike(tiny_checkpoint, sente
 
 
 def test_a_fine_tuning_is_told_contrast_seed_and_length(tiny_checkpoint, sentences, monkeypatch):
+    make_lm().bfloat16().save_pretrained(tiny_checkpoint)  # weights are trained in float32 all the same
+
     def trainer(contrast, model, arguments, train_dataset, **options):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         assert contrast == METHODS["scl"].contrast is not None and arguments.seed == 5
         assert {len(row["input_ids"]) for row in train_dataset} == {6}
         raise MadeError

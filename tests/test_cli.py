@@ -12,10 +12,12 @@ import sys
 from dataclasses import fields, replace
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_lm
+from datasets import Dataset
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
@@ -26,7 +28,7 @@ from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import DiskError, Stopped, finished_run
 from cmlm_fast.post_train import prepare, run
-from cmlm_fast.same_run import check_settings
+from cmlm_fast.same_run import check_settings, fingerprint_of_tokens, settings_of
 
 QUICK = ("--max-steps", "4", "--batch-size", "8", "--logging-steps", "2", "--save-steps", "2", "--max-length", "32",
          "--no-bf16")  # fmt: skip
@@ -374,6 +376,22 @@ def test_options_reach_the_trainer_and_decide_what_may_be_resumed(tiny_checkpoin
     check_settings(tmp_path, plain.settings)
     with pytest.raises(ValueError, match="expected low_precision_layer_norm to be False, as in the run to resume, got True"):
         check_settings(tmp_path, low.settings)
+
+
+def test_ranks_may_change_where_the_sequences_of_a_step_do_not():
+    def settings(ranks, accumulation, contrasted=None, max_tokens=None):
+        options = PostTrainOptions("model", "texts.txt", "out", contrastive_batch_size=contrasted, max_tokens=max_tokens)
+        of_ranks = {"world_size": ranks, "gradient_accumulation_steps": accumulation, "bf16": False, "fp16": False}
+        return settings_of(options, CMLMConfig(), SimpleNamespace(**of_ranks))
+
+    assert settings(1, 4) == settings(2, 2) == settings(4, 1) != settings(2, 4)
+    assert settings(1, 4, contrasted=128) == settings(2, 2, contrasted=64) != settings(2, 2, contrasted=128)
+    assert settings(1, 2, max_tokens=4096) != settings(2, 1, max_tokens=4096)  # which cut an epoch into other batches
+
+
+def test_a_fingerprint_of_tokens_says_where_a_sequence_ends():
+    cut = [[[1, 2], [3]], [[1], [2, 3]], [[1, 2], [4]]]
+    assert len({fingerprint_of_tokens(Dataset.from_dict({"input_ids": rows})) for rows in cut}) == 3
 
 
 def test_doctor_names_every_op_and_reason():

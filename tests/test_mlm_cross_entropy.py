@@ -33,6 +33,26 @@ def test_equals_cross_entropy_with_ignored_rows(reduction, bias, dtype):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_under_autocast_no_further_from_the_truth_than_twice_eager(kind):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(*shape, generator=generator) for shape in ((250, 32), (400, 32), (400,))]
+    target = torch.randint(0, 400, (250,), generator=generator)
+
+    def run(loss, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in leaves]
+        with torch.autocast("cpu", kind, enabled=dtype == torch.float32):
+            value = loss(*inputs)
+        return value, *torch.autograd.grad(value, inputs)
+
+    eager = lambda hidden, weight, bias: F.cross_entropy(F.linear(hidden, weight, bias).float(), target)  # noqa: E731
+    truth = run(lambda *inputs: F.cross_entropy(F.linear(*inputs), target), torch.float64)
+    for exact, ours, theirs in zip(truth, run(lambda *inputs: mlm_cross_entropy(*inputs, target), torch.float32),
+                                   run(eager, torch.float32), strict=True):  # fmt: skip
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])
 @pytest.mark.parametrize("label", [-1, 30, 31, 64])
 def test_where_nothing_checks_it_a_target_that_is_no_word_gives_nan(label, device, monkeypatch):

@@ -108,8 +108,8 @@ class _HeadLosses(torch.autograd.Function):
         no_second_derivative(_NAME)
         hidden, weight, slopes = ctx.saved_tensors
         by_hidden, by_weight, by_bias, *_ = ctx.needs_input_grad
-        # The upstream gradient multiplies the narrow operand of each product, not the slopes [N, V]; in its own dtype, since in
-        # 16 bits the same error would be in all rows.
+        # The upstream gradient multiplies the narrow operand of each product, not the slopes [N, V]; hidden in its own dtype,
+        # since in 16 bits the same error would be in all rows. For the bias it is that operand.
         of_weight, of_bias, dtype, grad = None, None, hidden.dtype, grad[:, None]
         if by_weight:
             of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).to(dtype).T
@@ -119,7 +119,6 @@ class _HeadLosses(torch.autograd.Function):
                 of_weight[part] = product(slopes[:, part].T, scaled)
             of_weight = of_weight[: ctx.vocabulary]
         if by_bias:
-            rest = grad - (high := grad.to(dtype))
-            of_bias = (torch.cat([high, rest.to(dtype)], 1).T @ slopes).to(ctx.parameters).sum(0)[: ctx.vocabulary]
+            of_bias = (grad.to(dtype).T @ slopes).to(ctx.parameters)[0, : ctx.vocabulary]
         of_hidden = (product(slopes, weight.T) * grad).to(dtype) if by_hidden else None
         return of_hidden, of_weight, of_bias, None, None
