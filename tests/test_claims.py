@@ -163,11 +163,12 @@ def test_a_checkpoint_names_the_best_one_where_it_is(tmp_path, tiny_rows, tiny_t
 
 def test_measures_are_those_of_the_logged_step(tmp_path, tiny_rows, tiny_tokenizer):
     found = []
-    for every in (1, 2):
-        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, logging_steps=every)
+    for options in ({}, {"logging_steps": 2}, {"logging_steps": 3, "logging_first_step": True}):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options)
         trainer.train()
         found.append({entry["step"]: entry["alignment"] for entry in trainer.state.log_history if "alignment" in entry})
-    assert found[1] == {step: found[0][step] for step in (2, 4)}
+    for steps, logged in (((2, 4), found[1]), ((1, 3), found[2])):
+        assert logged == {step: found[0][step] for step in steps}
 
 
 def test_a_mean_over_tokens_is_added_up_in_float32():
