@@ -155,10 +155,11 @@ def full_disk(trainer: CMLMTrainer, step: int, path: Path) -> None:
     dist.destroy_process_group()
 
 
-def batches_without_the_last(trainer: CMLMTrainer, rows: Any) -> int:
-    """Batches of held-out rows where those of the training leave the last round out."""
-    trainer.args.dataloader_drop_last = True
-    return sum(1 for _ in trainer.get_eval_dataloader(rows))
+def batches_without_the_last(trainer: CMLMTrainer, rows: Any) -> tuple[int, int]:
+    """Batches of the training, of ten rows each, which leaves a last round out that is not full, and of held-out rows."""
+    trainer.args.dataloader_drop_last, trainer._train_batch_size = True, 10
+    train, held = (sum(1 for _ in loader) for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(rows)))
+    return train, held
 
 
 def main() -> None:
