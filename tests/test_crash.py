@@ -161,6 +161,7 @@ def test_rotation_keeps_the_newest_the_best_and_what_was_never_sealed(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     names = lambda: [path.name for path in checkpoints.checkpoints(tmp_path)]  # noqa: E731
     checkpoints.rotate(tmp_path, None)
+    checkpoints.rotate(tmp_path, 5, keep=str(tmp_path / "checkpoint-8"))  # is among them anyway
     assert names() == [f"checkpoint-{n}" for n in (2, 20, 4, 6, 8, 1)]
     checkpoints.rotate(tmp_path, 3, keep=os.path.relpath(tmp_path / "checkpoint-2"))
     assert names() == [f"checkpoint-{n}" for n in (2, 6, 8, 1)]

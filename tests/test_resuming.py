@@ -17,6 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from cmlm_fast import CMLMConfig, checkpoints
 from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.data.share import share_loader
+from cmlm_fast.output import DivergedError
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}  # three steps an epoch
@@ -161,6 +162,24 @@ def test_the_last_entry_is_of_what_the_training_saw(make):
     result = resumed.train(resume_from_checkpoint=True)
     assert result.training_loss == result.metrics["train_loss"] == pytest.approx(sum(history(resumed, "loss")[2:]) / 4)
     assert result.metrics["train_samples_per_second"] * result.metrics["train_runtime"] == pytest.approx(4 * 8, rel=0.01)
+
+
+def test_an_evaluation_leaves_a_cached_contrast_its_dropout(make):
+    options = {"contrastive_batch_size": 16, "gradient_accumulation_steps": 2, "max_steps": 3}
+    plain = make("plain", **options)
+    plain.train()
+    scored = make("scored", eval_strategy="steps", eval_steps=1, **options)
+    scored.train()
+    assert history(plain, "loss") == history(scored, "loss")
+    assert all(torch.equal(a, b) for a, b in zip(weights(plain), weights(scored), strict=True))
+
+
+def test_weights_that_are_not_finite_are_not_saved(make, tmp_path):
+    trainer = make("run", save_strategy="steps", save_steps=2)
+    trainer.add_callback(At(2, lambda: next(trainer.model.parameters()).data.fill_(float("nan"))))
+    with pytest.raises(DivergedError, match="weights are not finite after step 2; there is no checkpoint of before that"):
+        trainer.train()
+    assert not list((tmp_path / "run").glob("*checkpoint*"))
 
 
 def test_evaluations_of_other_data_are_of_them(make, tiny_rows):
