@@ -10,8 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-# With a worker on every core, threads that wait must sleep; read when torch is imported.
+# With a worker on every core, threads that wait must sleep; and those of NumPy, whose products Triton's interpreter makes, do
+# not sleep. Read when torch and NumPy are imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from cmlm_fast.demo import run_demo
+from cmlm_fast.demo_assets import demo_texts
 from cmlm_fast.fewshot import draw, fine_tune
 
 LABELS = ["b", "a", "a", "b", "a", "b", "b"]
@@ -43,9 +44,10 @@ def test_labels_that_do_not_fit_say_so(changes, words):
         fine_tune("nowhere", **{**usual, **changes})
 
 
-def test_the_demo_leaves_texts_model_picture_and_result(tmp_path, capsys):
+def test_the_demo_leaves_texts_model_picture_and_result(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("cmlm_fast.demo.demo_texts", lambda: demo_texts().select(range(0, 8530, 10)))
     result = run_demo(tmp_path / "demo", steps=2, draws=1, shots=2, test_texts=40)
-    assert (tmp_path / "demo" / "texts.txt").read_text(encoding="utf-8").count("\n") == 8530 - 40
+    assert (tmp_path / "demo" / "texts.txt").read_text(encoding="utf-8").count("\n") == 853 - 40
     assert (tmp_path / "demo" / "model" / "model.safetensors").exists()
     assert (tmp_path / "demo" / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "demo" / "result.json").read_text()) == result
