@@ -29,7 +29,9 @@ def test_every_body_is_right_at_its_smallest_size(op):
     interpreted, have tests of their own."""
     bodies = [provider.name for provider in op.providers if provider.name != "ours/triton"]
     rows, absent = [], []
-    for shape in op.chosen("smoke"):
+    for number, shape in enumerate(op.chosen("smoke")):
+        if number == 1:  # each compilation takes seconds, and there is nothing of ours in it
+            bodies = [name for name in bodies if name != "torch.compile"]
         for found, more in zip((rows, absent), run.measure(op, shape, CPU, 0.0, bodies), strict=True):
             found += more
     assert any(row.is_ours for row in rows) and any(not row.is_ours for row in rows)
