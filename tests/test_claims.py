@@ -248,13 +248,13 @@ def test_methods_get_their_own_rows_words_and_draws(sentences, tiny_tokenizer, t
     monkeypatch.setattr(post_training, "CountingTrainer", trainer)
     CMLMModel(make_lm()).save_pretrained(tmp_path / "start")
     schedule = post_training.Schedule(epochs=1.0, max_steps=1, batch_size=8, learning_rate=1e-3, warmup=0.0)
-    methods = (METHODS["tapt"], replace(METHODS["tapt"], whole_word=True), METHODS["seq-eda"], METHODS["seq-eda"])
-    for seed, method in enumerate(methods):
+    eda = METHODS["seq-eda"]
+    for seed, method in ((0, METHODS["tapt"]), (1, replace(METHODS["tapt"], whole_word=True)), (2, eda), (3, eda), (3, eda)):
         with pytest.raises(MadeError):
             post_training.post_train(tmp_path / "start", texts, method, schedule, seed=seed, bf16=False,
                                      folder=tmp_path / "out")  # fmt: skip
-    assert ["unit_ids" in columns for columns, _, _ in seen] == [False, True, False, False]
-    assert seen[2][1] != seen[3][1] and len({drawn for *_, drawn in seen}) == 4
+    assert ["unit_ids" in columns for columns, _, _ in seen] == [False, True, False, False, False]
+    assert seen[2][1] != seen[3][1] and len({drawn for *_, drawn in seen}) == 4 and seen[3] == seen[4]
 
 
 def test_texts_held_out_are_drawn_by_the_seed(tiny_checkpoint, files, tmp_path):  # noqa: F811

@@ -99,7 +99,8 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
     again = experiment(tiny_checkpoint, files, cut, **options).run(said.append)
     assert [path.name[:6] for path in (cut / "models").iterdir()] == ["start-"]  # also what the first run left behind
     assert said[0] == "texts: 12 cells, 3 of them done before"
-    assert not any("draw 0, cmlm: post-trained" in line for line in said)  # kept from before the stop
+    # Of draw 0 it is kept from before the stop; each draw has its own.
+    assert [f"draw {d}, cmlm: post-trained" in " ".join(said) for d in (0, 1)] == [False, True]
     assert (cut / "cells.jsonl").read_text().startswith(before) and scores(again) == scores(whole)
     # Nothing is left to do; then one cell alone, in another place and order.
     lines = (cut / "cells.jsonl").read_text()
@@ -112,6 +113,25 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
     keys = {c["key"] for c in whole}
     grid = changed.check()
     assert [fingerprint(grid.facts(name, 2, 0)) in keys for name in ("ft", "cmlm")] == [True, False]
+
+
+def test_a_cell_is_another_one_where_anything_is_that_its_number_depends_on(with_dropout, files, tmp_path):
+    def keys(**options):
+        grid = experiment(with_dropout, files, tmp_path / "out", methods=("ft", "cmlm", "scl"), **options).check()
+        return [fingerprint(grid.facts(name, 2, 0)) for name in ("ft", "cmlm", "scl")]
+
+    others = {}
+    for name in ("train", "test"):
+        *lines, last = Path(files[name]).read_text().splitlines()
+        others[name] = tmp_path / f"other-{name}.tsv"
+        others[name].write_text("\n".join([*lines, last.replace(label_of(last), "cold" if "wet" in last else "wet")]) + "\n")
+    changes = [{}, {"train": str(others["train"])}, {"test": str(others["test"])}, {"seed": 1}, {"max_length": 30},
+               {"bf16": True}, {"fine_tune_epochs": 3.0}, {"fine_tune_batch_size": 3}, {"fine_tune_learning_rate": 1e-3}]
+    found = [keys(**change) for change in changes]
+    assert len({key for each in found for key in each}) == 3 * len(changes)
+    usual, changed = found[0], [{"max_steps": 3}, {"epochs": 2.0}, {"batch_size": 4}, {"learning_rate": 1e-3}, {"warmup": 0.5}]
+    for change in changed:  # of the post-training
+        assert [key == before for key, before in zip(keys(**change), usual, strict=True)] == [True, False, True], change
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -222,8 +222,9 @@ def test_few_paraphrases_get_the_steps_of_the_whole_budget(paraphrased, sentence
     start = tmp_path / "start"
     CMLMModel(make_lm()).save_pretrained(start)
     tiny_tokenizer.save_pretrained(start)
-    other = [" ".join(text.split()[::-1]) if i < paraphrased else None for i, text in enumerate(sentences)]
+    other = [" ".join(text.split()[::-1]) if i < paraphrased else (None, "", " ")[i % 3] for i, text in enumerate(sentences)]
     texts = UnlabelledTexts(Dataset.from_dict({"text": sentences, "paraphrase": other}), tiny_tokenizer, max_length=32)
+    assert len(texts.paraphrases) == paraphrased
     schedule = Schedule(epochs=1.0, max_steps=-1, batch_size=32, learning_rate=1e-3, warmup=0.0)
     facts = post_train(start, texts, METHODS["cssl"], schedule, seed=1, bf16=False, folder=tmp_path / "model")
     assert facts["encoder_tokens"] == pytest.approx(2 * texts.tokens, rel=0.05)
