@@ -176,6 +176,8 @@ def test_pairs_classes_and_saved_folders(tiny_checkpoint, sentences, tmp_path):
     path = tmp_path / "numbers.jsonl"
     path.write_text("".join(json.dumps({"text": text, "label": i % 3}) + "\n" for i, text in enumerate(sentences[:9])))
     assert load_labelled(path)["label"][:4] == ["0", "1", "2", "0"]
+    (tmp_path / "blanks.tsv").write_text("text\tlabel\none\twet \ntwo\t wet\n")
+    assert load_labelled(tmp_path / "blanks.tsv")["label"][:] == ["wet", "wet"]
 
 
 def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoint, files, tmp_path):

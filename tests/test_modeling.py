@@ -293,6 +293,12 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("changes", [{"complement_rate": 0.0}, {"mlm_views": "first"}])
+def test_mlm_without_masks_is_refused(changes):
+    with pytest.raises(ValueError, match=r"expected mlm_weight to be 0 where nothing is masked, got 1\.0"):
+        CMLMConfig(rate=0.0, **changes)
+
+
 @pytest.mark.parametrize("field", BAD)
 def test_bad_configuration_names_field_rule_and_value(field):
     with pytest.raises(ValueError, match=rf"CMLMConfig: expected {field} to be .+, got .+"):
