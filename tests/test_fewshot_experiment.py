@@ -118,6 +118,8 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
 def test_a_cell_is_another_one_where_anything_is_that_its_number_depends_on(with_dropout, files, tmp_path):
     def keys(**options):
         grid = experiment(with_dropout, files, tmp_path / "out", methods=("ft", "cmlm", "scl"), **options).check()
+        one, two = (grid.facts("cmlm", 2, d)["post_training"] for d in (0, 1))
+        assert one != two  # a draw that is kept is no other draw's
         return [fingerprint(grid.facts(name, 2, 0)) for name in ("ft", "cmlm", "scl")]
 
     others = {}
