@@ -13,8 +13,8 @@ LENGTHS = (7, 4, 4, 1) * 2
 MODULE = nn.Module()
 
 
-def packing():
-    return Packing(LENGTHS, torch.tensor([0, *LENGTHS]).cumsum(0).int())
+def packing(lengths):
+    return Packing(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
 
 
 def written_out(query, key, value, scale, window):
@@ -29,9 +29,8 @@ def written_out(query, key, value, scale, window):
 def test_packed_sequences_are_each_by_itself(window):
     torch.manual_seed(0)
     rows = torch.randn(3, 1, 2, sum(LENGTHS), 4, dtype=torch.float64, requires_grad=True)
-    ours, mask = attention_forward(MODULE, *rows, None, scaling=0.3, sliding_window=window, packing=packing())
-    each = [written_out(*part, 0.3, window) for part in rows.split(LENGTHS, 3)]
-    exact = torch.cat(each, 1)
+    ours, mask = attention_forward(MODULE, *rows, None, scaling=0.3, sliding_window=window, packing=packing(LENGTHS))
+    exact = torch.cat([written_out(*part, 0.3, window) for part in rows.split(LENGTHS, 3)], 1)
     assert mask is None
     torch.testing.assert_close(ours, exact)
     weight = torch.randn_like(exact)
@@ -48,12 +47,10 @@ def test_a_padded_batch_without_a_mask(window):
 
 def test_dropout_of_packed_sequences():
     # Equal scores, values that are unit vectors: what comes out is the weights.
-    lengths, heads = (40,) * 10, 2
-    begins = torch.tensor([0, *lengths]).cumsum(0).int()
-    scores = torch.zeros(1, heads, 400, 40)
-    value = torch.eye(40).repeat(10, 1).expand(1, heads, -1, -1)
+    scores = torch.zeros(1, 2, 400, 40)
+    value = torch.eye(40).repeat(10, 1).expand(1, 2, -1, -1)
     torch.manual_seed(0)
-    one, two = (attention_forward(MODULE, scores, scores, value, None, dropout=0.3, packing=Packing(lengths, begins))[0]
+    one, two = (attention_forward(MODULE, scores, scores, value, None, dropout=0.3, packing=packing((40,) * 10))[0]
                 for _ in range(2))  # fmt: skip
     assert (one != 0).double().mean().item() == pytest.approx(0.7, abs=0.02)
     assert ((one != 0) & (two != 0)).double().mean().item() == pytest.approx(0.49, abs=0.02)
