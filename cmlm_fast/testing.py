@@ -21,8 +21,19 @@ from .ops.varlen_attention import keep_mask
 
 #: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-#: Below this a float64 sum of terms around 1 is one of roundings.
+#: How much of a float64 sum of terms around 1 may be roundings.
 NOISE = 1e-13
+
+
+def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
+    """`F.cross_entropy` of each row. In float64, where it is the truth, the target stays apart from the others: of a softmax
+    that has decided, 1 − p would be a rounding."""
+    if scores.dtype != torch.float64:
+        return F.cross_entropy(scores, target, reduction="none")
+    own, others = scores.gather(1, target[:, None]), scores.scatter(1, target[:, None], -torch.inf)
+    alone = torch.isinf(others).all(1, keepdim=True)  # there logsumexp has no gradient
+    excess = torch.where(alone, 0.0, others).logsumexp(1, keepdim=True) - own
+    return torch.where(alone, 0.0, F.softplus(excess, threshold=40)).squeeze(1)
 
 
 def _reduce(losses: Tensor, valid: Tensor, reduction: str) -> Tensor:
@@ -49,7 +60,7 @@ def eager_token_contrastive(query: Tensor, key: Tensor, target: Tensor, temperat
         return _reduce(query.sum(1) * 0 + key.sum() * 0 + temperature * 0, valid, reduction)
     scores = eager_scores(query, key, target, temperature, *options, normalize)
     scores = torch.where(valid[:, None], scores, 0.0)
-    return _reduce(F.cross_entropy(scores, target.clamp_min(0), reduction="none"), valid, reduction)
+    return _reduce(_cross_entropy(scores, target.clamp_min(0)), valid, reduction)
 
 
 def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, symmetric: bool,
@@ -61,15 +72,15 @@ def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor |
     index = torch.arange(batch, device=z1.device)
     if labels is None and scheme == "cross":
         scores = z1 @ z2.T / temperature
-        losses = F.cross_entropy(scores, index, reduction="none") if batch else z1.sum(1) * 0 + z2.sum(1) * 0
+        losses = _cross_entropy(scores, index) if batch else z1.sum(1) * 0 + z2.sum(1) * 0
         if symmetric and batch:
-            losses = (losses + F.cross_entropy(scores.T, index, reduction="none")) / 2
+            losses = (losses + _cross_entropy(scores.T, index)) / 2
         return _reduce(losses, torch.ones_like(index, dtype=torch.bool), reduction)
     z = torch.cat([z1, z2])
     scores = (z @ z.T / temperature).masked_fill(torch.eye(2 * batch, dtype=torch.bool, device=z.device), float("-inf"))
     if labels is None:
         positives = torch.cat([index + batch, index])
-        losses = F.cross_entropy(scores, positives, reduction="none") if batch else z.sum(1) * 0
+        losses = _cross_entropy(scores, positives) if batch else z.sum(1) * 0
         return _reduce(losses, torch.ones_like(positives, dtype=torch.bool), reduction)
     twice = torch.cat([labels, labels])
     same = (twice == twice[:, None]).fill_diagonal_(False)
@@ -132,13 +143,13 @@ def value_and_gradients(function: Callable[..., Any], name: str, args: tuple[Any
 
 
 def error(value: Tensor, truth: Tensor, noise: float = 0.0) -> float:
-    """‖value − truth‖ / ‖truth‖ over finite entries; infinities must agree, NaN never passes (it gives infinity). Where both
-    are below `noise`, ‖value − truth‖."""
+    """‖value − truth‖, less `noise`, over ‖truth‖, of finite entries; infinities must agree, NaN never passes (it gives
+    infinity). A truth of nothing but zeros: the difference itself."""
     if not torch.equal(torch.isfinite(value), torch.isfinite(truth)) or value.isnan().any():
         return float("inf")
     finite = torch.isfinite(truth)
     difference, scale = float((value - truth)[finite].norm()), float(truth[finite].norm())
-    return difference / scale if scale > 0 and max(scale, difference) >= noise else difference
+    return max(difference - noise, 0.0) / (scale if scale > 0 else 1.0)
 
 
 def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]:
@@ -167,8 +178,7 @@ def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: i
     ours = value_and_gradients(op(name, suffix), name, args) if ours is None else ours
     labels = ["output", *(f"gradient {position}" for position in contracts[name].differentiable)]
     for label, got, exact, *others in zip(labels, ours, truth, eager, *near, strict=True):
-        # Of a softmax that has decided: its 1 − p is rounded off in the truth, too.
-        noise = NOISE if dtype == torch.float64 else 0.0
+        noise = NOISE if dtype == torch.float64 else 0.0  # there the truth has roundings of its own
         yield label, error(got, exact, noise), max(error(other, exact) for other in others) + ROUNDING[dtype] / 2
 
 

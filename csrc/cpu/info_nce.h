@@ -40,7 +40,8 @@ struct InfoNce {
   M *row_sum, *row_reference;                       // [N] Σ_j exp(s_ij − reference); the reference only if not fixed
   M *column_sum, *column_reference;                 // [N] the same down the columns; self: the row's
   M *row_share, *column_share;                      // [N] weight of the loss / the sum with the positive; self: the same
-  M* positive;                                      // [N] (mean) score of the positives
+  M* positive;           // [N] score of the positive; classes: mean of the positives', less the reference where it is fixed, as
+                         // sums have them: a loss is their difference
   M* positive_gradient;  // [N] what a row (cross: and its column) adds to the gradient by the score of each positive; classes:
                          // besides the softmax
   M* pull;               // [N] Σ_j g_ij·s_ij, of which the temperature's gradient is made

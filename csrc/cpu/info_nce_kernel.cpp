@@ -80,8 +80,8 @@ void column_sums(const InfoNce<C>& nce, const C* products, int64_t rows, const M
   }
 }
 
-// Takes the diagonal of self and a lone positive out of a row: -inf counts for nothing in maxima and sums. Returns the (mean)
-// score of the positives.
+// Takes the diagonal of self and a lone positive out of a row: -inf counts for nothing in maxima and sums. Returns what
+// nce.positive holds.
 template <class C>
 typename InfoNce<C>::M hide(const InfoNce<C>& nce, C* row, int64_t i) {
   using M = typename InfoNce<C>::M;
@@ -95,10 +95,11 @@ typename InfoNce<C>::M hide(const InfoNce<C>& nce, C* row, int64_t i) {
     return s;
   }
   const int32_t own = nce.classes[i];
+  const M reference = nce.fixed ? nce.scale : M(0);
   M sum[kLanes] = {}, count[kLanes] = {};
   sweep(nce.size, [&](int64_t lane, int64_t j) {
     const bool counts = nce.classes[j] == own && j != i;
-    sum[lane] += counts ? score(row[j], factor(left, nce.right_scale[j], nce.scale)) : M(0);
+    sum[lane] += counts ? score(row[j], factor(left, nce.right_scale[j], nce.scale)) - reference : M(0);
     count[lane] += counts ? M(1) : M(0);
   });
   row[i] = nothing;
@@ -117,13 +118,13 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
   sweep(nce.size, [&](int64_t lane, int64_t j) {
     const M k = factor(left, right[j], scale);
     const M s = score(row[j], k);
-    const M e = exp(s - reference);
+    const M below = s - reference, e = exp(below), level = Fixed && Classes ? below : s;
     M g = e * share;
-    M weighted = g * (s - positive);  // Σ_j g_ij = 0: the positive's own part is then 0
+    M weighted = g * (level - positive);  // Σ_j g_ij = 0: the positive's own part is then 0
     if constexpr (Both) {
       const M other = (Fixed ? e : exp(s - column_reference[j])) * column_share[j];
       g += other;
-      weighted += other * (s - column_positive[j]);
+      weighted += other * (level - column_positive[j]);
     }
     if constexpr (Classes) g += classes[j] == own ? at_positive + column_at_positive[j] : M(0);
     pull[lane] += weighted;

@@ -175,7 +175,13 @@ struct InfoNceRun {
 
   void make_scores(int64_t first) {
     const int64_t rows = last(first) - first;
-    multiply(matrix(scores_of(first), rows, n), matrix(left + first * width, rows, width), transposed(right, n, width));
+    C* to = scores_of(first);
+    multiply(matrix(to, rows, n), matrix(left + first * width, rows, width), transposed(right, n, width));
+    if (!nce.self || n > kLeastRows) return;
+    // Of a few rows BLAS may round s_ij and s_ji differently, and row j's sums hold s_ji: where a softmax has decided, its weights
+    // would be off by what a score is.
+    for (int64_t i = 1; i < n; ++i)
+      for (int64_t j = 0; j < i; ++j) to[i * n + j] = to[j * n + i];
   }
 
   void make_sums(int64_t first) {
@@ -196,7 +202,7 @@ struct InfoNceRun {
     const double positive = nce.positive[i], before = nce.fixed ? nce.scale : reference[i];
     if (nce.classes != nullptr) {
       share[i] = weight[i] / sum[i];
-      loss += std::log(static_cast<double>(sum[i])) + (before - positive);
+      loss += std::log(static_cast<double>(sum[i])) + (nce.fixed ? -positive : before - positive);
       return -positive_gradient[i];
     }
     const double after = nce.fixed ? before : std::max(before, positive);
