@@ -166,6 +166,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         yield f"{label}-ragged", make([1, 0, 63, 7, 1000, 2], exact=exact, seed=-1, step=2**32 - 1)
         eligible = (torch.rand(300, generator=generator) < 0.5).to(device)
         units = torch.randint(0, 40, (300,), generator=generator).to(device, torch.int32)
+        units = units.masked_fill(~eligible, -1)  # of what is no word
         samples = torch.tensor([2**40 + 5, 7, -3], device=device)
         yield f"{label}-units", make([100, 150, 50], exact=exact, eligible=eligible, units=units, samples=samples)
         yield f"{label}-paper", make([37] * 5, exact=exact, complement=0.7, mask=1.0, random=0.0)
