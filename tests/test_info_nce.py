@@ -42,6 +42,15 @@ def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduct
 
 
 @pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_all_lie_far_below_zero(backend, symmetric, dtype):
+    z1, z2 = 5 + rows(40, 24, dtype) * 0.3, -5 + rows(40, 24, dtype, 1) * 0.3  # -600 and less: a maximum begins at none
+    args = (z1, z2, torch.tensor(1.0, dtype=dtype), None, "cross", symmetric, False, "mean", True, True)
+    assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
+
+
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("kind", ["cross", "one-sided", "nt_xent", "labels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_cross_chunks(backend, kind, dtype):

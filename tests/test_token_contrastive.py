@@ -45,6 +45,16 @@ def test_any_shape_and_options(backend, data, n, m, d, dtype, ranges, tokens, no
 
 
 @pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_that_all_lie_far_below_zero(backend, dtype):
+    # The largest is some -20,000: whatever hides a candidate must lie lower still, and a maximum begins at none.
+    query, key = 50 + rows(20, 24, dtype) * 0.01, -20 + rows(70, 24, dtype, 7) * 0.01
+    temperature = torch.tensor(1.0, dtype=dtype)
+    args = (query, key, torch.arange(20), temperature, None, None, None, None, False, "mean", True, True)
+    assert_no_worse_than_eager("token_contrastive", _SUFFIX[backend], args)
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_equals_the_plain_formula(backend):
     query, key = rows(30, 16).requires_grad_(), rows(50, 16).requires_grad_()
     target = torch.arange(30)
