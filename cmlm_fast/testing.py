@@ -21,7 +21,7 @@ from .ops.varlen_attention import keep_mask
 
 #: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-#: How much of a float64 sum of terms around 1 may be roundings.
+#: Below this a float64 sum of terms around 1 is one of roundings.
 NOISE = 1e-13
 
 
@@ -143,13 +143,13 @@ def value_and_gradients(function: Callable[..., Any], name: str, args: tuple[Any
 
 
 def error(value: Tensor, truth: Tensor, noise: float = 0.0) -> float:
-    """‖value − truth‖, less `noise`, over ‖truth‖, of finite entries; infinities must agree, NaN never passes (it gives
-    infinity). A truth of nothing but zeros: the difference itself."""
+    """‖value − truth‖ / ‖truth‖ over finite entries; infinities must agree, NaN never passes (it gives infinity). Where both
+    are below `noise`, ‖value − truth‖."""
     if not torch.equal(torch.isfinite(value), torch.isfinite(truth)) or value.isnan().any():
         return float("inf")
     finite = torch.isfinite(truth)
     difference, scale = float((value - truth)[finite].norm()), float(truth[finite].norm())
-    return max(difference - noise, 0.0) / (scale if scale > 0 else 1.0)
+    return difference / scale if scale > 0 and max(scale, difference) >= noise else difference
 
 
 def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]:
