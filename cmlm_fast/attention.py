@@ -112,8 +112,11 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
     begin = 0
     for length, run in groupby(packing.lengths):
         count = len(list(run))
-        runs.setdefault(length, []).append((begin, count))
+        if length:
+            runs.setdefault(length, []).append((begin, count))
         begin += count * length
+    if not runs:
+        return q[None]
     parts: dict[int, Tensor] = {}
     for length, found in runs.items():
         sizes = [count * length for _, count in found]

@@ -190,6 +190,11 @@ def resolve(
     return found
 
 
+def chosen() -> str | None:
+    """The backend that `use_backend` or CMLM_FAST_BACKEND names; None for the automatic choice."""
+    return _current
+
+
 def instead(name: str, device: torch.device) -> Any:
     """The torch op that runs in the place of a PyTorch function; None where that function runs itself.
 
@@ -197,6 +202,7 @@ def instead(name: str, device: torch.device) -> Any:
     `reference`: PyTorch's function is plain PyTorch.
     """
     choice = _current or {"cpu": "cpp", "cuda": "triton"}.get(device.type, "reference")
+    _check_name(name, choice)
     if choice == "reference" and device.type != "cpu":
         return None
     return None if _absence(name, device.type, choice) is not None else op(name, _SUFFIX[choice])
@@ -215,12 +221,16 @@ def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype 
     if choice is None or choice == "auto":
         order = preference(name, device_type, dtype, band)
         choice = next(backend for backend in order if _absence(name, device_type, backend) is None)
-    elif choice not in BACKENDS:
-        raise ValueError(f"cmlm_fast::{name}: expected backend to be auto or one of {', '.join(BACKENDS)}, got {choice!r}")
+    _check_name(name, choice)
     reason = _absence(name, device_type, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
     return op(name, _SUFFIX[choice])
+
+
+def _check_name(name: str, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"cmlm_fast::{name}: expected backend to be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
 def check_backend(backend: str | None, ops: Sequence[str] = (), device: str | torch.device = "cpu") -> None:

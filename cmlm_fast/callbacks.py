@@ -151,7 +151,7 @@ class StopOnSignal(TrainerCallback):
 
     def __exit__(self, *error: Any) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)
+            signal.signal(number, signal.SIG_DFL if before is None else before)  # None: one that Python did not set
 
     def release(self) -> None:
         """What was trained is saved: raise `Stopped`, on all ranks, for a signal that waited on one; others act at once."""

@@ -76,14 +76,14 @@ def seal(folder: Path, number: int = 0) -> None:
 def flush(folder: Path) -> None:
     """Have files and folders below on the disk."""
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        flush_one(path)
 
 
 def publish(folder: Path, target: Path) -> None:
     """Rename a sealed folder to its place; one of that name, of an earlier run, makes room."""
     discard(target)
     os.replace(folder, target)
-    _flush(target.parent)
+    flush_one(target.parent)
 
 
 def discard(folder: Path) -> None:
@@ -174,7 +174,8 @@ def _crc(path: Path) -> int:
     return crc
 
 
-def _flush(path: Path) -> None:
+def flush_one(path: Path) -> None:
+    """Have one file on the disk, or the names of what lies in one folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

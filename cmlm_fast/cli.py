@@ -92,7 +92,9 @@ def post_train_command(
     save_total_limit: Annotated[int, _option("checkpoints kept")] = _default("save_total_limit"),
     report_to: Annotated[str, _option("none, tensorboard, wandb, ...")] = _default("report_to"),
     trust_remote_code: Annotated[bool, _option("run code that the checkpoint brings along", "--trust-remote-code")] = False,
-    backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton")] = _default("backend"),
+    backend: Annotated[
+        str | None, _option("kernels: auto, reference, cpp, cuda, triton; default: CMLM_FAST_BACKEND, or auto")
+    ] = None,
     rate: Annotated[float | None, _option("share masked in view 1", panel=_OBJECTIVE)] = None,
     complement_rate: Annotated[float | None, _option("share of the rest masked in view 2", panel=_OBJECTIVE)] = None,
     complementary: Annotated[bool | None, _option("masks that never overlap, or drawn apart", panel=_OBJECTIVE)] = None,

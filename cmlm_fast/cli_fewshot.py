@@ -50,7 +50,9 @@ def few_shot_command(
     seed: Annotated[int, _option("of everything random; draw d takes seed + d", _OTHER)] = _few("seed"),
     cache_dir: Annotated[str | None, _option("where checkpoints are kept; default: in --output-dir", _OTHER)] = None,
     keep_models: Annotated[bool, _option("keep finished checkpoints", _OTHER, "--keep-models")] = _few("keep_models"),
-    backend: Annotated[str, _option("kernels: auto, reference, cpp, cuda, triton", _OTHER)] = _few("backend"),
+    backend: Annotated[
+        str | None, _option("kernels: auto, reference, cpp, cuda, triton; default: CMLM_FAST_BACKEND, or auto", _OTHER)
+    ] = None,
 ) -> None:
     """Does post-training help? Post-train on unlabelled texts, fine-tune on a few labels, compare methods draw by draw.
 

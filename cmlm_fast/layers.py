@@ -35,7 +35,8 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
-        drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and not torch.compiler.is_compiling()
+        drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and input.dim() > 0
+        drops = drops and not torch.compiler.is_compiling()
         own = instead("dropout", input.device) if drops else None
         if own is None:
             return super().forward(input)

@@ -39,7 +39,7 @@ class PostTrainOptions:
         save_steps: steps from checkpoint to checkpoint; 0 makes none.
         resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
         trust_remote_code: run code that the checkpoint brings along.
-        backend: which kernels run; see `cmlm_fast.use_backend`.
+        backend: which kernels run; see `cmlm_fast.use_backend`. None: what is chosen outside, by CMLM_FAST_BACKEND say.
     """
 
     model: str
@@ -76,7 +76,7 @@ class PostTrainOptions:
     overwrite: bool = False
     report_to: str = "none"
     trust_remote_code: bool = False
-    backend: str = "auto"
+    backend: str | None = None
 
 
 def expect(condition: bool, argument: str, rule: str, value: object) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoints import STAGING, checkpoints, flush, newest_whole, sealed
+from .checkpoints import STAGING, checkpoints, flush, flush_one, newest_whole, sealed
 
 #: Written last of all: where it is, the run is finished.
 SUMMARY = "summary.json"
@@ -181,7 +181,10 @@ def staged(folder: Path) -> Iterator[Path]:
             target = folder / path.name
             if target.is_dir():
                 shutil.rmtree(target)
+            if path.name == SUMMARY:
+                flush_one(folder)  # what it promises is there before it
             os.replace(path, target)
+        flush_one(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import ranks
-from .backends import check_backend, use_backend
+from .backends import check_backend, chosen, use_backend
 from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .doctor import bfloat16_hardware
@@ -171,7 +171,7 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
     ranks.in_turn(lambda: opened.enter_context(opening) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
     spent = TrainingTime(prepared.checkpoint)
-    with disk_errors(folder), use_backend(options.backend), closing(QuietProgress()) as progress:
+    with disk_errors(folder), use_backend(options.backend or chosen()), closing(QuietProgress()) as progress:
         if fresh and ranks.is_main():
             write_settings(folder, prepared.settings)
         trainer = CMLMTrainer(
@@ -259,10 +259,10 @@ def _processes(texts: int) -> int | None:
     return wanted if wanted > 1 else None
 
 
-def check_backend_here(backend: str) -> None:
-    """Raise ValueError where a backend does not run what a training on this machine runs."""
+def check_backend_here(backend: str | None) -> None:
+    """Raise ValueError where a backend, or without one that which is chosen, does not run what a training runs here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_backend(backend, ("complementary_mask", "token_contrastive", "info_nce"), device)
+    check_backend(backend or chosen(), ("complementary_mask", "token_contrastive", "info_nce"), device)
 
 
 def fast_in_bf16() -> bool:

@@ -76,7 +76,7 @@ def fingerprint_of_weights(model: CMLMModel, settings: str = "") -> str:
     digest = hashlib.sha256(settings.encode())
     for name, value in sorted(model.lm.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -85,8 +85,7 @@ def eager_info_nce(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor |
     twice = torch.cat([labels, labels])
     same = (twice == twice[:, None]).fill_diagonal_(False)
     log_p = torch.where(same, F.log_softmax(scores, 1), 0.0)
-    count = same.sum(1)
-    return _reduce(-log_p.sum(1) / count.clamp_min(1), count > 0, reduction)
+    return _reduce(-log_p.sum(1) / same.sum(1), torch.ones_like(twice, dtype=torch.bool), reduction)
 
 
 def eager_varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, dropout: float,
@@ -192,11 +191,12 @@ def assert_no_worse_than_eager(name: str, suffix: str, args: tuple[Any, ...], nu
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Within, `torch.empty` of any caller, C++ too, is filled with NaN (integers: the largest value)."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    settings: Any = torch.utils.deterministic
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]  # type: ignore[attr-defined]
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        settings.fill_uninitialized_memory = fills

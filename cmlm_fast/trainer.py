@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .config import CMLMConfig
-from .data import CMLMDataCollator
+from .data import CMLMDataCollator, mask_settings
 from .gradient_cache import GradientCache
 from .layers import use_low_precision_layer_norm
 from .loading import LoadingTrainer
@@ -71,6 +71,10 @@ class CMLMTrainer(LoadingTrainer):
         tokenizer = processing_class if processing_class is not None else getattr(data_collator, "tokenizer", None)
         if tokenizer is None:
             raise ValueError("CMLMTrainer: expected processing_class to be a tokenizer, got None")
+        theirs = getattr(data_collator, "tokenizer", None)
+        if theirs not in (None, tokenizer) and mask_settings(theirs) != mask_settings(tokenizer):
+            rule = "one whose tokenizer has the ids and special tokens of processing_class"  # it counts what is masked here
+            raise ValueError(f"CMLMTrainer: expected data_collator to be {rule}, got that of {theirs.name_or_path}")
         args = args or CMLMTrainingArguments("out")
         if not isinstance(args, CMLMTrainingArguments):
             raise ValueError(f"CMLMTrainer: expected args to be CMLMTrainingArguments, got {type(args).__name__}")
@@ -325,9 +329,10 @@ class CMLMTrainer(LoadingTrainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
                         ignore_keys: list[str] | None = None) -> tuple[None, None, None]:  # fmt: skip
         """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
-        self._scored += _sequences(inputs)
+        batch = self.mask(inputs, EVALUATION_STEP)
+        self._scored += _sequences(batch)
         with torch.no_grad(), self.compute_loss_context_manager():
-            output: CMLMOutput = model(**self.mask(inputs, EVALUATION_STEP), measured=True)
+            output: CMLMOutput = model(**batch, measured=True)
         self._sums.add(self._parts(output))
         self._sums.add(output.measures)
         return None, None, None  # what the Trainer would average over batches, some of them short

@@ -37,6 +37,15 @@ def test_packed_sequences_are_each_by_itself(window):
     torch.testing.assert_close(*(torch.autograd.grad(out, rows, weight)[0] for out in (ours, exact)))
 
 
+@pytest.mark.parametrize("lengths", [(5, 0, 3, 0), (0, 5, 5, 0, 0, 5), (0,), ()])
+def test_empty_sequences_take_no_others_place(lengths):
+    rows = torch.randn(3, 1, 2, sum(lengths), 4)
+    ours, _ = attention_forward(MODULE, *rows, None, scaling=0.3, packing=packing(lengths))
+    full = tuple(filter(None, lengths))
+    expected, _ = attention_forward(MODULE, *rows, None, scaling=0.3, packing=packing(full))
+    assert ours.shape == (1, sum(lengths), 2, 4) and torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("window", [None, 1, 3])
 def test_a_padded_batch_without_a_mask(window):
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from cmlm_fast._library import contracts, op
 from cmlm_fast.attention import packing_of
 from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
 from cmlm_fast.layers import use_fast_layers
+from cmlm_fast.post_train import check_backend_here
 
 CPU = torch.device("cpu")
 
@@ -131,6 +132,13 @@ def test_environment_variable_names_the_backend():
         "import torch; from cmlm_fast.backends import resolve; print(resolve('info_nce', torch.device('cpu')))"
     )
     assert "info_nce_reference" in python(code, CMLM_FAST_BACKEND="reference")
+
+
+def test_a_name_that_is_none_is_said_by_every_op(monkeypatch):
+    monkeypatch.setattr(backends, "_current", "cuda_")  # by the environment variable
+    for call in (lambda: resolve("info_nce", CPU), lambda: backends.instead("dropout", CPU), lambda: check_backend_here(None)):
+        with pytest.raises(ValueError, match=r"expected backend to be auto or one of .*, got 'cuda_'"):
+            call()
 
 
 def test_without_kernels_everything_still_works():

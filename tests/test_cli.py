@@ -21,14 +21,15 @@ from datasets import Dataset
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
-from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, report
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, report, use_backend
+from cmlm_fast.backends import chosen
 from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import DiskError, Stopped, finished_run
 from cmlm_fast.post_train import prepare, run
-from cmlm_fast.same_run import check_settings, fingerprint_of_tokens, settings_of
+from cmlm_fast.same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of
 
 QUICK = ("--max-steps", "4", "--batch-size", "8", "--logging-steps", "2", "--save-steps", "2", "--max-length", "32",
          "--no-bf16")  # fmt: skip
@@ -54,6 +55,24 @@ def test_help_shows_every_option_whole(columns):
 
 def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_backend_is_that_chosen_outside_where_no_option_names_one(tiny_checkpoint, sentence_file, tmp_path, monkeypatch):
+    seen, train = [], CMLMTrainer.train
+    monkeypatch.setattr(CMLMTrainer, "train", lambda *args, **options: (seen.append(chosen()), train(*args, **options))[1])
+    with use_backend("reference"):
+        for name, more in (("outside", ()), ("named", ("--backend", "auto"))):
+            result = post_train(tiny_checkpoint, sentence_file, tmp_path / name, "--max-steps", "1", "--eval-share", "0", *more)
+            assert result.exit_code == 0, result.output
+    assert seen == ["reference", None]
+
+
+def test_a_fingerprint_is_of_scalars_too():
+    model = CMLMModel(make_lm())
+    model.lm.register_buffer("scale", torch.ones(()))
+    before = fingerprint_of_weights(model)
+    model.lm.scale += 1
+    assert fingerprint_of_weights(model) != before
 
 
 def test_post_train_writes_a_model_scores_and_curves(tiny_checkpoint, sentence_file, tmp_path):

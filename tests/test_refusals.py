@@ -53,6 +53,8 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
         (lambda: mask(step=1.5), "complementary_mask: expected step to be a whole number, got 1.5"),
         (lambda: complementary_mask(IDS, mask_token_id=None, vocab_size=30, special_ids=()),
          "complementary_mask: expected mask_token_id to be a whole number, got None"),
+        (lambda: mask(torch.empty(2, 2**30, dtype=torch.int64, device="meta")),
+         f"expected input_ids to be fewer than 2^31 tokens, what cu_seqlens can hold, got {2**31}"),
         (lambda: mask(cu=CU), "expected input_ids to be of shape [T] when cu_seqlens is given, got [2, 3]"),
         (lambda: mask(sample_ids=[0, 1]), "expected sample_ids to be a tensor, got list"),
         (lambda: mask(attention_mask=IDS > 0, eligible=IDS.float()), "expected eligible to be torch.bool, got torch.float32"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -102,6 +103,11 @@ def test_what_nothing_would_heed_is_refused(tmp_path, tiny_rows, tiny_tokenizer)
     for name in ("compute_metrics", "compute_loss_func", "preprocess_logits_for_metrics"):
         with pytest.raises(ValueError, match=f"CMLMTrainer: expected {name} to be None"):
             CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, **{name: print})
+    other = deepcopy(tiny_tokenizer)
+    CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, data_collator=CMLMDataCollator(other))
+    other.bos_token = tiny_tokenizer.convert_ids_to_tokens(10)
+    with pytest.raises(ValueError, match="CMLMTrainer: expected data_collator to be one whose tokenizer has the ids"):
+        CMLMTrainer(CMLMModel(make_lm()), arguments, processing_class=tiny_tokenizer, data_collator=CMLMDataCollator(other))
 
 
 def norms(model):

@@ -38,7 +38,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         total, longest = int(self.lengths.sum()), int(self.lengths.max(initial=0))
         if max_tokens < 2 * longest:
             raise fail("TokenBudgetSampler", "max_tokens", f">= {2 * longest}, twice the longest sequence", max_tokens)
-        least = -(-total // (max_tokens - longest)) if total else 0
+        least = -(-total // (max_tokens - longest)) if total else min(len(self.lengths), 1)
         self.count = -(-least // ranks) * ranks
         if self.count > len(self.lengths):
             rule = f"at least {self.count}, a batch for each of {ranks} ranks"
@@ -56,6 +56,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
         lengths, cut = self.lengths[order], np.arange(self.count + 1)
         middle = 2 * np.cumsum(lengths) - lengths  # twice the place of a row's middle
         cuts = np.searchsorted(middle * self.count, cut * 2 * lengths.sum())
+        cuts[-1] = len(order)  # the middle of an empty row at the end is no less than the last cut
         # One row at least for each batch: where many short ones meet few, long rows, a share may hold no middle.
         cuts = np.minimum(np.maximum.accumulate(cuts - cut) + cut, len(order) - self.count + cut)
         for mine in range(self.rank, self.count, self.ranks):

@@ -43,7 +43,7 @@ class FewShotExperiment:
         baseline: the method that the others are compared with, draw by draw.
         cache_dir: where checkpoints are kept from cell to cell; default: output_dir/models.
         keep_models: keep the post-trained checkpoints there; else each goes when its cells are done.
-        backend: which kernels run; see `cmlm_fast.use_backend`.
+        backend: which kernels run; see `cmlm_fast.use_backend`. None: what is chosen outside, by CMLM_FAST_BACKEND say.
 
     Example:
         >>> cells = FewShotExperiment("bert-base-uncased", "train.tsv", "out", test="test.tsv", methods=("ft", "cmlm")).run()
@@ -77,7 +77,7 @@ class FewShotExperiment:
     baseline: str = "ft"
     cache_dir: str | None = None
     keep_models: bool = False
-    backend: str = "auto"
+    backend: str | None = None
 
     def run(self, report: Callable[[str], None] = lambda line: None) -> list[Cell]:
         """Do the cells that are not in cells.jsonl yet, write the tables; returns the cells of this grid in its order.

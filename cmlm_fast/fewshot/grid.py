@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..backends import use_backend
+from ..backends import chosen, use_backend
 from ..checkpoints import discard, in_use
 from ..config import CMLMConfig
 from ..options import arguments_named, expect
@@ -96,7 +96,7 @@ class Grid:
         self.folder.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
         kept = "the finished cells are kept"
-        with disk_errors(self.folder, kept), use_backend(self.options.backend), _same_bits_every_time():
+        with disk_errors(self.folder, kept), use_backend(self.options.backend or chosen()), _same_bits_every_time():
             try:
                 for d, name in grid:
                     failed += self._cells_of(name, d, report)

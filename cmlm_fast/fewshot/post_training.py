@@ -150,8 +150,11 @@ def save(model: CMLMModel, tokenizer: Any, facts: dict[str, Any], folder: Path) 
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
         (whole / FACTS).write_text(json.dumps(facts) + "\n")
-        if not folder.exists():  # another process may have made the same
+        try:
             whole.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process has made the same
+                raise
 
 
 def _partner(method: Method, texts: UnlabelledTexts, model: CMLMModel,

@@ -116,8 +116,11 @@ def with_several_setups(rows: Iterable[Row]) -> set[str]:
 def _whole(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` at once: several runs may share the folder."""
     draft = path.with_name(f".{os.getpid()}-{path.name}")
-    yield draft
-    os.replace(draft, path)
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _settings(cells: Sequence[Cell]) -> str:

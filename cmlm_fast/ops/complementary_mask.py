@@ -49,6 +49,7 @@ def _check(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None, un
     integer = (torch.int64, torch.int32)
     rule(ids.dtype in integer, "input_ids", "int64 or int32", ids.dtype)
     rule(ids.dim() == 1, "input_ids", "of shape [T]", list(ids.shape))
+    rule(ids.numel() < 2**31, "input_ids", "fewer than 2^31 tokens, what cu_seqlens can hold", ids.numel())
     rule(cu.dtype == torch.int32 and cu.dim() == 1 and cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]", cu)
     rule(special.dtype == torch.int64 and special.dim() == 1 and special.numel() <= 16, "special_ids",
          "int64 of shape [S], S <= 16", special)  # fmt: skip

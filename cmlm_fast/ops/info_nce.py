@@ -3,7 +3,7 @@
     cross     S = cos(z1, z2)/τ [B, B];  ½·[mean_i CE(S_i·, i) + mean_j CE(S_·j, j)]; symmetric=False keeps the first half
     nt_xent   z = [z1; z2], S = cos(z, z)/τ [2B, 2B], self excluded, positive = the other view; mean over 2B
     labels    S as in nt_xent; positives of i are the others with its label: log Σ_{a≠i} exp s_ia − mean_{p in P(i)} s_ip;
-              a row without positives is left out of the mean
+              each row has one, the other view
 
 z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S; for "mean" and "sum" the gradient is
 computed in the forward pass, but for float16, whose loss scale is known only later.
@@ -34,7 +34,7 @@ from ._scores import (
     through_unit_rows,
     unit_rows,
 )
-from .token_contrastive import check_reduction, in_forward, reduction_weight
+from .token_contrastive import check_reduction, in_forward
 
 _NAME = "info_nce"
 _INPUTS = "Tensor z1, Tensor z2, Tensor temperature, Tensor? labels, str scheme, bool symmetric, bool normalize"
@@ -55,18 +55,18 @@ def _check(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, s
 
 
 def _positives(labels: Tensor | None, batch: int, like: Tensor) -> Tensor:
-    """[2B, 2B] weights of each row's positives, summing to 1; a row without positives is 0."""
+    """[2B, 2B] weights of each row's positives, summing to 1."""
     index = torch.arange(2 * batch, device=like.device)
     if labels is None:
         return (index == (index[:, None] + batch) % max(2 * batch, 1)).to(like.dtype)
     twice = torch.cat([labels, labels])
     same = ((twice == twice[:, None]) & (index != index[:, None])).to(like.dtype)
-    return same / same.sum(1, keepdim=True).clamp_min(1)
+    return same / same.sum(1, keepdim=True)
 
 
 def _rows(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, symmetric: bool,
-          normalize: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, valid) of each row, and the unit vectors' scores."""
+          normalize: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The loss of each row, and the unit vectors' scores."""
     (u1, _), (u2, _) = unit_rows(z1, normalize), unit_rows(z2, normalize)
     if labels is None and scheme == "cross":
         s = u1 @ u2.T / temperature
@@ -74,13 +74,23 @@ def _rows(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, sc
         loss = torch.logsumexp(s - s.diagonal()[:, None], 1)
         if symmetric:
             loss = (loss + torch.logsumexp(s - s.diagonal(), 0)) / 2
-        return loss, torch.ones_like(loss, dtype=torch.bool), s
+        return loss, s
     z = torch.cat([u1, u2])
     positive = _positives(labels, z1.shape[0], z)
     s = (z @ z.T / temperature).fill_diagonal_(float("-inf"))
-    valid = positive.sum(1) > 0
     finite = s.clone().fill_diagonal_(0.0)
-    return torch.where(valid, torch.logsumexp(s - (positive * finite).sum(1, keepdim=True), 1), 0.0), valid, s
+    return torch.logsumexp(s - (positive * finite).sum(1, keepdim=True), 1), s
+
+
+def _row_count(z1: Tensor, labels: Tensor | None, scheme: str) -> int:
+    return z1.shape[0] * (1 if labels is None and scheme == "cross" else 2)
+
+
+def _row_weight(z1: Tensor, labels: Tensor | None, scheme: str, reduction: str) -> Tensor:
+    """What each row's loss weighs in the reduced loss, [B] or [2B]."""
+    rows = _row_count(z1, labels, scheme)
+    weight = z1.new_ones(rows, dtype=loss_dtype(z1.dtype))
+    return weight / rows if reduction == "mean" else weight
 
 
 def _gradients(weight: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str,
@@ -88,7 +98,7 @@ def _gradients(weight: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, labe
     """Gradients of Σ weight_i·loss_i, from the gradient g of the scores."""
     batch = z1.shape[0]
     (u1, norm1), (u2, norm2) = unit_rows(z1, normalize), unit_rows(z2, normalize)
-    s = _rows(z1, z2, temperature, labels, scheme, symmetric, normalize)[2]
+    s = _rows(z1, z2, temperature, labels, scheme, symmetric, normalize)[1]
     if labels is None and scheme == "cross":
         eye = torch.eye(batch, dtype=s.dtype, device=s.device)
         g = (torch.softmax(s, 1) - eye) * weight[:, None]
@@ -96,9 +106,7 @@ def _gradients(weight: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, labe
             g = (g + (torch.softmax(s, 0) - eye) * weight) / 2
         d1, d2 = g @ u2, g.T @ u1
     else:
-        positive = _positives(labels, batch, s)
-        valid = positive.sum(1, keepdim=True) > 0
-        g = torch.where(valid, torch.softmax(s, 1) - positive, 0.0) * weight[:, None]
+        g = (torch.softmax(s, 1) - _positives(labels, batch, s)) * weight[:, None]
         d1, d2 = ((g + g.T) @ torch.cat([u1, u2])).tensor_split(2)
     empty = z1.new_empty(0)
     g1 = through_unit_rows(d1 / temperature, u1, norm1, z1.dtype) if z1_grad else empty
@@ -111,11 +119,11 @@ def _reference(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | Non
     _check(z1, z2, temperature, labels, scheme, symmetric, normalize, reduction, z1_grad, z2_grad)
     check_temperature(_NAME, temperature)
     inputs = (z1, z2, temperature, labels, scheme, symmetric, normalize)
-    loss, valid, _ = _rows(*inputs)
+    loss, _ = _rows(*inputs)
     if reduction == "none":
         empty = z1.new_empty(0)
         return loss, empty, empty.clone(), torch.zeros_like(temperature)
-    weight = reduction_weight(valid, reduction, loss_dtype(z1.dtype))
+    weight = _row_weight(z1, labels, scheme, reduction)
     return (weight * loss).sum(), *_gradients(weight, *inputs, z1_grad, z2_grad)
 
 
@@ -126,9 +134,8 @@ def _backward_reference(grad_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 def _fake(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str, *rest: Any) -> tuple[Tensor, ...]:
     _check(z1, z2, temperature, labels, scheme, *rest)
     _, _, reduction, z1_grad, z2_grad = rest
-    rows = z1.shape[0] * (1 if labels is None and scheme == "cross" else 2)
     wanted = reduction != "none"
-    loss = torch.empty_like(temperature) if wanted else temperature.new_empty(rows)
+    loss = torch.empty_like(temperature) if wanted else temperature.new_empty(_row_count(z1, labels, scheme))
     return loss, *_fake_gradients(z1, z2, temperature, z1_grad and wanted, z2_grad and wanted)
 
 
@@ -157,24 +164,14 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if ctx.reduction != "none" and want1 <= ctx.z1_grad and want2 <= ctx.z2_grad:
         g1, g2, gt = scaled(g1, grad), scaled(g2, grad), grad * gt
     else:
-        weight = grad * _backward_weight(z1, labels, ctx)
+        weight = grad * _row_weight(z1, labels, ctx.scheme, ctx.reduction)
         inputs = (z1, z2, temperature, labels, ctx.scheme, ctx.symmetric, ctx.normalize)
         g1, g2, gt = op("info_nce_backward", ctx.backend)(weight, *inputs, want1, want2)
     return g1 if want1 else None, g2 if want2 else None, gt, *(None,) * 7
 
 
-def _backward_weight(z1: Tensor, labels: Tensor | None, ctx: Any) -> Tensor:
-    """Each row's weight in the reduced loss, [B] or [2B]."""
-    if labels is not None:
-        twice = torch.cat([labels, labels])
-        valid = (twice == twice[:, None]).sum(1) > 1
-    else:
-        valid = z1.new_ones(z1.shape[0] * (1 if ctx.scheme == "cross" else 2), dtype=torch.bool)
-    return reduction_weight(valid, ctx.reduction, loss_dtype(z1.dtype))
-
-
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Both schemes, one side, labels with lonely rows, B = 1, B = 0, odd shapes, dot products, τ = 0.01."""
+    """Both schemes, one side, labels, also all different ones, B = 1, B = 0, odd shapes, dot products, τ = 0.01."""
     generator = torch.Generator().manual_seed(2)
 
     def make(b: int, d: int, tau: float = 0.05, **options: Any) -> tuple[Any, ...]:
@@ -235,7 +232,7 @@ def info_nce(
         labels: int64 [B]; given, the loss is SupCon over the 2B vectors: positives are all others with the row's label,
             in both views. `scheme` then plays no part.
         normalize: cosine (True) or dot product.
-        reduction: "mean" over rows (SupCon: over rows with a positive), "sum", or "none".
+        reduction: "mean" over rows, "sum", or "none".
         group: a `torch.distributed` process group (`dist.group.WORLD`): negatives come from all its ranks, whose batches may
             differ in size. Loss and gradients equal those of one process on the concatenated batch: every rank returns the
             whole loss, and its own z1, z2 get the whole loss's gradient; a temperature gets this rank's part of its
@@ -246,8 +243,8 @@ def info_nce(
 
     Returns:
         Scalar; with "none", [B] for "cross" (½(row + column), or the row term) and [2B] for "nt_xent" and labels (view 1,
-        then view 2). float32 (float64 for float64). B = 0, or no row with a positive: 0 with zero gradients.
-        Under autocast, z1 and z2 take its dtype.
+        then view 2). float32 (float64 for float64). B = 0: 0 with zero gradients. Under
+        autocast, z1 and z2 take its dtype.
 
     Raises:
         ValueError: a shape, dtype, device or option breaks its rule.

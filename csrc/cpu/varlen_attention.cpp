@@ -49,7 +49,7 @@ Call check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
   bool good = cu[0] == 0 && cu[call.sequences] == query.size(0);
   for (int64_t b = 0; b < call.sequences; ++b) {
     good = good && cu[b] <= cu[b + 1];
-    call.longest = std::max<int64_t>(call.longest, cu[b + 1] - cu[b]);
+    call.longest = std::max<int64_t>(call.longest, int64_t{cu[b + 1]} - cu[b]);
   }
   if (!good) {
     std::string found = "[";
