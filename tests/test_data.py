@@ -154,6 +154,29 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
     assert load_texts(late, text_pair_column="a")["text_pair"][999:] == ["", "y"]
 
 
+def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
+    dates = [f"2020-01-{day:02}" for day in range(1, 29)] * 40
+    rows: list[dict[str, Any]] = [{"text": date, "n": None, "meta": {"a": 1}, "late": None} for date in dates]
+    rows += [{"text": None, "n": 5, "late": "x"}, {"n": "five", "meta": [1.5]}, {"text": "last", "new": True, "late": "y"}]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n\n" for row in rows))
+    for _ in range(2):  # read, and from the cache
+        assert load_texts(path, text_pair_column="late")[-4:] == {
+            "text": [dates[-1], None, None, "last"], "text_pair": [None, "x", None, "y"]
+        }  # fmt: skip
+    with pytest.raises(ValueError, match=r"a valid \.jsonl file, got .*row 1121 holds int in column 'n' of type blank"):
+        load_texts(path, text_column="n")
+    for column, kind in (("meta", "dict"), ("none", "")):
+        with pytest.raises(ValueError, match=f"text_column to be .*{kind or 'late'}"):
+            load_texts(path, text_column=column)
+    path.write_text(path.read_text().replace("last", "changed"))
+    assert load_texts(path)[-1] == {"text": "changed"}
+    listed = write(tmp_path / "a.json", json.dumps([*rows[-1:], "plain"]))
+    assert load_texts(listed)["text"][:] == ["last", "plain"]
+    for wrong, got in (('["a", 3]', "row 2 is no object but int"), ('"a"', "row 1 is no object but str")):
+        with pytest.raises(ValueError, match=f"valid .json file, got .*: {got}"):
+            load_texts(write(tmp_path / "b.json", wrong))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options", "message"),
     [
@@ -169,7 +192,7 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
         ("a.csv", "text\nhello, world\n", {}, r"valid \.csv file, got .*is a comma in it not quoted"),
         ("a.csv", "text;n\nwell, well;1\n", {}, r"the header, 'text;n'; are its columns separated by semicolons\?"),
         ("a.csv", "text,n\na,1\nb,2,3\n", {}, r"valid \.csv file, got .*Expected 2 fields in line 3, saw 3"),
-        ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"path to be a valid \.jsonl file, got .*JSON parse error"),
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', {}, r"to be a valid \.jsonl file, got .*: line 2: Expecting value"),
         ("a.jsonl", '{"text": "a"}\n{"text": 3}\n', {}, "expected text_column to be a column of text, got 'text'"),
         ("a.csv", "text,other\n1,x\n", {}, "expected text_column to be a column of text, got 'text' of type int64"),
         ("a.csv", "text;label\nx;1\n", {}, r"with commas between its columns, or text_column given, got .*\['text;label'\]"),

@@ -7,7 +7,9 @@ import csv
 import glob
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,23 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from ._errors import fail
+from .json_rows import json_types, read_json
 
-# The file's columns as `datasets` reads them. A BOM is no text, hence utf-8-sig. `parse_agent_traces` would turn JSON
-# with certain column names into chat transcripts; "NA" and "null" are words, so pandas must not read them as missing.
+# The file's columns as `datasets` reads them, but for JSON. A BOM is no text, hence utf-8-sig. "NA" and "null" are words, so
+# pandas must not read them as missing.
 _CSV = {"encoding": "utf-8-sig", "na_filter": False}
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig", "features": Features({"text": Value("string")})}),
     ".csv": ("csv", {"sep": ",", **_CSV}),
     ".tsv": ("csv", {"sep": "\t", **_CSV}),
-    ".jsonl": ("json", {"parse_agent_traces": False}),
-    ".json": ("json", {"parse_agent_traces": False}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
     ".parquet": ("parquet", {}),
 }
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
 TEXT_TYPES = ("string", "large_string", "string_view")
-_BLANK = "blank"  # a column of a .csv whose first rows hold nothing: text where it is asked for, never chosen by itself
+_Read = Callable[[list[str]], Dataset]  # the columns of these names
+_BLANK = "blank"  # a column of .csv or JSON whose first rows hold nothing: text where it is asked for, never chosen by itself
 
 
 def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
@@ -50,7 +54,8 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
     Raises:
         FileNotFoundError: no such file.
         ValueError: unknown suffix or column, a column that holds no text, no rows, bytes that are not UTF-8, or a file
-            that does not parse; names the argument, the rule and the value.
+            that does not parse; names the argument, the rule and the value. Columns of .csv, .tsv, .jsonl and .json are
+            of the type that their first 1000 rows have; what others hold than those asked for does not matter.
 
     Example:
         >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
@@ -67,7 +72,7 @@ def read_columns(path: str | Path, text_column: str | None, text_pair_column: st
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
-    dataset, types = _read_folder(path) if path.is_dir() else _read_file(path)
+    read, types = _open_folder(path) if path.is_dir() else _open_file(path)
     for argument, column in others.values():
         if column not in types:
             raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
@@ -83,7 +88,7 @@ def read_columns(path: str | Path, text_column: str | None, text_pair_column: st
         if owner.setdefault(column, argument) != argument:
             raise fail("load_texts", argument, f"another column than {owner[column]}", repr(column))
     wanted |= {name: column for name, (_, column) in others.items()}
-    return dataset.select_columns(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
+    return read(list(wanted.values())).rename_columns({old: new for new, old in wanted.items()})
 
 
 def _choose_column(types: Mapping[str, str], given: str | None, taken: Collection[str | None]) -> str:
@@ -121,7 +126,7 @@ def _types(dataset: Dataset) -> dict[str, str]:
     return {name: str(getattr(kind, "dtype", kind)) for name, kind in dataset.features.items()}
 
 
-def _read_folder(path: Path) -> tuple[Dataset, dict[str, str]]:
+def _open_folder(path: Path) -> tuple[_Read, dict[str, str]]:
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError as error:
@@ -133,10 +138,10 @@ def _read_folder(path: Path) -> tuple[Dataset, dict[str, str]]:
     if len(saved) == 0:
         raise fail("load_texts", "path", "a folder with at least one row", path)
     saved = saved.with_format(None)  # it is kept with the folder, and would change what a row is
-    return saved, _types(saved)
+    return saved.select_columns, _types(saved)
 
 
-def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
+def _open_file(path: Path) -> tuple[_Read, dict[str, str]]:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise fail("load_texts", "path", f"a saved datasets folder or a file ending in {', '.join(_READERS)}", path)
@@ -146,7 +151,13 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
     if reader != "parquet":
         _check_utf8(path)
     types: dict[str, str] | None = None
-    try:
+    if reader == "json":
+        with _named(path):
+            types = json_types(path)
+        if not types:
+            raise fail("load_texts", "path", "a file with at least one row", path)
+        return partial(_read_json, path, types), types
+    with _named(path):
         if reader == "csv":
             if suffix == ".tsv" and not _uses_quotes(path):
                 options = {**options, "quoting": csv.QUOTE_NONE}
@@ -157,14 +168,27 @@ def _read_file(path: Path) -> tuple[Dataset, dict[str, str]]:
         builder.download_and_prepare()
         rows = builder.info.splits["train"].num_examples
         read = builder.as_dataset("train") if rows else None
+    if read is None:
+        raise fail("load_texts", "path", "a file with at least one row", path)
+    return read.select_columns, types or _types(read)
+
+
+def _read_json(path: Path, types: Mapping[str, str], columns: list[str]) -> Dataset:
+    with _named(path):
+        return read_json(path, {name: types[name] for name in columns})
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An error of what reads a file becomes one that names the file."""
+    try:
+        yield
     except (DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
             raise OSError(cause.errno, f"load_texts: {path} could not be cached: {cause.strerror}") from error
-        raise fail("load_texts", "path", f"a valid {suffix} file", f"{path}: {' '.join(str(cause).split())}") from error
-    if read is None:
-        raise fail("load_texts", "path", "a file with at least one row", path)
-    return read, types or _types(read)
+        found = f"{path}: {' '.join(str(cause).split())}"
+        raise fail("load_texts", "path", f"a valid {path.suffix.lower()} file", found) from error
 
 
 def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:

@@ -1,0 +1,74 @@
+"""Rows of JSON: an object a line, or one list of objects or of strings; of each only the columns that are asked for.
+
+The reader of `datasets` takes the types of all columns from a file's first 10 MB: it refuses what comes later, also in columns
+that nobody asked for, and a text such as "2020-01-01" becomes a date.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+#: What a column of each type may hold, beside nothing. One that held nothing at first is one of texts.
+_HOLDS: dict[str, tuple[type, ...]] = {"string": (str,), "blank": (str,), "bool": (bool,), "int64": (int,),
+                                       "double": (int, float)}  # fmt: skip
+_KINDS = {frozenset[str](): "blank", frozenset({"str"}): "string", frozenset({"bool"}): "bool", frozenset({"int"}): "int64",
+          frozenset({"float"}): "double", frozenset({"int", "float"}): "double"}  # fmt: skip
+
+
+def json_types(path: Path) -> dict[str, str]:
+    """The type of each column by the first 1000 rows; empty where there is no row.
+
+    Raises ValueError where one of them is no JSON.
+    """
+    found: dict[str, set[str]] = {}
+    for row in islice(_rows(path), 1000):
+        for name, value in row.items():
+            found.setdefault(name, set()).update(() if value is None else (type(value).__name__,))
+    return {name: _KINDS.get(frozenset(kinds), " or ".join(sorted(kinds))) for name, kinds in found.items()}
+
+
+def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
+    """The columns of these names and types, None where a row lacks one; cached by `datasets` until the file changes."""
+    state = path.stat()
+    # No list: `datasets` would take its items for shards.
+    kept = {"path": str(path.resolve()), "columns": dict(columns), "state": f"{state.st_mtime_ns} {state.st_size}"}
+    features = Features({name: Value("string" if kind == "blank" else kind) for name, kind in columns.items()})
+    read: Dataset = Dataset.from_generator(_chosen, features=features, gen_kwargs=kept)
+    return read
+
+
+def _chosen(path: str, columns: Mapping[str, str], state: str) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(_rows(Path(path)), 1):
+        chosen = {name: row.get(name) for name in columns}
+        for name, value in chosen.items():
+            if value is not None and type(value) not in _HOLDS[columns[name]]:
+                raise ValueError(f"row {number} holds {type(value).__name__} in column {name!r} of type {columns[name]}")
+        yield chosen
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "")
+        file.seek(0)
+        listed = first.lstrip().startswith("[")
+        for number, value in enumerate(json.load(file) if listed else _lines(file), 1):
+            if isinstance(value, str) and listed:
+                value = {"text": value}
+            if not isinstance(value, dict):
+                raise ValueError(f"row {number} is no object but {type(value).__name__}")
+            yield value
+
+
+def _lines(file: Any) -> Iterator[Any]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number}: {error.msg}") from None
