@@ -54,7 +54,7 @@ def test_scores_that_all_lie_far_below_zero(backend, symmetric, dtype):
 @pytest.mark.parametrize("kind", ["cross", "one-sided", "nt_xent", "labels"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_cross_chunks(backend, kind, dtype):
-    b, d = (1700, 24) if kind in ("cross", "one-sided") else (900, 24)
+    b, d = (2100, 24) if kind in ("cross", "one-sided") else (1100, 24)  # above 2,048 rows the C++ kernel makes scores twice
     if backend == "triton":  # interpreted, its panels are small: this crosses all of them both ways
         b //= 6
     labels = torch.arange(b) % 211 if kind == "labels" else None

@@ -2,7 +2,6 @@
 #include "cpu/complementary_mask.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/dispatch.h"
 #include "common/mask_check.h"
+#include "common/tensors.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -23,20 +22,6 @@ namespace {
 constexpr const char* kOp = "complementary_mask";
 constexpr int64_t kTokensPerThread = 2048;        // below this a second thread costs more than it brings
 constexpr int64_t kStreamTokens = int64_t{1} << 19;
-
-// Length of the longest sequence.
-int64_t check_sequences(const int32_t* cu, int64_t sequences, int64_t tokens) {
-  int64_t longest = 0;
-  bool good = cu[0] == 0 && cu[sequences] == tokens;
-  for (int64_t b = 0; b < sequences; ++b) {
-    good = good && cu[b] <= cu[b + 1];
-    longest = std::max<int64_t>(longest, int64_t{cu[b + 1]} - cu[b]);
-  }
-  if (good) return longest;
-  std::string first = "[";
-  for (int64_t b = 0; b <= sequences && b < 8; ++b) first += (b ? ", " : "") + std::to_string(cu[b]);
-  fail(kOp, "cu_seqlens", "non-decreasing from 0 to " + std::to_string(tokens), first + "]");
-}
 
 // Tokenizers number their special tokens in one or two runs, and a run costs the kernel one comparison.
 void find_runs(MaskArgs& args, const int64_t* special, int64_t count) {
@@ -107,10 +92,10 @@ std::tuple<Tensor, Tensor, Tensor> complementary_mask(Tensor ids, Tensor cu, Ten
   if (units) check_tensor(kOp, "unit_ids", *units, ScalarType::Int, {tokens});
   if (samples) check_tensor(kOp, "sample_ids", *samples, ScalarType::Long, {sequences});
   const MaskOptions options = mask_options(mask_id, vocab, rate, complement_rate, mask_share, random_share, seed, step);
-  const int64_t longest = check_sequences(cu.const_data_ptr<int32_t>(), sequences, tokens);
+  const int64_t longest = check_sequences(kOp, cu.const_data_ptr<int32_t>(), sequences, tokens);
 
   Tensor view1 = torch::stable::empty_like(ids), view2 = torch::stable::empty_like(ids);
-  Tensor role = torch::stable::new_empty(ids, {tokens}, ScalarType::Byte);
+  Tensor role = empty(ids, {tokens}, ScalarType::Byte);
   if (tokens == 0) return {view1, view2, role};
 
   MaskArgs args{};

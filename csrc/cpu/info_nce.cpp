@@ -2,7 +2,6 @@
 #include "cpu/info_nce.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -10,7 +9,6 @@
 #include <string>
 #include <tuple>
 
-#include "common/check.h"
 #include "common/dispatch.h"
 #include "cpu/info_nce_run.h"
 
@@ -54,11 +52,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor, Tensor, Tensor> info_nce(const Tensor& z1, const Tensor& z2, const Tensor& temperature,
                                                     const std::optional<Tensor>& labels, const std::string& scheme, bool symmetric,
                                                     bool normalize, const std::string& reduction, bool z1_grad, bool z2_grad) {
-  CMLM_CHECK(kOp, reduction == "none" || reduction == "mean" || reduction == "sum", "reduction", "'mean', 'sum' or 'none'",
-             "'" + reduction + "'");
+  check_reduction(kOp, reduction);
   return dispatch_floating(kOp, "z1", z1, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using M = info_nce_math_t<T>;
+    using M = math_t<T>;
     InfoNceRequest request = check<M>(z1, z2, temperature, labels, scheme, symmetric);
     const int64_t rows = z1.size(0) * (request.self ? 2 : 1);
     request.normalize = normalize;
@@ -79,7 +76,7 @@ Gradients info_nce_backward(const Tensor& grad_loss, const Tensor& z1, const Ten
                             bool z1_grad, bool z2_grad) {
   return dispatch_floating(kOp, "z1", z1, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using M = info_nce_math_t<T>;
+    using M = math_t<T>;
     InfoNceRequest request = check<M>(z1, z2, temperature, labels, scheme, symmetric);
     const Tensor row_weight = torch::stable::contiguous(grad_loss);
     check_tensor(kOp, "grad_loss", row_weight, temperature.scalar_type(), {z1.size(0) * (request.self ? 2 : 1)});

@@ -8,14 +8,13 @@
 #include <type_traits>
 
 #include "common/isa.h"
+#include "cpu/vec.h"
 
 namespace cmlm {
 
 // Rows and scores are float, double or bfloat16; float16 rows become float once, since their dot products may overflow.
 template <class T>
 using info_nce_rows_t = std::conditional_t<std::is_same_v<T, torch::headeronly::Half>, float, T>;
-template <class C>
-using info_nce_math_t = std::conditional_t<std::is_same_v<C, double>, double, float>;
 
 // Rows of a column's partial sums: a fixed number, so that results do not depend on how many threads there are.
 constexpr int64_t kInfoNceBlock = 32;
@@ -30,7 +29,7 @@ constexpr int64_t kInfoNceBlock = 32;
 // each other.
 template <class C>
 struct InfoNce {
-  using M = info_nce_math_t<C>;
+  using M = math_t<C>;
   int64_t size;          // N
   bool self, two_sided;  // two_sided: a score counts in its row's loss and in its column's
   bool fixed;            // |s| <= scale and e^(-2·scale) is a normal number: scale stands in for every maximum
@@ -52,18 +51,18 @@ struct InfoNce {
 // ‖row‖⁻¹ (1 if not normalize) of rows [begin, end) of z [·, width]; and a copy of them at rows, if not null.
 CMLM_DECLARE_KERNEL(template <class T> void, info_nce_rows,
                     (const T* z, int64_t width, bool normalize, int64_t begin, int64_t end,
-                     info_nce_math_t<T>* inverse_norm, info_nce_rows_t<T>* rows))
+                     math_t<T>* inverse_norm, info_nce_rows_t<T>* rows))
 
 // Sums and positives of score rows [begin, end); products holds l·r from row `first` on. With columns of their own (cross,
 // two_sided), the k-th kInfoNceBlock rows from begin on write their columns' sums to block_sum [k, N], and if not fixed the
 // references to block_reference [k, N].
 CMLM_DECLARE_KERNEL(template <class C> void, info_nce_sums,
-                    (const InfoNce<C>& nce, C* products, int64_t first, int64_t begin, int64_t end, info_nce_math_t<C>* block_sum,
-                     info_nce_math_t<C>* block_reference))
+                    (const InfoNce<C>& nce, C* products, int64_t first, int64_t begin, int64_t end, math_t<C>* block_sum,
+                     math_t<C>* block_reference))
 
 // Adds blocks' column sums to the running ones, in order.
 CMLM_DECLARE_KERNEL(template <class C> void, info_nce_merge,
-                    (const InfoNce<C>& nce, const info_nce_math_t<C>* block_sum, const info_nce_math_t<C>* block_reference,
+                    (const InfoNce<C>& nce, const math_t<C>* block_sum, const math_t<C>* block_reference,
                      int64_t blocks, int64_t begin, int64_t end))
 
 // Turns products l·r into the loss's gradient by them, in place; writes pull. again: they did not pass through info_nce_sums.
@@ -72,12 +71,12 @@ CMLM_DECLARE_KERNEL(template <class C> void, info_nce_gradient,
 
 // sum (+)= part, for products of 16-bit chunks.
 CMLM_DECLARE_KERNEL(template <class C> void, info_nce_accumulate,
-                    (const C* part, info_nce_math_t<C>* sum, bool first, int64_t begin, int64_t end))
+                    (const C* part, math_t<C>* sum, bool first, int64_t begin, int64_t end))
 
 // From the gradient by rows that stand in a dot product to the gradient by z: out = g − row·‖row‖⁻²·(g·row).
 template <class A, class T>
 struct InfoNceProjection {
-  using M = info_nce_math_t<T>;
+  using M = math_t<T>;
   const A* gradient;
   const info_nce_rows_t<T>* rows;
   const M* inverse_norm;

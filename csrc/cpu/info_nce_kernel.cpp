@@ -11,8 +11,6 @@
 //         merged in order; nothing depends on the number of threads.
 #include "cpu/info_nce.h"
 
-#include "cpu/vec.h"
-
 namespace cmlm::CMLM_ISA {
 namespace {
 
@@ -150,9 +148,9 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
 }  // namespace
 
 template <class T>
-void info_nce_rows(const T* z, int64_t width, bool normalize, int64_t begin, int64_t end, info_nce_math_t<T>* inverse_norm,
+void info_nce_rows(const T* z, int64_t width, bool normalize, int64_t begin, int64_t end, math_t<T>* inverse_norm,
                    info_nce_rows_t<T>* rows) {
-  using M = info_nce_math_t<T>;
+  using M = math_t<T>;
   for (int64_t i = begin; i < end; ++i) {
     const T* from = z + i * width;
     M squares[kLanes] = {};
@@ -171,7 +169,7 @@ void info_nce_rows(const T* z, int64_t width, bool normalize, int64_t begin, int
 
 template <class C>
 void info_nce_sums(const InfoNce<C>& nce, C* products, int64_t first, int64_t begin, int64_t end,
-                   info_nce_math_t<C>* block_sum, info_nce_math_t<C>* block_reference) {
+                   math_t<C>* block_sum, math_t<C>* block_reference) {
   using M = typename InfoNce<C>::M;
   const int64_t n = nce.size;
   const bool columns = nce.two_sided && !nce.self;
@@ -209,7 +207,7 @@ void info_nce_sums(const InfoNce<C>& nce, C* products, int64_t first, int64_t be
 }
 
 template <class C>
-void info_nce_merge(const InfoNce<C>& nce, const info_nce_math_t<C>* block_sum, const info_nce_math_t<C>* block_reference,
+void info_nce_merge(const InfoNce<C>& nce, const math_t<C>* block_sum, const math_t<C>* block_reference,
                     int64_t blocks, int64_t begin, int64_t end) {
   using M = typename InfoNce<C>::M;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -237,13 +235,13 @@ void info_nce_gradient(const InfoNce<C>& nce, C* products, int64_t first, bool a
 }
 
 template <class C>
-void info_nce_accumulate(const C* part, info_nce_math_t<C>* sum, bool first, int64_t begin, int64_t end) {
+void info_nce_accumulate(const C* part, math_t<C>* sum, bool first, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) sum[j] = (first ? 0 : sum[j]) + widen(part[j]);
 }
 
 template <class A, class T>
 void project_rows(const InfoNceProjection<A, T>& p, int64_t begin, int64_t end) {
-  using M = info_nce_math_t<T>;
+  using M = math_t<T>;
   for (int64_t i = begin; i < end; ++i) {
     const A* g = p.gradient + i * p.width;
     const info_nce_rows_t<T>* row = p.rows + i * p.width;
@@ -263,14 +261,14 @@ void info_nce_project(const P& projection, int64_t begin, int64_t end) {
   project_rows(projection, begin, end);
 }
 
-#define CMLM_INSTANTIATE_ROWS(T)                                                                                           \
-  template void info_nce_rows(const T*, int64_t, bool, int64_t, int64_t, info_nce_math_t<T>*, info_nce_rows_t<T>*);
-#define CMLM_INSTANTIATE_SCORES(C)                                                                                         \
-  template void info_nce_sums(const InfoNce<C>&, C*, int64_t, int64_t, int64_t, info_nce_math_t<C>*, info_nce_math_t<C>*); \
-  template void info_nce_merge(const InfoNce<C>&, const info_nce_math_t<C>*, const info_nce_math_t<C>*, int64_t, int64_t,  \
-                               int64_t);                                                                                   \
-  template void info_nce_gradient(const InfoNce<C>&, C*, int64_t, bool, int64_t, int64_t);                                 \
-  template void info_nce_accumulate(const C*, info_nce_math_t<C>*, bool, int64_t, int64_t);
+#define CMLM_INSTANTIATE_ROWS(T) \
+  template void info_nce_rows(const T*, int64_t, bool, int64_t, int64_t, math_t<T>*, info_nce_rows_t<T>*);
+#define CMLM_INSTANTIATE_SCORES(C)                                                                       \
+  template void info_nce_sums(const InfoNce<C>&, C*, int64_t, int64_t, int64_t, math_t<C>*, math_t<C>*); \
+  template void info_nce_merge(const InfoNce<C>&, const math_t<C>*, const math_t<C>*, int64_t, int64_t,  \
+                               int64_t);                                                                 \
+  template void info_nce_gradient(const InfoNce<C>&, C*, int64_t, bool, int64_t, int64_t);               \
+  template void info_nce_accumulate(const C*, math_t<C>*, bool, int64_t, int64_t);
 #define CMLM_INSTANTIATE_PROJECT(A, T) \
   template void info_nce_project(const InfoNceProjection<A, T>&, int64_t, int64_t);
 

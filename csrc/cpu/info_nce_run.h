@@ -4,14 +4,12 @@
 // Work:   chunks of rows of the N×N scores (N = B for cross, 2B for nt_xent and labels). One-sided cross: a chunk's scores,
 //         sums, gradient and products, then the next chunk: 6·N²·D operations. Else a gradient needs the sums of all columns
 //         first (nt_xent and labels: of all rows, S being symmetric; so is their gradient, and one product makes both
-//         views'): pass 1 makes the sums and keeps the chunks that fit kKeepBytes, pass 2 makes the others again.
+//         views'): pass 1 makes the sums and keeps the chunks that fit kKeptScores, pass 2 makes the others again.
 //         6 to 8·N²·D operations for cross, 4 to 6 for nt_xent and labels.
-// Memory: kKeepBytes or one chunk of scores, whichever is more; a chunk of a product; 12 numbers per row and one a row and block
+// Memory: kKeptScores or one chunk of scores, whichever is more; a chunk of a product; 12 numbers per row and one a row and block
 //         of the chunk. Rows are copied for nt_xent, labels and float16 only.
 // Same bits every time: chunks and blocks do not depend on the number of threads, and are merged in order.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,13 +18,14 @@
 #include <utility>
 #include <vector>
 
+#include "common/tensors.h"
 #include "cpu/gemm.h"
 #include "cpu/info_nce.h"
 
 namespace cmlm {
 
 constexpr int64_t kChunkScores = int64_t{1} << 20, kLeastRows = 128, kMostRows = 1024;
-constexpr int64_t kKeepBytes = int64_t{8} << 20;
+constexpr int64_t kKeptScores = int64_t{1} << 22;  // those of 2,048 pairs: 16 MiB in float32
 constexpr int64_t kGrain = int64_t{1} << 15;  // numbers that are worth a thread
 constexpr double kFixedScale = 40;            // e^(-2·40) is still far above the smallest float
 
@@ -49,14 +48,10 @@ void parallel(int64_t n, int64_t work, const F& f) {  // work: numbers in each o
   if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
 }
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-}
-
 template <class T>
 struct InfoNceRun {
   using C = info_nce_rows_t<T>;
-  using M = info_nce_math_t<T>;
+  using M = math_t<T>;
 
   explicit InfoNceRun(const InfoNceRequest& asked)
       : request(asked), batch(asked.z1.size(0)), width(asked.z1.size(1)), n(asked.self ? 2 * batch : batch) {
@@ -69,7 +64,7 @@ struct InfoNceRun {
     nce.fixed = asked.normalize && nce.scale <= kFixedScale;
     columns = nce.two_sided && !nce.self;
     const int64_t chunks = n > 0 ? (n + chunk - 1) / chunk : 0;
-    const int64_t fitting = nce.two_sided ? kKeepBytes / std::max<int64_t>(1, chunk * n * sizeof(C)) : 1;
+    const int64_t fitting = nce.two_sided ? kKeptScores / std::max<int64_t>(1, chunk * n) : 1;
     slots = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(chunks, 1));
     kept = slots == chunks ? chunks : slots - 1;  // the last slot serves all chunks that are made again
   }

@@ -2,15 +2,13 @@
 #include "cpu/softmax_loss.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/dispatch.h"
+#include "common/tensors.h"
 
 namespace cmlm {
 namespace {
@@ -30,8 +28,7 @@ std::tuple<Tensor, Tensor> softmax_loss(Tensor logits, Tensor target) {
     CMLM_CHECK(kOp, good, "target", "in [0, V = " + std::to_string(width) + ") or -100", columns[i]);
   }
   const auto dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const std::array<int64_t, 1> sizes{rows};
-  Tensor losses = torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), 1), dtype);
+  Tensor losses = empty(logits, {rows}, dtype);
   Tensor slopes = torch::stable::empty_like(logits);
   dispatch_floating(kOp, "logits", logits, [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -1,12 +1,12 @@
 // Token-level contrast, CPU: the ops. The algorithm is in token_engine.h.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
 
+#include "common/tensors.h"
 #include "cpu/token_engine.h"
 
 namespace cmlm {
@@ -66,8 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_contrastive(Tensor query, Tenso
                                                              std::optional<Tensor> query_token, std::optional<Tensor> key_token,
                                                              bool normalize, std::string reduction, bool query_grad,
                                                              bool key_grad) {
-  CMLM_CHECK(kOp, reduction == "none" || reduction == "mean" || reduction == "sum", "reduction", "'mean', 'sum' or 'none'",
-             "'" + reduction + "'");
+  check_reduction(kOp, reduction);
   const TokenPairs pairs = token_pairs(kOp, query, key, target, temperature, key_start, key_end, query_token, key_token);
   if (reduction == "none") {
     Result result = run(pairs, normalize, std::nullopt, false, false);

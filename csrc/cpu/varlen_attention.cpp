@@ -3,17 +3,15 @@
 #include "cpu/varlen_attention.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "common/check.h"
 #include "common/dispatch.h"
+#include "common/tensors.h"
 #include "cpu/gemm.h"
 
 namespace cmlm {
@@ -44,18 +42,8 @@ Call check(const Tensor& query, const Tensor& key, const Tensor& value, const Te
   CMLM_CHECK(kOp, call.cu.numel() >= 1, "cu_seqlens", "int32 of shape [B + 1]", describe(call.cu));
   CMLM_CHECK(kOp, dropout >= 0 && dropout < 1, "dropout", "in [0, 1)", dropout);
   CMLM_CHECK(kOp, window >= 0, "window", ">= 0", window);
-  const int32_t* cu = call.cu.const_data_ptr<int32_t>();
   call.sequences = call.cu.numel() - 1;
-  bool good = cu[0] == 0 && cu[call.sequences] == query.size(0);
-  for (int64_t b = 0; b < call.sequences; ++b) {
-    good = good && cu[b] <= cu[b + 1];
-    call.longest = std::max<int64_t>(call.longest, int64_t{cu[b + 1]} - cu[b]);
-  }
-  if (!good) {
-    std::string found = "[";
-    for (int64_t b = 0; b <= std::min<int64_t>(call.sequences, 7); ++b) found += (b ? ", " : "") + std::to_string(cu[b]);
-    fail(kOp, "cu_seqlens", "non-decreasing from 0 to " + std::to_string(query.size(0)), found + "]");
-  }
+  call.longest = check_sequences(kOp, call.cu.const_data_ptr<int32_t>(), call.sequences, query.size(0));
   return call;
 }
 
@@ -101,18 +89,14 @@ void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
   });
 }
 
-Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-}
-
-Tensor rows_like(const Tensor& x) { return empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
+Tensor rows_like(const Tensor& x) { return empty(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type()); }
 
 std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale, double dropout,
                                             Tensor seed, int64_t window) {
   isa();  // a wrong CMLM_FAST_ISA is reported here, not from a worker thread
   const Call call = check(query, key, value, cu_seqlens, scale, dropout, seed, window);
   const auto dtype = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = rows_like(query), lse = empty_like(query, {query.size(1), query.size(0)}, dtype);
+  Tensor out = rows_like(query), lse = empty(query, {query.size(1), query.size(0)}, dtype);
   dispatch_floating(kOp, "query", query, [&](auto tag) {
     using T = typename decltype(tag)::type;
     VarlenArgs<T> args = arguments<T>(call, lse);

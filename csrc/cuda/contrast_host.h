@@ -53,8 +53,7 @@ auto dispatch_numbers(const char* op, const char* argument, const Tensor& tensor
 }
 
 inline Reduce reduce_of(const char* op, const std::string& reduction) {
-  CMLM_CHECK(op, reduction == "none" || reduction == "mean" || reduction == "sum", "reduction", "'mean', 'sum' or 'none'",
-             "'" + reduction + "'");
+  check_reduction(op, reduction);
   return reduction == "none" ? Reduce::none : reduction == "mean" ? Reduce::mean : Reduce::sum;
 }
 

@@ -1,12 +1,10 @@
 // What the CUDA ops ask of their tensors. Host code only.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 #include <string>
 
-#include "common/check.h"
+#include "common/tensors.h"
 #include "cuda/launch.h"
 
 namespace cmlm {
@@ -33,10 +31,6 @@ const X* pointer(const std::optional<Tensor>& tensor) {
 template <class X>
 X* pointer(const Tensor& tensor) {
   return static_cast<X*>(tensor.mutable_data_ptr());
-}
-
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
 inline bool on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
