@@ -34,7 +34,7 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.compiling import compile_layers
 from cmlm_fast.data import tokenize_texts
 from cmlm_fast.demo_assets import demo_model_path, demo_texts
-from cmlm_fast.doctor import bfloat16_hardware
+from cmlm_fast.machine import bfloat16_hardware
 from cmlm_fast.memory import keep_freed_memory
 
 from .peers import Naive, Strong, to_device

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cmlm_fast.backends import BACKENDS, available
-from cmlm_fast.doctor import bfloat16_hardware
+from cmlm_fast.machine import bfloat16_hardware
 
 from .memory import free_bytes
 

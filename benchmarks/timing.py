@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cmlm_fast.doctor import bfloat16_hardware
+from cmlm_fast.machine import bfloat16_hardware
 
 Call = Callable[[], Any]
 BATCH_SECONDS = 5e-3

@@ -18,7 +18,7 @@ from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .checkpoints import step_of
-from .output import Stopped
+from .errors import Stopped
 
 
 class QuietProgress(ProgressCallback):

@@ -13,7 +13,7 @@ from logging import ERROR, getLogger
 import typer
 
 from . import ranks
-from .output import DivergedError, Stopped
+from .errors import DivergedError, Stopped
 
 
 @contextmanager

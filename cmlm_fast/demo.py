@@ -13,9 +13,10 @@ from rich.console import Console
 
 from .demo_assets import demo_model_path, demo_texts
 from .fewshot import draw, fine_tune
+from .machine import fast_in_bf16
 from .options import PostTrainOptions
 from .output import disk_errors, open_output
-from .post_train import fast_in_bf16, prepare, run
+from .post_train import prepare, run
 from .report import plot_demo, print_summary, print_table
 
 #: Fine-tuning, chosen on texts that are neither trained on nor tested on here.

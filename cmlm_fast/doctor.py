@@ -14,6 +14,7 @@ from rich.table import Table
 from . import _library
 from .backends import BACKENDS, available
 from .kernels._configs import user_file
+from .machine import bfloat16_hardware
 
 _PACKAGES = ("cmlm-fast", "torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
              "triton", "sentence-transformers", "scikit-learn")  # fmt: skip
@@ -74,12 +75,6 @@ def print_report(console: Console) -> None:
         console.print(table)
         for number, reason in enumerate(reasons, 1):
             console.print(f"  ({number}) {reason}", highlight=False, markup=False)
-
-
-def bfloat16_hardware() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AMX or AVX-512 BF16), so that autocast pays."""
-    tests = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # absent from some torch builds
-    return any(bool(getattr(torch.cpu, test, bool)()) for test in tests)
 
 
 def _mark(reason: str | None, reasons: list[str]) -> str:

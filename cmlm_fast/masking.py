@@ -10,7 +10,7 @@ import torch
 from .data import mask_settings
 from .modeling import CMLMModel
 from .ops import ComplementaryMask, complementary_mask
-from .ops.complementary_mask import exact_counts
+from .ops._roles import exact_counts
 
 #: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
 EVALUATION_STEP = 2**32 - 1
@@ -45,5 +45,5 @@ class Masker:
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = model.jitter(batch["sample_ids"], seed, step)
         known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
-        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(sum(known)))
+        sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(known.sum()))
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}

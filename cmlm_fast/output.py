@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .checkpoints import STAGING, checkpoints, flush, flush_one, newest_whole, sealed
+from .errors import DiskError, disk_reason
 
 #: Written last of all: where it is, the run is finished.
 SUMMARY = "summary.json"
@@ -34,25 +34,6 @@ _OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json", "model-?????
                "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
                "config_sentence_transformers.json", "sentence_bert_config.json")  # fmt: skip
 _PATIENCE = 5.0  # seconds that a run waits for one that is just ending
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
-# safetensors and torch.save report a failed write as an exception of their own, with these words.
-_DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", "PytorchStreamWriter")
-
-
-class Stopped(KeyboardInterrupt):
-    """The run was told to end by `signal`. `str()` is one line that says what is kept."""
-
-    def __init__(self, number: signal.Signals, kept: str | None = None) -> None:
-        super().__init__(f"stopped by {number.name}" + (f"; {kept}" if kept else ""))
-        self.signal, self.kept = number, kept
-
-
-class DivergedError(ArithmeticError):
-    """The loss or a weight is not finite. `str()` is one line: at which step, and what can be gone on from."""
-
-
-class DiskError(OSError):
-    """A write failed. `str()` is one line that says which, why, and what the folder still holds."""
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
@@ -222,13 +203,3 @@ def what_is_kept(folder: Path) -> str:
     if not found:
         return "there is no checkpoint, the same command begins again"
     return f"{found[-1].name} is whole, continue with --resume"
-
-
-def disk_reason(error: BaseException) -> str | None:
-    """What an error says of the disk, if it is about that."""
-    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return error.strerror or str(error)
-    text = str(error)
-    if any(word in text for word in _DISK_WORDS):
-        return next(iter(text.splitlines()), text)
-    return None

@@ -22,18 +22,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import ranks
-from .backends import check_backend, chosen, use_backend
+from .backends import chosen, use_backend
 from .checkpoints import checkpoints
 from .config import CMLMConfig
-from .doctor import bfloat16_hardware
+from .errors import Stopped, disk_reason
+from .machine import check_backend_here, fast_in_bf16, processes_for
 from .options import PostTrainOptions, arguments_named, check_numbers, expect, first_line
 from .output import (
     REPORTS,
     SUMMARY,
-    Stopped,
     check_output,
     disk_errors,
-    disk_reason,
     finished_run,
     open_output,
     staged,
@@ -115,9 +114,9 @@ def prepare(options: PostTrainOptions) -> Prepared:
         arguments.check_schedule(options.max_steps)
     _check_reports(arguments)
     tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
-    train = tokenize_texts(train, tokenizer, num_proc=_processes(len(train)), **tokens)
+    train = tokenize_texts(train, tokenizer, num_proc=processes_for(len(train)), **tokens)
     if held is not None:
-        held = tokenize_texts(held, tokenizer, num_proc=_processes(len(held)), **tokens)
+        held = tokenize_texts(held, tokenizer, num_proc=processes_for(len(held)), **tokens)
     if options.max_tokens is not None:  # its rules are those of the sampler
         TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
     settings = settings_of(options, config, arguments) | {"max_length": length, "eval_share": options.eval_share}
@@ -250,26 +249,6 @@ def _check_reports(arguments: CMLMTrainingArguments) -> None:
     except (ValueError, RuntimeError, ImportError) as error:
         rule, given = "none or a service that is installed", ", ".join(arguments.report_to)
         raise ValueError(f"expected report_to to be {rule}, got {given}: {first_line(error)}") from error
-
-
-def _processes(texts: int) -> int | None:
-    """For tokenising: one a core where there is work for them, else this one."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = min(here, texts // 20_000)
-    return wanted if wanted > 1 else None
-
-
-def check_backend_here(backend: str | None) -> None:
-    """Raise ValueError where a backend, or without one that which is chosen, does not run what a training runs here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_backend(backend or chosen(), ("complementary_mask", "token_contrastive", "info_nce"), device)
-
-
-def fast_in_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.accelerator.is_available():
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)
-    return bfloat16_hardware()
 
 
 def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:

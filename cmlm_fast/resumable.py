@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from . import checkpoints
-from .output import DivergedError
+from .errors import DivergedError
 
 _NEVER = 2**62
 

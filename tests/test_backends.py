@@ -15,7 +15,7 @@ from cmlm_fast._library import contracts, op
 from cmlm_fast.attention import packing_of
 from cmlm_fast.backends import BACKENDS, CHOICES, Rule, preference, resolve
 from cmlm_fast.layers import use_fast_layers
-from cmlm_fast.post_train import check_backend_here
+from cmlm_fast.machine import check_backend_here
 
 CPU = torch.device("cpu")
 

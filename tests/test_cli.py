@@ -26,8 +26,9 @@ from cmlm_fast.backends import chosen
 from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
+from cmlm_fast.errors import DiskError, Stopped
 from cmlm_fast.options import PostTrainOptions
-from cmlm_fast.output import DiskError, Stopped, finished_run
+from cmlm_fast.output import finished_run
 from cmlm_fast.post_train import prepare, run
 from cmlm_fast.same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of
 

@@ -17,7 +17,8 @@ from forks import fork, wait
 
 from cmlm_fast import checkpoints
 from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
-from cmlm_fast.output import Stopped, check_output, finished_run, open_output, staged, what_is_kept
+from cmlm_fast.errors import Stopped
+from cmlm_fast.output import check_output, finished_run, open_output, staged, what_is_kept
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 from cmlm_fast.cli import app
 from cmlm_fast.data import load_labelled
+from cmlm_fast.errors import DivergedError
 from cmlm_fast.fewshot import FewShotExperiment, draw
 from cmlm_fast.fewshot.cells import fingerprint, read_cells
 from cmlm_fast.fewshot.methods import METHODS
 from cmlm_fast.fewshot.tables import rows_of
-from cmlm_fast.output import DivergedError
 
 QUICK = {"epochs": 1.0, "max_steps": 2, "batch_size": 8, "fine_tune_epochs": 2.0, "max_length": 32, "bf16": False}
 

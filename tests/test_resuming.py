@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from cmlm_fast import CMLMConfig, checkpoints
 from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.data.share import share_loader
-from cmlm_fast.output import DivergedError
+from cmlm_fast.errors import DivergedError
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "save_steps": 3}  # three steps an epoch

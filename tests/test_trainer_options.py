@@ -15,8 +15,8 @@ from test_trainer import history, make_trainer, weights
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments, checkpoints
 from cmlm_fast.data import CMLMDataCollator
+from cmlm_fast.errors import DivergedError
 from cmlm_fast.layers import LowPrecisionLayerNorm
-from cmlm_fast.output import DivergedError
 
 
 @pytest.fixture

@@ -57,6 +57,17 @@ def test_any_strides_give_the_same_bits(backend, device):
 
 
 @pytest.mark.parametrize(("backend", "device"), CASES)
+def test_what_is_no_number_stays_in_its_sequence(backend, device):
+    q, k, v, cu = packed((40, 9), 1, 16, device=device)  # in the place of the longer one's rows the shorter has padding
+    for x in (q, k, v):
+        x[:40] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = varlen_attention(*leaves, cu, backend=backend)
+    for x in (out, *torch.autograd.grad(out.sum(), leaves)):
+        assert x[:40].isnan().all() and x[40:].isfinite().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), CASES)
 def test_a_window_of_any_size_is_none(backend, device):
     q = torch.randn(7, 2, 8, device=device)
     cu = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)

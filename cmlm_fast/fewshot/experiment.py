@@ -13,8 +13,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..machine import check_backend_here
 from ..options import expect
-from ..post_train import check_backend_here
 from .cells import Cell
 from .grid import Grid
 from .methods import find_method

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..output import DivergedError
+from ..errors import DivergedError
 from .draws import classes_of
 from .methods import Contrast
 

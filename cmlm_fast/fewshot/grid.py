@@ -22,9 +22,10 @@ from torch import nn
 from ..backends import chosen, use_backend
 from ..checkpoints import discard, in_use
 from ..config import CMLMConfig
+from ..errors import DivergedError
+from ..machine import fast_in_bf16
 from ..options import arguments_named, expect
-from ..output import DivergedError, disk_errors
-from ..post_train import fast_in_bf16
+from ..output import disk_errors
 from ..same_run import fingerprint_of_weights
 from ..start import check_vocabulary, load_model, load_tokenizer, sequence_length
 from .cells import CELLS, Cell, append_cell, fingerprint, fingerprint_rows, read_cells

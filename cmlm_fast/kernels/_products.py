@@ -72,7 +72,7 @@ def y_product(w, x, y_sum, low, high, j, d, row0, col0, row_tiles, col_tiles, wi
 
 
 @triton.jit
-def x_product(w, y, x_sum, low, high, i, d, row0, col0, row_tiles, col_tiles, width, RANGES: tl.constexpr,
+def x_product(w, y, x_sum, low, high, i, d, row0, col0, col_tiles, width, RANGES: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
               ACC: tl.constexpr):  # fmt: skip
     """Row tile i, columns d.. of x_sum += w·y."""
@@ -110,7 +110,7 @@ def products(w, x, y, x_sum, y_sum, low, high, row0, col0, row_tiles, col_tiles,
     if X_SUM:
         i, d = pid // strips, pid % strips * BD
         if pid >= 0:
-            x_product(w, y, x_sum, low, high, i, d, row0, col0, row_tiles, col_tiles, width, RANGES, BM, BN, BD, BK,
+            x_product(w, y, x_sum, low, high, i, d, row0, col0, col_tiles, width, RANGES, BM, BN, BD, BK,
                       PRECISION, ACC)  # fmt: skip
 
 

@@ -103,8 +103,8 @@ def bounds(target, start, end, low, high, N, M, BM: tl.constexpr):
     t = targets_of(target, rows, N, M, True)
     first = tl.maximum(tl.load(start + rows, mask=rows < N, other=0), 0)
     last = tl.minimum(tl.load(end + rows, mask=rows < N, other=0), M)
-    first = tl.where(first < last, first, t)
-    last = tl.where(first < last, last, t + 1)
+    some = first < last
+    first, last = tl.where(some, first, t), tl.where(some, last, t + 1)
     tl.store(low + tl.program_id(0), tl.min(tl.where(t >= 0, tl.minimum(first, t), M), 0))
     tl.store(high + tl.program_id(0), tl.max(tl.where(t >= 0, tl.maximum(last, t + 1), 0), 0))
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._roles import can_be_masked, corruption_bounds, role_bounds
 from ..ops.complementary_mask import _check, _check_values
 from . import interpreted, on_device
 from ._philox import philox
@@ -247,8 +248,7 @@ def complementary_mask(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tenso
     _check(ids, cu, special, eligible, units, samples, mask_id, vocab, rate, complement, is_exact, mask_share,
            random_share, seed, step)  # fmt: skip
     if interpreted(ids):
-        can = ~torch.isin(ids, special) if eligible is None else eligible & ~torch.isin(ids, special)
-        _check_values(ids, cu, can, units, vocab)
+        _check_values(ids, cu, can_be_masked(ids, special, eligible), units, vocab)
     ids = ids.contiguous()
     views = torch.empty_like(ids), torch.empty_like(ids), torch.empty_like(ids, dtype=torch.uint8)
     tokens, sequences = ids.numel(), cu.numel() - 1
@@ -260,9 +260,7 @@ def complementary_mask(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tenso
     eligible = given[0]
     tensors = (ids, cu.contiguous(), special.contiguous(), eligible if eligible is None else eligible.view(torch.uint8),
                *given[1:], *views, tokens, sequences, mask_id, vocab)  # fmt: skip
-    below_mask = int(mask_share * 2.0**32)
-    below_random = below_mask + int(random_share * 2.0**32)
-    words = below_mask, below_random, _signed(seed), _signed(seed >> 32), _signed(step)
+    words = *corruption_bounds(mask_share, random_share), _signed(seed), _signed(seed >> 32), _signed(step)
     if is_exact:
         # Room for the average sequence in registers: for equal lengths, for all of them.
         block = min(max(triton.next_power_of_2(-(-tokens // sequences)), 64), 1024)
@@ -270,8 +268,6 @@ def complementary_mask(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tenso
         warps = max(block // 128, 1)
         exact[(sequences,)](*tensors, *bits, *words, **flags, BLOCK=block, STEP=8, num_warps=warps)
     else:
-        first = int(rate * 2.0**32)
-        second = first + int((2.0**32 - first) * complement)
         grid = (triton.cdiv(tokens, 512),)
-        bernoulli[grid](*tensors, first, second, *words, **flags, BLOCK=512, num_warps=4)
+        bernoulli[grid](*tensors, *role_bounds(rate, complement), *words, **flags, BLOCK=512, num_warps=4)
     return views

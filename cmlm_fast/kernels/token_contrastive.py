@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops._scores import IGNORE, check_temperature, loss_dtype
-from ..ops.token_contrastive import _check, check_target, reduction_weight
+from ..ops._scores import IGNORE, check_temperature, loss_dtype, reduction_weight
+from ..ops.token_contrastive import _check, check_target
 from . import interpreted, on_device
 from ._pairs import Pairs, peak_of
 

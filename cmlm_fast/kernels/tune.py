@@ -37,7 +37,7 @@ def candidates(now: Config, field: str) -> Iterator[Config]:
     """`now`, and what differs from it in `field` ("scores", "products" or "panel"), the nearest first: time may run out."""
     yield now
     if field == "scores":
-        tried = [replace(now, scores=Tile(*sizes)) for sizes in SCORES]
+        tried = [replace(now, scores=Tile(*sizes, now.scores.group)) for sizes in SCORES]
     elif field == "products":
         tried = [replace(now, products=Tile(now.scores.rows, *sizes)) for sizes in PRODUCTS]
     else:

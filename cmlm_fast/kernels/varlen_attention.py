@@ -228,6 +228,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scal
     _check(query, key, value, cu, scale, dropout, seed, window)
     if interpreted(query):
         _check_values(cu, query.shape[0])
+    cu = cu.contiguous()
     tokens, heads, _ = query.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty((heads, tokens), dtype=loss_dtype(query.dtype))
@@ -245,6 +246,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scal
 def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lse: Tensor,
                               scale: float, dropout: float, seed: Tensor, window: int) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients by query, key and value."""
+    cu = cu.contiguous()
     tokens, heads, _ = query.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     if dq.numel() == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._library import expect
 from ..backends import resolve
-from .token_contrastive import in_forward
+from ._scores import in_forward
 
 
 class _GatherRows(torch.autograd.Function):

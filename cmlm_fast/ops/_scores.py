@@ -1,4 +1,4 @@
-"""The pieces that the contrastive references share: unit vectors, candidates, softmax weights."""
+"""What the contrastive ops share: unit vectors, candidates, the rules on their arguments, weights of rows."""
 
 from __future__ import annotations
 
@@ -107,6 +107,30 @@ def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes:
     expect(op, tensor.shape == (length,), name, f"of shape {[length]}", list(tensor.shape))
     expect(op, tensor.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), tensor.dtype)
     expect(op, tensor.device == device, name, f"on {device}", tensor.device)
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """The rule on `reduction`."""
+    expect(op, reduction in ("none", "mean", "sum"), "reduction", "'mean', 'sum' or 'none'", repr(reduction))
+
+
+def in_forward(dtype: torch.dtype) -> bool:
+    """Whether the forward pass makes the gradients, of unit gradient of the loss. float16, whose small numbers would be lost
+    before the loss scale comes, makes them in the backward pass, scaled."""
+    return dtype != torch.float16
+
+
+def reduction_weight(valid: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Weight [rows] of each row's loss: 1, or 1/count for the mean; 0 for rows that do not count."""
+    weight = valid.to(dtype)
+    return weight / valid.sum().clamp_min(1) if reduction == "mean" else weight
+
+
+def fake_gradients(query: Tensor, key: Tensor, temperature: Tensor, query_grad: bool, key_grad: bool) -> tuple[Tensor, ...]:
+    """Of either loss: a gradient that is not wanted is empty."""
+    dq = query.new_empty(query.shape if query_grad else 0)
+    dk = key.new_empty(key.shape if key_grad else 0)
+    return dq, dk, torch.empty_like(temperature)
 
 
 def autocast_is_on(device_type: str) -> bool:

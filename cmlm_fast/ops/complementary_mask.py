@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -23,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .._library import Contract, contracts, declare, expect, expect_values
 from ..backends import resolve
 from ._philox import philox, signed_seed
+from ._roles import can_be_masked, corruption_bounds, exact_roles, role_bounds
 
 _NAME = "complementary_mask"
 _SCHEMA = (
@@ -88,7 +88,7 @@ def _reference(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None
                mask_share: float, random_share: float, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     _check(ids, cu, special, eligible, units, samples, mask_id, vocab, rate, complement, exact, mask_share,
            random_share, seed, step)  # fmt: skip
-    can = ~torch.isin(ids, special) if eligible is None else eligible & ~torch.isin(ids, special)
+    can = can_be_masked(ids, special, eligible)
     _check_values(ids, cu, can, units, vocab)
     lengths = cu.diff().long()
     sequence = torch.repeat_interleave(torch.arange(lengths.numel(), device=ids.device), lengths)
@@ -97,49 +97,16 @@ def _reference(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None
     unit = position if units is None else units.long()
     assignment = philox(unit, sample, seed, step)[0]
     if exact:
-        role = _exact_roles(assignment, sequence, unit, can, lengths.numel(), rate, complement)
+        role = exact_roles(assignment, sequence, unit, can, lengths.numel(), rate, complement)
     else:
-        first = int(rate * 2.0**32)
-        second = first + int((2.0**32 - first) * complement)
+        first, second = role_bounds(rate, complement)
         role = (assignment < first).long() + 2 * ((assignment >= first) & (assignment < second)).long()
         role = role * can
     _, w1, w2, _ = philox(position, sample, seed, step)
-    m, r = int(mask_share * 2.0**32), int(random_share * 2.0**32)
-    corrupted = torch.where(w1 < m, mask_id, torch.where(w1 < m + r, (w2 * vocab) >> 32, ids.long())).to(ids.dtype)
+    below_mask, below_random = corruption_bounds(mask_share, random_share)
+    changed = torch.where(w1 < below_random, (w2 * vocab) >> 32, ids.long())
+    corrupted = torch.where(w1 < below_mask, mask_id, changed).to(ids.dtype)
     return torch.where(role == 1, corrupted, ids), torch.where(role == 2, corrupted, ids), role.to(torch.uint8)
-
-
-def exact_counts(eligible: Sequence[int], rate: float, complement_rate: float) -> tuple[int, int]:
-    """How many tokens of all sequences get role 1 and role 2 by exact sampling without units; `eligible` tokens of each."""
-
-    def count(share: float, of: np.ndarray) -> np.ndarray:
-        return np.minimum(np.maximum(np.floor(share * of + 0.5).astype(np.int64), 1 if share > 0 else 0), of)
-
-    n = np.asarray(eligible, dtype=np.int64)
-    first = count(rate, n)
-    return int(first.sum()), int(count(complement_rate, n - first).sum())
-
-
-def _exact_roles(assignment: Tensor, sequence: Tensor, unit: Tensor, can: Tensor, sequences: int, rate: float,
-                 complement: float) -> Tensor:  # fmt: skip
-    """Roles by counts: in each sequence the k1 units of smallest (w0, unit id) get role 1, the next k2 role 2."""
-    keys, inverse = torch.unique(sequence[can] * 2**32 + unit[can], return_inverse=True)  # sorted by sequence, unit
-    word = torch.zeros_like(keys).scatter_(0, inverse, assignment[can])
-    by_word = torch.argsort(word, stable=True)
-    order = by_word[torch.argsort(keys[by_word] >> 32, stable=True)]
-    owner = keys[order] >> 32
-    n = torch.bincount(owner, minlength=sequences)
-    rank = torch.arange(keys.numel(), device=keys.device) - (n.cumsum(0) - n)[owner]
-
-    def count(share: float, of: Tensor) -> Tensor:
-        k = (share * of.double() + 0.5).floor().long()
-        return torch.minimum(k.clamp_min(1) if share > 0 else k, of)
-
-    k1 = count(rate, n)
-    k2 = count(complement, n - k1)
-    roles = (rank < k1[owner]).long() + 2 * ((rank >= k1[owner]) & (rank < (k1 + k2)[owner])).long()
-    of_unit = torch.zeros_like(roles).scatter_(0, order, roles)
-    return torch.zeros_like(unit).masked_scatter_(can, of_unit[inverse])
 
 
 def _fake(ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,16 +25,18 @@ from ._scores import (
     FLOATING,
     as_temperature,
     autocast_rows,
+    check_reduction,
     check_rows,
     check_temperature,
     check_vector,
+    fake_gradients,
+    in_forward,
     loss_dtype,
     random_rows,
     scaled,
     through_unit_rows,
     unit_rows,
 )
-from .token_contrastive import check_reduction, in_forward
 
 _NAME = "info_nce"
 _INPUTS = "Tensor z1, Tensor z2, Tensor temperature, Tensor? labels, str scheme, bool symmetric, bool normalize"
@@ -136,17 +138,11 @@ def _fake(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, sc
     _, _, reduction, z1_grad, z2_grad = rest
     wanted = reduction != "none"
     loss = torch.empty_like(temperature) if wanted else temperature.new_empty(_row_count(z1, labels, scheme))
-    return loss, *_fake_gradients(z1, z2, temperature, z1_grad and wanted, z2_grad and wanted)
-
-
-def _fake_gradients(z1: Tensor, z2: Tensor, temperature: Tensor, z1_grad: bool, z2_grad: bool) -> tuple[Tensor, ...]:
-    g1 = z1.new_empty(z1.shape if z1_grad else 0)
-    g2 = z2.new_empty(z2.shape if z2_grad else 0)
-    return g1, g2, torch.empty_like(temperature)
+    return loss, *fake_gradients(z1, z2, temperature, z1_grad and wanted, z2_grad and wanted)
 
 
 def _fake_backward(grad_loss: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fake_gradients(z1, z2, temperature, *rest[-2:])
+    return fake_gradients(z1, z2, temperature, *rest[-2:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

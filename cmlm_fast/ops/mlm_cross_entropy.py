@@ -15,8 +15,7 @@ from torch import Tensor
 from .._library import expect, expect_values, no_second_derivative
 from ..backends import instead
 from ._linear import product
-from ._scores import IGNORE, autocast_is_on, autocast_rows, loss_dtype
-from .token_contrastive import check_reduction
+from ._scores import IGNORE, autocast_is_on, autocast_rows, check_reduction, loss_dtype
 
 _NAME = "mlm_cross_entropy"
 _VOCABULARY_PART = 4096

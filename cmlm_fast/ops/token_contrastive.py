@@ -26,11 +26,15 @@ from ._scores import (
     as_temperature,
     autocast_rows,
     candidates,
+    check_reduction,
     check_rows,
     check_temperature,
     check_vector,
+    fake_gradients,
+    in_forward,
     loss_dtype,
     random_rows,
+    reduction_weight,
     scaled,
     through_unit_rows,
     unit_rows,
@@ -103,12 +107,6 @@ def _reference(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, 
     return (loss if reduction == "none" else (weight * loss).sum()), dq, dk, dt if wanted else torch.zeros_like(dt)
 
 
-def reduction_weight(valid: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """Weight [rows] of each row's loss: 1, or 1/count for the mean; 0 for rows that do not count."""
-    weight = valid.to(dtype)
-    return weight / valid.sum().clamp_min(1) if reduction == "mean" else weight
-
-
 def _backward_reference(grad_loss: Tensor, query: Tensor, key: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     check_target(_NAME, target, key.shape[0])
     return _gradients(grad_loss, query, key, target, *rest)[1:]
@@ -121,35 +119,18 @@ def _check(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, key_
     check_reduction(_NAME, reduction)
 
 
-def in_forward(dtype: torch.dtype) -> bool:
-    """Whether the forward pass makes the gradients, of unit gradient of the loss. float16, whose small numbers would be lost
-    before the loss scale comes, makes them in the backward pass, scaled."""
-    return dtype != torch.float16
-
-
-def check_reduction(op_name: str, reduction: str) -> None:
-    """The rule on `reduction`."""
-    expect(op_name, reduction in ("none", "mean", "sum"), "reduction", "'mean', 'sum' or 'none'", repr(reduction))
-
-
 def _fake(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     _check(query, key, target, temperature, *rest)
     _, reduction, query_grad, key_grad = rest[-4:]
     wanted = reduction != "none"
     loss = torch.empty_like(temperature) if wanted else temperature.new_empty(query.shape[0])
-    gradients = _fake_gradients(query, key, temperature, query_grad and wanted, key_grad and wanted)
+    gradients = fake_gradients(query, key, temperature, query_grad and wanted, key_grad and wanted)
     return loss, *gradients
-
-
-def _fake_gradients(query: Tensor, key: Tensor, temperature: Tensor, query_grad: bool, key_grad: bool) -> tuple[Tensor, ...]:
-    dq = query.new_empty(query.shape if query_grad else 0)
-    dk = key.new_empty(key.shape if key_grad else 0)
-    return dq, dk, torch.empty_like(temperature)
 
 
 def _fake_backward(grad_loss: Tensor, query: Tensor, key: Tensor, target: Tensor, temperature: Tensor,
                    *rest: Any) -> tuple[Tensor, ...]:  # fmt: skip
-    return _fake_gradients(query, key, temperature, *rest[-2:])
+    return fake_gradients(query, key, temperature, *rest[-2:])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

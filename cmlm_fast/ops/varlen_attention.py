@@ -164,6 +164,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "dropout-long", make([40, 2], 1, 8, dropout=0.3, seed=11)
     yield "no-tokens", make([0], 2, 8)
     q, k, v, *rest = make([11, 6], 4, 16)
+    rest[0] = torch.stack([rest[0], rest[0] * 0], 1)[:, 0]
     yield "non-contiguous", (torch.cat([q, k], 2)[:, :, :16], k.transpose(0, 1).contiguous().transpose(0, 1), v, *rest)
 
 
