@@ -103,6 +103,12 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def check_warmup(warmup: float) -> None:
+    """Raise ValueError where it is neither a share of the steps nor a number of them."""
+    expect(math.isfinite(warmup) and warmup >= 0, "warmup", "finite and >= 0", warmup)
+    expect(warmup < 1 or warmup == int(warmup), "warmup", "a share below 1 or a whole number of steps", warmup)
+
+
 def check_numbers(options: PostTrainOptions) -> None:
     """Raise ValueError where a number breaks its rule."""
     expect(0.0 <= options.eval_share < 1.0, "eval_share", "in [0, 1)", options.eval_share)
@@ -117,11 +123,10 @@ def check_numbers(options: PostTrainOptions) -> None:
     for name in ("epochs", "learning_rate"):
         value = getattr(options, name)
         expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)
-    for name in ("warmup", "weight_decay", "save_steps"):
+    for name in ("weight_decay", "save_steps"):
         value = getattr(options, name)
         expect(math.isfinite(value) and value >= 0, name, "finite and >= 0", value)
-    whole = options.warmup < 1 or options.warmup == int(options.warmup)
-    expect(whole, "warmup", "a share below 1 or a whole number of steps", options.warmup)
+    check_warmup(options.warmup)
     expect(0 <= options.seed < 2**32, "seed", "in [0, 2^32)", options.seed)
     expect(options.max_steps == -1 or options.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", options.max_steps)
     expect(not (options.bf16 and options.fp16), "bf16 and fp16", "at most one of them", "both")

@@ -14,6 +14,8 @@ from .options import expect, first_line
 if TYPE_CHECKING:
     from .modeling import CMLMModel
 
+_LEAST = 8  # tokens of a sequence that positions must be left for
+
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a checkpoint that can be post-trained; every fault is a ValueError of one line."""
@@ -60,7 +62,8 @@ def sequence_length(model: CMLMModel, tokenizer: Any, asked: int | None, jitter:
     Raises ValueError where the model has no positions for as many, shifted by as many as `jitter`.
     """
     most = _most_tokens(model, jitter)
-    expect(most > 0, "position_jitter", f"< {most + jitter}, the positions the model has", jitter)
+    rule = f"<= {most + jitter - _LEAST}, which leaves {_LEAST} positions of those the model has"
+    expect(jitter == 0 or most >= _LEAST, "position_jitter", rule, jitter)
     if asked is None:
         return min(128, int(tokenizer.model_max_length), most)
     expect(asked <= most, "max_length", f"<= {most}, the positions the model has", asked)

@@ -152,11 +152,11 @@ def test_draws_are_nested_and_validation_texts_are_drawn_from_no_longer(tiny_che
         assert set(small) < set(large) and len(set(large)) == 20
         assert {label: [labels[i] for i in large].count(label) for label in set(labels)} == dict.fromkeys(set(labels), 5)
     options = {"train": files["train"], "test": None, "validation": 80}
-    grid = experiment(tiny_checkpoint, options, tmp_path / "out").check()
-    assert grid.name == "texts (validation)" and len(grid.texts) == 240 and len(grid.test_texts) == 80
-    assert not set(grid.texts) & set(grid.test_texts)
+    task = experiment(tiny_checkpoint, options, tmp_path / "out").check().task
+    assert task.name == "texts (validation)" and len(task.texts) == 240 and len(task.test_texts) == 80
+    assert not set(task.texts) & set(task.test_texts)
     for label in set(labels):
-        assert grid.test_labels.count(label) == pytest.approx(labels.count(label) / 4, abs=1)
+        assert task.test_labels.count(label) == pytest.approx(labels.count(label) / 4, abs=1)
     assert not (tmp_path / "out").exists()  # checking writes nothing
     for size in (3, 319):
         with pytest.raises(ValueError, match="expected validation to be >= 4 and <= 316"):
@@ -268,12 +268,12 @@ def test_a_start_whose_configuration_has_another_problem_is_a_classifier(tiny_ch
 
 def test_another_tokenizer_or_configuration_is_another_start(tiny_checkpoint, files, tmp_path):
     def start_id():
-        return experiment(str(other), files, tmp_path / "out").check().start_id
+        return experiment(str(other), files, tmp_path / "out").check().start.id
 
     other = tmp_path / "other"
     shutil.copytree(tiny_checkpoint, other)
     first = start_id()
-    assert first == experiment(tiny_checkpoint, files, tmp_path / "out").check().start_id
+    assert first == experiment(tiny_checkpoint, files, tmp_path / "out").check().start.id
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "hidden_dropout_prob": 0.3}))
     second = start_id()
@@ -313,6 +313,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
     empty = file("empty.tsv", "text\tlabel\na text\twet\nanother\t\n")
     single = file("single.tsv", "text\tlabel\n" + "".join(f"{text}\twet\n" for text in sentences[:9]))
     blank = file("blank.tsv", "text\tlabel\tturned\n" + "".join(f"{text}\t{label_of(text)}\t\n" for text in sentences))
+    unsaid = file("unsaid.tsv", "text\tlabel\n" + "".join(f" \t{label_of(text)}\n" for text in sentences))
     cases = {
         "shots": (["--shots", "500"], "error: expected shots to be <= 80, the texts labelled"),
         "no shots": (["--shots", "0"], "expected shots to be at least one number, all >= 1"),
@@ -334,6 +335,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         "both": (["--validation", "20"], "expected test or validation to be given, one of them, got both"),
         "file": (["--test", "missing.tsv"], "expected test to be an existing file or folder, got missing.tsv"),
         "draws": (["--draws", "0"], "expected draws to be >= 1, got 0"),
+        "warmup": (["--warmup", "1.5"], "expected warmup to be a share below 1 or a whole number of steps, got 1.5"),
+        "validation": (["--validation", "-3"], "expected validation to be >= 0, got -3"),
+        "cache": (["--cache-dir", files["train"]], "expected cache_dir to be a folder, or a path where one can be made"),
+        "blank": (["--train", unsaid], "expected train to be texts that are not all blank, got"),
+        "jitter": (["--methods", "cmlm:position_jitter=135"], "expected position_jitter to be <= 132, which leaves 8"),
         "rate": (["--fine-tune-learning-rate", "nan"], "expected fine_tune_learning_rate to be finite and > 0, got nan"),
         "short": (["--max-length", "7"], "expected max_length to be >= 8, got 7"),
         "length": (["--max-length", "500"], "expected max_length to be <= 140, the positions the model has, got 500"),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import make_lm
 from datasets import Dataset
 from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
 
-from cmlm_fast.fewshot import draw, grid, post_training
+from cmlm_fast.fewshot import draw, grid, post_training, starting
 from cmlm_fast.fewshot.finetune import FewShotScore
 from cmlm_fast.fewshot.methods import METHODS, find_method
 from cmlm_fast.fewshot.tables import rows_of
+from cmlm_fast.fewshot.task import hold_out
 
 
 def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
@@ -25,13 +25,13 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
         return FewShotScore(0.5, 0.5, 1.0)
 
     monkeypatch.setattr(grid, "fine_tune", fine_tune)
-    monkeypatch.setattr(grid.Grid, "_check_dropout", lambda self, lm: None)
+    monkeypatch.setattr(starting, "check_dropout", lambda *args: None)
     monkeypatch.setattr(post_training, "CMLMTrainingArguments", lambda *a, **o: trained.append(o) or real(*a, **o))
     made = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("scl", "tapt"), shots=(2,), draws=2, seed=7,
                       batch_size=9, warmup=0.3, learning_rate=1e-4, fine_tune_batch_size=5, epochs=0.1, max_steps=-1,
                       fine_tune_learning_rate=3e-4, bf16=True)  # fmt: skip
     made.run()
-    checked = made.check()
+    checked = made.check().task
     for (texts, options), (d, name) in zip(tuned, [(d, name) for d in (0, 1) for name in ("scl", "tapt")], strict=True):
         assert texts == [checked.texts[i] for i in draw(checked.labels, 2, 7 + d)]
         assert options == {"epochs": 2.0, "learning_rate": 3e-4, "batch_size": 5, "max_length": 32, "seed": 7 + d,
@@ -45,8 +45,8 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
 def test_a_validation_that_loses_a_class_is_refused(rows, rule):
     dataset = Dataset.from_dict({"text": [f"t{i}" for i in range(100)], "label": ["a"] * 97 + ["b"] * 3})
     with pytest.raises(ValueError, match=f"expected validation to be {rule}.*, got {rows}, which leaves none of b"):
-        grid._hold_out(dataset, rows, 0)
-    kept, held = grid._hold_out(dataset, 34, 0)
+        hold_out(dataset, rows, 0)
+    kept, held = hold_out(dataset, 34, 0)
     assert set(kept["label"]) == set(held["label"]) == {"a", "b"} and len(held) == 34
 
 
@@ -67,11 +67,11 @@ def test_a_folder_of_a_checkpoint_is_left_alone(tiny_checkpoint, files):  # noqa
 @pytest.mark.parametrize("kind", ["bert", "albert", "distilbert", "electra", "modernbert"])
 def test_dropout_of_a_head_is_none_of_the_encoder(kind):
     lm = make_lm(kind)  # some configurations name dropouts of heads that are not there
-    asked = SimpleNamespace(methods={"simcse": find_method("simcse")}, options=SimpleNamespace(model=kind))
+    methods = {"simcse": find_method("simcse")}
     with pytest.raises(ValueError, match="one with dropout for method simcse"):
-        grid.Grid._check_dropout(asked, lm)
+        starting.check_dropout(kind, lm, methods)
     lm.config.attention_dropout = 0.1
-    grid.Grid._check_dropout(asked, lm)
+    starting.check_dropout(kind, lm, methods)
 
 
 def cell(method, d, score, dataset="a", **more):

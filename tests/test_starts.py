@@ -89,8 +89,8 @@ def test_the_default_length_is_what_the_model_takes(tmp_path, tiny_tokenizer, se
     tiny_tokenizer.save_pretrained(tmp_path / "short")
     options = PostTrainOptions(str(tmp_path / "short"), sentence_file, str(tmp_path / "out"), bf16=False)
     assert prepare(options).settings["max_length"] == 64
-    with pytest.raises(ValueError, match="expected position_jitter to be < 64, the positions the model has, got 70"):
-        prepare(PostTrainOptions(**{**vars(options), "objective": {"position_jitter": 70}}))
+    with pytest.raises(ValueError, match=r"expected position_jitter to be <= 56, which leaves 8 .*, got 57"):
+        prepare(PostTrainOptions(**{**vars(options), "objective": {"position_jitter": 57}}))
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 5}, {"num_train_epochs": 0.5}])

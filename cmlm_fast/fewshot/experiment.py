@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..machine import check_backend_here
-from ..options import expect
+from ..options import check_warmup, expect
 from .cells import Cell
 from .grid import Grid
 from .methods import find_method
@@ -110,7 +110,8 @@ class FewShotExperiment:
             value = getattr(self, name)
             expect(math.isfinite(value) and value > 0, name, "finite and > 0", value)
         expect(self.max_steps == -1 or self.max_steps >= 1, "max_steps", ">= 1, or -1 for whole epochs", self.max_steps)
-        expect(math.isfinite(self.warmup) and self.warmup >= 0, "warmup", "finite and >= 0", self.warmup)
+        check_warmup(self.warmup)
+        expect(self.validation >= 0, "validation", ">= 0", self.validation)
         expect(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
         several = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
         expect(several, "methods", 'a sequence, ("ft",), say', repr(self.methods))
@@ -124,9 +125,9 @@ class FewShotExperiment:
         expect((self.test is None) == (self.validation > 0), "test or validation", "given, one of them",
                "both" if self.test else "neither")  # fmt: skip
         folder = Path(self.output_dir)
-        rule = "a folder, or a path where one can be made"
-        blocked = any(path.exists() and not path.is_dir() for path in (folder, *folder.absolute().parents))
-        expect(not blocked, "output_dir", rule, folder)
+        for name, path in (("output_dir", folder), ("cache_dir", Path(self.cache_dir or folder))):
+            blocked = any(each.exists() and not each.is_dir() for each in (path, *path.absolute().parents))
+            expect(not blocked, name, "a folder, or a path where one can be made", path)
         expect(not (folder / "config.json").exists(), "output_dir", "a folder that holds no checkpoint", folder)
         check_backend_here(self.backend)
         return Grid(self, methods)
