@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -16,7 +14,6 @@ from transformers import PreTrainedModel
 
 from .attention import Lengths, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
-from .config import FILE as OBJECTIVE
 from .config import CMLMConfig
 from .encoding import ROUND, encode_packed, encode_padded, row_bounds
 from .gradient_cache import CachedContrast
@@ -27,11 +24,7 @@ from .measures import measure
 from .ops._philox import position_shift
 from .ops._rows import mean_rows
 from .ops.mlm_cross_entropy import head_losses
-from .pooling import read_pooling, write_pooling
-
-logger = logging.getLogger(__name__)
-
-_CONTRAST = "contrast.safetensors"
+from .pretrained import PretrainedModel
 
 
 class CMLMOutput(NamedTuple):
@@ -44,7 +37,7 @@ class CMLMOutput(NamedTuple):
     measures: dict[str, Tensor]
 
 
-class CMLMModel(nn.Module):
+class CMLMModel(PretrainedModel):
     """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT kind.
 
     The masked LM stays what it is for whoever uses it besides, but its attention, and on the CPU its linear, dropout and
@@ -55,8 +48,8 @@ class CMLMModel(nn.Module):
         config: the objective.
 
     Raises:
-        ValueError: a masked LM whose head is of no known kind, or one that PEFT has wrapped; a position_jitter for one whose
-            positions are relative.
+        ValueError: a masked LM whose head is of no known kind, one that PEFT has wrapped, or a decoder; a position_jitter for
+            one whose positions are relative.
 
     Example:
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
@@ -68,11 +61,7 @@ class CMLMModel(nn.Module):
     `masking.Masker` is what makes masks by the objective: `forward` takes whatever views it is given.
     """
 
-    # Read by transformers.Trainer when a checkpoint is loaded; nothing is left out of one.
-    _keys_to_ignore_on_save = None
-
     _compiled: Mapping[str, Any] | None = None  # with what options, if at all
-    _pooling: Mapping[str, bytes | None] = {}  # files of sentence-transformers that the start had
 
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
@@ -81,6 +70,8 @@ class CMLMModel(nn.Module):
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         if not isinstance(lm, PreTrainedModel):
             raise ValueError(f"CMLMModel: expected lm to be a masked LM of transformers, got {type(lm).__name__}")
+        if getattr(lm.config, "is_decoder", False):  # a padded or packed batch says who sees whom, and leaves no one out
+            raise ValueError("CMLMModel: expected lm to be an encoder, whose tokens see both sides, got one with is_decoder")
         if not isinstance(config, (CMLMConfig, NoneType)):
             raise ValueError(f"CMLMModel: expected config to be a CMLMConfig or None, got {type(config).__name__}")
         self.lm = lm
@@ -98,57 +89,6 @@ class CMLMModel(nn.Module):
             self.projection: nn.Module = nn.Sequential(*head)
         else:
             self.projection = nn.Identity()
-
-    @classmethod
-    def from_pretrained(cls, path: str | Path, config: CMLMConfig | None = None, **options: Any) -> CMLMModel:
-        """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings.
-
-        Args:
-            path: folder or hub id. Of a folder that `save_pretrained` wrote also the projection and learned temperatures.
-            config: the objective; default: that of a folder that `save_pretrained` wrote, else the preset "balanced".
-            options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
-                optimizer steps are lost in 16 bits.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of the encoder, or what its own objective asks for; see also `CMLMModel`.
-        """
-        from transformers import AutoModelForMaskedLM
-        from transformers.utils import logging as hf_logging
-
-        if "torch_dtype" not in options:
-            options.setdefault("dtype", torch.float32)
-        resized = options.get("ignore_mismatched_sizes", False)
-        options["ignore_mismatched_sizes"] = True  # the error is below
-        verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()  # its table of missing weights says in 20 lines what follows in one
-        try:
-            lm, report = AutoModelForMaskedLM.from_pretrained(path, output_loading_info=True, **options)
-        finally:
-            hf_logging.set_verbosity(verbosity)
-        for name, have, want in () if resized else sorted(report["mismatched_keys"]):
-            rule = f"a checkpoint of the sizes in its configuration, {name} of {list(want)}"
-            raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} with {list(have)}")
-        fresh = sorted(report["missing_keys"])
-        if lost := [name for name in fresh if name.startswith(f"{lm.base_model_prefix}.")]:
-            found = f"{path} without {len(lost)} of them ({', '.join(lost[:3])})"
-            if other := sorted(report["unexpected_keys"]):
-                found += f", but with {', '.join(other[:3])}"
-            raise ValueError(f"CMLMModel: expected path to be a checkpoint with all weights of the encoder, got {found}")
-        if fresh:
-            tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
-            logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
-        saved = CMLMConfig.of_checkpoint(path)
-        model = cls(lm, saved if config is None else config)
-        missing = model.load_contrast(path)
-        if missing and config is None:
-            rule = f"a folder whose {_CONTRAST} holds what its {OBJECTIVE} asks for"
-            raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} without {', '.join(missing)}")
-        if model.cmlm.token_temperature != saved.token_temperature:  # another than what was learned is asked for
-            model.loss.token.temperature.restart()
-        if model.cmlm.sequence_temperature != saved.sequence_temperature:
-            model.loss.sequence.temperature.restart()
-        model._pooling = read_pooling(path, **options)
-        return model
 
     def tie_weights(self) -> None:
         """As the masked LM's; called where a model was moved in a way that makes two of a shared weight."""
@@ -244,11 +184,6 @@ class CMLMModel(nn.Module):
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
         return first
 
-    def pad_of_positions(self) -> int | None:
-        """The pad id behind which RoBERTa's positions begin; None for encoders whose positions begin at 0."""
-        pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
-        return None if pad is None else int(pad)
-
     def jitter(self, sample_ids: Tensor, seed: int, step: int) -> Tensor | None:
         """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None where that is 0."""
         most = self.cmlm.position_jitter
@@ -298,72 +233,6 @@ class CMLMModel(nn.Module):
     def _compile_checkpointed(self) -> None:
         if self._compiled is not None:
             compile_checkpointed_layers(self.lm, **self._compiled)
-
-    def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-        """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.
-
-        What belongs to the contrast alone, the objective, projection and learned temperatures, goes into files of its own
-        beside it; so do the pooling files of sentence-transformers, where `from_pretrained` found some.
-
-        Args:
-            path: folder, made where missing.
-            state_dict: this module's state, where it was gathered from several ranks.
-        """
-        from safetensors.torch import save_file
-
-        state = self.state_dict() if state_dict is None else dict(state_dict)
-        lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
-        # RoBERTa's positions begin behind the pad id of its configuration, which the Trainer overwrites with the tokenizer's.
-        if (pad := self.pad_of_positions()) is not None:
-            self.lm.config.pad_token_id = pad
-        # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
-        # a checkpoint is read back by these.
-        self.lm.save_pretrained(path, state_dict=lm, save_original_format=False)
-        for name in (OBJECTIVE, _CONTRAST):  # of what stood there before
-            (Path(path) / name).unlink(missing_ok=True)
-        if self.cmlm.token_weight + self.cmlm.sequence_weight > 0:  # MLM alone leaves a start like any other
-            self.cmlm.save_pretrained(path)
-        rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
-        if rest:
-            save_file(rest, Path(path) / _CONTRAST)
-        write_pooling(self._pooling, Path(path))
-
-    def load_contrast(self, path: str | Path) -> list[str]:
-        """Take projection and learned temperatures from a folder that `save_pretrained` wrote; returns what is not there.
-
-        What is there and the objective has no place for is left out, with a warning.
-
-        Raises:
-            ValueError: the projection there has another width, or the file is damaged.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        file = Path(path) / _CONTRAST
-        try:
-            held = load_file(file) if file.exists() else {}
-        except SafetensorError as error:
-            raise ValueError(f"CMLMModel: expected {file} to be a whole file of safetensors, got: {error}") from error
-        try:
-            report = super().load_state_dict(held, strict=False)
-        except RuntimeError as error:
-            rule = f"as wide as in {file}, or that file deleted"
-            raise ValueError(f"CMLMModel: expected projection to be {rule}, got {self.cmlm.projection}") from error
-        if report.unexpected_keys:
-            logger.warning("%s: left out, since this objective has none: %s", file, ", ".join(report.unexpected_keys))
-        return [name for name in report.missing_keys if not name.startswith("lm.")]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take this module's own state, or that of a plain Hugging Face checkpoint: of the masked LM alone."""
-        if not any(name.startswith("lm.") for name in state_dict):
-            own = {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
-            state_dict = {**own, **{f"lm.{name}": value for name, value in state_dict.items()}}
-        # A file holds tied weights once, under one of their names.
-        names = dict(self.named_parameters(remove_duplicate=False))
-        held = {id(names[name]): value for name, value in state_dict.items() if name in names}
-        tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}
-        return super().load_state_dict({**tied, **state_dict}, strict=strict, assign=assign)
-
 
 def _checked_lengths(lengths: Lengths | None, sequences: int, tokens: int) -> Lengths:
     """The lengths; ValueError where they cannot be those of cu_seqlens, whose values the device alone knows."""

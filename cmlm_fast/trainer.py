@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,28 +12,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput, has_length, set_seed
+from transformers.trainer_utils import has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
-from .config import CMLMConfig
 from .data import CMLMDataCollator, mask_settings
 from .gradient_cache import GradientCache
 from .layers import use_low_precision_layer_norm
-from .loading import LoadingTrainer
-from .losses import PARTS
-from .masking import EVALUATION_STEP, Masker
+from .masking import Masker
 from .measures import Sums
 from .memory import keep_freed_memory
 from .modeling import CMLMModel, CMLMOutput
+from .scoring import ScoringTrainer, sequences_of
 
 logger = logging.getLogger(__name__)
 
 
-class CMLMTrainer(LoadingTrainer):
+class CMLMTrainer(ScoringTrainer):
     """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
@@ -92,7 +88,6 @@ class CMLMTrainer(LoadingTrainer):
         self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
-        self._seen = self._scored = 0  # sequences of this rank in this training, and in this evaluation
         if data_collator is None:
             data_collator = CMLMDataCollator(tokenizer, packed=args.packed and model.takes_packed)
             if args.packed and not model.takes_packed:
@@ -165,17 +160,6 @@ class CMLMTrainer(LoadingTrainer):
         if policy is not None and plugin.fsdp_version == 2:  # it would round the losses to bfloat16
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
-    @property
-    def cmlm(self) -> CMLMConfig:
-        """The objective."""
-        return self._plain_model.cmlm
-
-    @property
-    def _plain_model(self) -> CMLMModel:
-        # accelerate's way there looks through all modules, each time.
-        model: CMLMModel = self.model if isinstance(self.model, CMLMModel) else self.accelerator.unwrap_model(self.model)
-        return model
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
         if resume_from_checkpoint and self.args.dataloader_persistent_workers:
@@ -197,15 +181,6 @@ class CMLMTrainer(LoadingTrainer):
         self._encoder_size = self._plain_model.lm.base_model.num_parameters(exclude_embeddings=True)
         return super()._inner_training_loop(batch_size, *args, **options)
 
-    def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """The batch on the device, with both views and the role of each token."""
-        if "sample_ids" not in batch:
-            rule = "one that gives sample_ids, as CMLMDataCollator does"
-            raise ValueError(f"CMLMTrainer: expected data_collator to be {rule}, got {', '.join(batch)}")
-        batch = send_to_device(batch, self.args.device, non_blocking=True)
-        seed = self.args.seed if self.args.mask_seed is None else self.args.mask_seed
-        return self._masker(batch, self._plain_model, seed, step)
-
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
         """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
@@ -224,7 +199,7 @@ class CMLMTrainer(LoadingTrainer):
             return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
         if not batches:
             return [], None
-        loss, sequences = self._plain_model.loss, [_sequences(batch) for batch in batches]
+        loss, sequences = self._plain_model.loss, [sequences_of(batch) for batch in batches]
         self._seen += sum(sequences)
         counts = [loss.counts(batch["role"], n) for batch, n in zip(batches, sequences, strict=True)]
         divisor = self._reduce(sum(counts[1:], counts[0]))
@@ -263,80 +238,6 @@ class CMLMTrainer(LoadingTrainer):
         """As the Trainer's, six for a token and a weight: of the encoder alone, on both views, without attention's products."""
         return 6 * 2 * int(inputs["input_ids"].numel()) * self._encoder_size
 
-    def _weights(self) -> dict[str, float]:
-        config = self.cmlm
-        return dict(zip(PARTS, (config.mlm_weight, config.token_weight, config.sequence_weight), strict=True))
-
-    def _parts(self, output: CMLMOutput) -> dict[str, Tensor]:
-        """Sum and count of each part that is computed."""
-        pairs = zip(self._weights().items(), torch.stack([output.sums.double(), output.counts.double()], 1), strict=True)
-        return {part: pair for (part, weight), pair in pairs if weight > 0}
-
-    def _step_is_logged(self) -> bool:
-        step, every = self.state.global_step + 1, self.state.logging_steps
-        if self.args.logging_strategy == "epoch":
-            return step == self.state.max_steps or self.accelerator.gradient_state.end_of_dataloader
-        if self.args.logging_strategy != "steps" or not every:
-            return False
-        return step % every == 0 or (step == 1 and self.args.logging_first_step)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the parts and measures of the steps since the last log to the training loss's entry; the last entry's rates and
-        loss are of what this training saw, after a resume and with max_tokens too."""
-        if "loss" in logs:
-            logs |= self._sums.read(self._reduce, self.args.device)
-            logs |= self._temperatures()
-        if "train_runtime" in logs:
-            steps, seconds = self.state.global_step - self._begin, max(logs["train_runtime"], 1e-4)
-            seen = self._reduce(torch.tensor(float(self._seen), device=self.args.device)).item()
-            logs |= {"train_samples_per_second": round(seen / seconds, 3), "train_steps_per_second": round(steps / seconds, 3),
-                     "train_loss": self._total_loss_scalar / max(steps, 1)}  # fmt: skip
-        super().log(logs, start_time)
-
-    def _reduce(self, tensor: Tensor) -> Tensor:
-        total: Tensor = self.accelerator.reduce(tensor, "sum")
-        return total
-
-    def _temperatures(self) -> dict[str, float]:
-        if not self.cmlm.learn_temperature:
-            return {}
-        loss = self._plain_model.loss
-        scales = {"token": loss.token.temperature.logit_scale, "sequence": loss.sequence.temperature.logit_scale}
-        # Under FSDP a parameter is a shard outside the forward pass.
-        full = {name: getattr(scale, "full_tensor", lambda s=scale: s)() for name, scale in scales.items() if scale is not None}
-        return {f"{name}_temperature": math.exp(-scale.item()) for name, scale in full.items()}
-
-    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, metric_key_prefix: str = "eval",
-                        **options: Any) -> EvalLoopOutput:  # fmt: skip
-        """As the Trainer's; the loss and its parts are means over all held-out tokens and sequences."""
-        training, self._sums, self._scored = self._sums, Sums(), 0
-        try:
-            with torch.random.fork_rng(devices=[]):  # a loader draws from the generator that dropout on a CPU takes
-                output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **options)
-            means = self._sums.read(self._reduce, self.args.device)
-        finally:
-            self._sums = training
-        if not means:
-            raise ValueError("CMLMTrainer: expected eval_dataset to hold a sequence, got none")
-        means["loss"] = sum(weight * means.get(part, 0.0) for part, weight in self._weights().items())
-        if "mlm" in means:
-            means["perplexity"] = math.exp(min(means["mlm"], 700.0))
-        if not has_length(dataloader.dataset):  # the Trainer counts rows of the first tensor, tokens of a packed batch
-            output = output._replace(num_samples=self._scored)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        return output
-
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool,
-                        ignore_keys: list[str] | None = None) -> tuple[None, None, None]:  # fmt: skip
-        """The objective of one held-out batch, its parts and measures added up for the end of the loop."""
-        batch = self.mask(inputs, EVALUATION_STEP)
-        self._scored += _sequences(batch)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            output: CMLMOutput = model(**batch, measured=True)
-        self._sums.add(self._parts(output))
-        self._sums.add(output.measures)
-        return None, None, None  # what the Trainer would average over batches, some of them short
-
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As the Trainer's, without the learned temperatures, which would decay to 1."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
@@ -364,7 +265,3 @@ class CMLMTrainer(LoadingTrainer):
             torch.save(self.args, os.path.join(folder, "training_args.bin"))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-
-def _sequences(batch: dict[str, Any]) -> int:
-    return 0 if batch.get("stand_in") else len(batch["sample_ids"])

@@ -151,6 +151,11 @@ def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_to
         CMLMTrainer(None, arguments, model_init=lambda: make_lm(), processing_class=tiny_tokenizer)
 
 
+def test_a_decoder_is_refused():
+    with pytest.raises(ValueError, match="expected lm to be an encoder, whose tokens see both sides, got one with is_decoder"):
+        CMLMModel(make_lm(is_decoder=True))
+
+
 @pytest.mark.parametrize(("name", "value"), [("_hf_peft_config_loaded", True), ("peft_config", {"default": object()})])
 def test_a_model_wrapped_by_peft_is_refused(name, value):
     lm = make_lm()
