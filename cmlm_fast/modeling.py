@@ -8,7 +8,6 @@ from types import NoneType
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,6 +21,7 @@ from .layers import head_joins, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
 from .ops._philox import position_shift
+from .ops._roles import can_be_masked
 from .ops._rows import mean_rows
 from .ops.mlm_cross_entropy import head_losses
 from .pretrained import PretrainedModel
@@ -127,8 +127,7 @@ class CMLMModel(PretrainedModel):
         Returns:
             `CMLMOutput`.
         """
-        can = ~torch.isin(input_ids, special_ids)
-        can = can if eligible is None else can & eligible
+        can = can_be_masked(input_ids, special_ids, eligible)
         with head_joins(self.lm.get_input_embeddings(), self.lm.get_output_embeddings()) as head_weight:
             if cu_seqlens is None:
                 if attention_mask is None:

@@ -259,7 +259,8 @@ def test_methods_get_their_own_rows_words_and_draws(sentences, tiny_tokenizer, t
 
 def test_texts_held_out_are_drawn_by_the_seed(tiny_checkpoint, files, tmp_path):  # noqa: F811
     options = {"train": files["train"], "test": None, "validation": 80}
-    one, two = (set(experiment(tiny_checkpoint, options, tmp_path / "out", seed=seed).check().test_texts) for seed in (0, 1))
+    checked = [experiment(tiny_checkpoint, options, tmp_path / "out", seed=seed).check() for seed in (0, 1)]
+    one, two = (set(grid.task.test_texts) for grid in checked)
     assert one != two
 
 

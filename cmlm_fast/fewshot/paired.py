@@ -13,6 +13,7 @@ from ..data import CMLMDataCollator
 from ..encoding import encode_row, positions, row_bounds
 from ..losses import CMLMLoss, Views
 from ..modeling import CMLMModel, CMLMOutput
+from ..ops._roles import can_be_masked
 
 
 class PairCollator:
@@ -61,8 +62,7 @@ class PairedModel(CMLMModel):
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
                 group: Any = None, **unused: Any) -> CMLMOutput:  # fmt: skip
         """The contrast of sequences `one` with sequences `two` of a batch of 2B; arguments as for `CMLMModel.forward`."""
-        can = ~torch.isin(input_ids, special_ids)
-        can = can if eligible is None else can & eligible
+        can = can_be_masked(input_ids, special_ids, eligible)
         if cu_seqlens is not None and lengths is not None:
             position = positions(cu_seqlens, input_ids.numel()) + self._first_position(int(max(lengths)))
             hidden = encode_row(self.lm.base_model, input_ids, cu_seqlens, lengths, token_type_ids, position)[: len(input_ids)]
