@@ -135,16 +135,16 @@ class CMLMModel(PretrainedModel):
                 can = can & attention_mask.bool()
                 hidden1, hidden2 = self._encode_padded(view1, view2, attention_mask, token_type_ids, jitter)
                 batch = len(input_ids)
-                cu_seqlens, first = row_bounds(attention_mask)
+                cu_seqlens, first_token = row_bounds(attention_mask)
             elif not self.takes_packed:
                 rule = f"a padded batch, all that {type(self.lm).__name__} takes"
                 raise ValueError(f"CMLMModel: expected input_ids to be {rule}, got one with cu_seqlens")
             else:
                 lengths = _checked_lengths(lengths, len(cu_seqlens) - 1, input_ids.numel())
                 hidden1, hidden2 = self._encode_packed(view1, view2, cu_seqlens, lengths, token_type_ids, jitter)
-                batch, first = len(lengths), cu_seqlens[:-1].long()
+                batch, first_token = len(lengths), cu_seqlens[:-1].long()
         can = can.flatten()
-        z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first)) for hidden in (hidden1, hidden2))
+        z1, z2 = (self.projection(self._pool(hidden, can, cu_seqlens, first_token)) for hidden in (hidden1, hidden2))
         if stand_in:
             z1, z2, batch = z1[:0], z2[:0], 0
         if vectors_only:
@@ -188,10 +188,10 @@ class CMLMModel(PretrainedModel):
         most = self.cmlm.position_jitter
         return position_shift(sample_ids, most, seed, step) if most else None
 
-    def _pool(self, hidden: Tensor, eligible: Tensor, cu_seqlens: Tensor, first: Tensor) -> Tensor:
+    def _pool(self, hidden: Tensor, eligible: Tensor, cu_seqlens: Tensor, first_token: Tensor) -> Tensor:
         """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
         if self.cmlm.pooling == "cls":
-            return hidden[first]
+            return hidden[first_token]
         return mean_rows(hidden, eligible, cu_seqlens)
 
     def freeze_encoder(self) -> None:

@@ -168,6 +168,8 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     for column, kind in (("meta", "dict"), ("none", "")):
         with pytest.raises(ValueError, match=f"text_column to be .*{kind or 'late'}"):
             load_texts(path, text_column=column)
+    with pytest.raises(ValueError, match=r"a valid \.jsonl file, got .*: dict in column 'meta'"):
+        load_labelled(path, label_column="meta")
     path.write_text(path.read_text().replace("last", "changed"))
     assert load_texts(path)[-1] == {"text": "changed"}
     listed = write(tmp_path / "a.json", json.dumps([*rows[-1:], "plain"]))

@@ -35,6 +35,9 @@ def json_types(path: Path) -> dict[str, str]:
 
 def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
     """The columns of these names and types, None where a row lacks one; cached by `datasets` until the file changes."""
+    for name, kind in columns.items():
+        if kind not in _HOLDS:
+            raise ValueError(f"{kind} in column {name!r}")
     state = path.stat()
     # No list: `datasets` would take its items for shards.
     kept = {"path": str(path.resolve()), "columns": dict(columns), "state": f"{state.st_mtime_ns} {state.st_size}"}

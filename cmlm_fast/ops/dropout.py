@@ -54,7 +54,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Widths that are no multiple of a vector, three dimensions, a view that is not contiguous, nothing at all."""
-    shapes = (("wide", 3, 70, 0.1, 5), ("narrow", 9, 3, 0.5, -(2**40) - 7), ("whole", 4, 64, 0.25, 0))
+    shapes = (("wide", 3, 70, 0.1, 5), ("narrow", 9, 3, 0.5, -(2**40) - 7), ("whole", 4, 64, 0.25, 0),
+              ("many-rows", 150, 6, 0.4, 2**62 + 1))  # fmt: skip
     for label, rows, width, p, seed in shapes:
         yield label, (next(random_rows([(rows, width)], dtype, device, rows)), p, seed)
     x = next(random_rows([(6, 40)], dtype, device, 1))

@@ -6,7 +6,7 @@
            key = seed, kept where w >= floor(dropout · 2³²); i, j count inside the sequence
 
 query, key, value [T, H, D]; cu_seqlens int32 [B + 1]. Saved for the backward pass besides the inputs: one log-sum-exp
-per row and head. The compiled kernels hold blocks of 32 rows of scores.
+per row and head. The compiled kernels hold blocks of 32 or 64 rows of scores.
 Source: Dao et al. 2022 (FlashAttention), of which the sequences of encoder post-training need one tile.
 """
 

@@ -1,6 +1,7 @@
 // The order of launches for a contrast (contrast.cuh), which token_contrastive and info_nce share. Host code only.
 //
-// by tiles: one launch for the softmax, one for the gradient. by rows: chunks of kChunkBytes of scores,
+// by tiles: one launch for the softmax, one for the gradient. by rows: chunks of kChunkBytes of scores (of kChunkRows rows at
+// least where the other side's gradient grows with them: of 262,144 keys 1 GiB in bfloat16, 3 in float16),
 //
 //   S = X·Yᵀ   contrast_rows: softmax, and weights in place of S   dX = W·Y   dY += Wᵀ·X          6·N·M·D operations
 //
@@ -175,8 +176,8 @@ class ContrastRun {
     constexpr bool in_place = sizeof(Score) == sizeof(T);
     const int64_t pitch = round_up(y.rows, 8), bytes = pitch * (sizeof(Score) + (in_place ? 0 : sizeof(T)));
     const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
-    const int64_t least = across ? kChunkRows : 8;
-    const int64_t chunk = std::min(std::max(kChunkBytes / bytes / 8 * 8, least), x.rows), chunks = ceil_div(x.rows, chunk);
+    const int64_t fewest = across ? kChunkRows : 8;
+    const int64_t chunk = std::min(std::max(kChunkBytes / bytes / 8 * 8, fewest), x.rows), chunks = ceil_div(x.rows, chunk);
     if (task_.scores == nullptr || in_place_rows_ < chunk * pitch) {
       in_place_rows_ = chunk * pitch;
       task_.scores = memory<Score>(chunk * pitch);

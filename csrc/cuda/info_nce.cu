@@ -53,7 +53,7 @@ ContrastResult contrast(const Tensor& z1, const Tensor& z2, const Tensor& temper
     p.labels = pointer<int64_t>(classes);
     p.batch = batch;
     ContrastRun<InfoNce<T>> run(launcher, x, p);
-    if (by_tiles(batch <= kTiledRows))
+    if (goes_by_tiles(batch <= kTiledRows))
       run.by_tiles(gradient, true);
     else
       run.by_rows(gradient);

@@ -26,8 +26,8 @@ constexpr auto kDevice = torch::headeronly::DeviceType::CUDA;
 constexpr int64_t kChunkBytes = int64_t{128} << 20, kChunkRows = 2048;
 constexpr int64_t kSharedBytes = 512 << 10;  // of an allocation that small arrays share
 
-// Whether a contrast goes by tiles; `wish` is what its op would have.
-inline bool by_tiles(bool wish) { return wish; }
+// Whether a contrast goes by tiles: what its op wishes; tests/cuda_host has another, which is told.
+inline bool goes_by_tiles(bool wish) { return wish; }
 
 // cublasGemmEx of the library that torch itself is linked to: so nothing is linked here, and no second copy can come in.
 using CublasGemm = int (*)(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a,

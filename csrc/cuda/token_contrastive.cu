@@ -84,7 +84,7 @@ ContrastResult contrast(const char* op, const TokenInputs& in, bool normalize, R
     p.grad_temperature = pointer<M>(result.grad_temperature);
     ContrastRun<TokenContrast<T>> run(launcher, in.query, p);
     const bool ranged = in.start || in.end;
-    if (ranged || by_tiles(n * m <= kTiledScores)) {
+    if (ranged || goes_by_tiles(n * m <= kTiledScores)) {
       const Tensor reaches = empty(in.query, {ceil_div(n, kTile) * static_cast<int64_t>(sizeof(Reach))}, ScalarType::Byte);
       p.reaches = pointer<Reach>(reaches);
       run.by_tiles(gradient, !ranged);

@@ -19,7 +19,7 @@ constexpr int64_t kChunkBytes = 32 << 10, kChunkRows = 8;  // so that small samp
 constexpr int64_t kSharedBytes = 0;  // each array its own, for AddressSanitizer to see its end
 
 // CMLM_HOST_PATH=tiles|rows sends a contrast where its size would not.
-inline bool by_tiles(bool wish) {
+inline bool goes_by_tiles(bool wish) {
   const char* path = std::getenv("CMLM_HOST_PATH");
   return path == nullptr ? wish : std::string(path) == "tiles";
 }
