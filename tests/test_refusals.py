@@ -67,6 +67,11 @@ def test_a_wrong_argument_is_named(call, message):
         call()
 
 
+def test_special_ids_may_be_an_iterator():
+    ids = torch.ones(4, 20, dtype=torch.int64)
+    assert not mask(ids, special_ids=map(int, "01")).role.any() and mask(ids, special_ids=()).role.any()
+
+
 def test_a_loss_knows_its_options_when_it_is_made():
     with pytest.raises(TypeError, match="schem"):
         InfoNCELoss(0.1, schem="cross")

@@ -253,8 +253,9 @@ def complementary_mask(
         eligible = attended if eligible is None else eligible & attended
     if not isinstance(special_ids, Tensor):
         expect(_NAME, hasattr(special_ids, "__iter__"), "special_ids", "a sequence or a tensor", special_ids)
-        expect(_NAME, all(map(_is_id, special_ids)), "special_ids", "whole numbers", list(special_ids))
-        special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(tuple(special_ids), device)
+        given_ids = tuple(special_ids)  # an iterator gives them once
+        expect(_NAME, all(map(_is_id, given_ids)), "special_ids", "whole numbers", list(given_ids))
+        special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(given_ids, device)
     args = (
         input_ids.reshape(-1).contiguous(),
         cu_seqlens.contiguous(),
