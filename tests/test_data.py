@@ -157,12 +157,14 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
 def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     dates = [f"2020-01-{day:02}" for day in range(1, 29)] * 40
     rows: list[dict[str, Any]] = [{"text": date, "n": None, "meta": {"a": 1}, "late": None} for date in dates]
-    rows += [{"text": None, "n": 5, "late": "x"}, {"n": "five", "meta": [1.5]}, {"text": "last", "new": True, "late": "y"}]
+    rows += [{"text": None, "n": 5, "late": "x", "later": "z"}, {"n": "five", "meta": [1.5]}]
+    rows.append({"text": "last", "new": True, "late": "y"})
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n\n" for row in rows))
     for _ in range(2):  # read, and from the cache
         assert load_texts(path, text_pair_column="late")[-4:] == {
             "text": [dates[-1], None, None, "last"], "text_pair": [None, "x", None, "y"]
         }  # fmt: skip
+    assert load_texts(path, text_column="later")["text"][-4:] == [None, "z", None, None]
     with pytest.raises(ValueError, match=r"a valid \.jsonl file, got .*row 1121 holds int in column 'n' of type blank"):
         load_texts(path, text_column="n")
     for column, kind in (("meta", "dict"), ("none", "")):
@@ -174,7 +176,8 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     assert load_texts(path)[-1] == {"text": "changed"}
     listed = write(tmp_path / "a.json", json.dumps([*rows[-1:], "plain"]))
     assert load_texts(listed)["text"][:] == ["last", "plain"]
-    for wrong, got in (('["a", 3]', "row 2 is no object but int"), ('"a"', "row 1 is no object but str")):
+    for wrong, got in (('["a", 3]', "row 2 is no object but int"), ('"a"', "row 1 is no object but str"),
+                       ('{"a": "b', "line 1: Unterminated string starting$")):  # fmt: skip
         with pytest.raises(ValueError, match=f"valid .json file, got .*: {got}"):
             load_texts(write(tmp_path / "b.json", wrong))
 

@@ -7,8 +7,7 @@ that nobody asked for, and a text such as "2020-01-01" becomes a date.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,16 @@ _KINDS = {frozenset[str](): "blank", frozenset({"str"}): "string", frozenset({"b
           frozenset({"float"}): "double", frozenset({"int", "float"}): "double"}  # fmt: skip
 
 
-def json_types(path: Path) -> dict[str, str]:
-    """The type of each column by the first 1000 rows; empty where there is no row.
+def json_types(path: Path, asked: Collection[str]) -> dict[str, str]:
+    """The type of each column by the first 1000 rows, and those behind them until all columns that are asked for were seen;
+    empty where there is no row.
 
     Raises ValueError where one of them is no JSON.
     """
     found: dict[str, set[str]] = {}
-    for row in islice(_rows(path), 1000):
+    for number, row in enumerate(_rows(path)):
+        if number >= 1000 and found.keys() >= set(asked):
+            break
         for name, value in row.items():
             found.setdefault(name, set()).update(() if value is None else (type(value).__name__,))
     return {name: _KINDS.get(frozenset(kinds), " or ".join(sorted(kinds))) for name, kinds in found.items()}
@@ -74,4 +76,4 @@ def _lines(file: Any) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg}") from None
+                raise ValueError(f"line {number}: {error.msg.removesuffix(' at')}") from None

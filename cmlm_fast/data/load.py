@@ -55,7 +55,8 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
         FileNotFoundError: no such file.
         ValueError: unknown suffix or column, a column that holds no text, no rows, bytes that are not UTF-8, or a file
             that does not parse; names the argument, the rule and the value. Columns of .csv, .tsv, .jsonl and .json are
-            of the type that their first 1000 rows have; what others hold than those asked for does not matter.
+            of the type that their first 1000 rows have (of JSON a column asked for may begin later);
+            what others hold than those asked for does not matter.
 
     Example:
         >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
@@ -72,7 +73,8 @@ def read_columns(path: str | Path, text_column: str | None, text_pair_column: st
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
-    read, types = _open_folder(path) if path.is_dir() else _open_file(path)
+    asked = {text_column, text_pair_column, *(column for _, column in others.values())} - {None}
+    read, types = _open_folder(path) if path.is_dir() else _open_file(path, asked)
     for argument, column in others.values():
         if column not in types:
             raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
@@ -141,7 +143,7 @@ def _open_folder(path: Path) -> tuple[_Read, dict[str, str]]:
     return saved.select_columns, _types(saved)
 
 
-def _open_file(path: Path) -> tuple[_Read, dict[str, str]]:
+def _open_file(path: Path, asked: Collection[Any]) -> tuple[_Read, dict[str, str]]:
     suffix = path.suffix.lower()
     if suffix not in _READERS:
         raise fail("load_texts", "path", f"a saved datasets folder or a file ending in {', '.join(_READERS)}", path)
@@ -153,7 +155,7 @@ def _open_file(path: Path) -> tuple[_Read, dict[str, str]]:
     types: dict[str, str] | None = None
     if reader == "json":
         with _named(path):
-            types = json_types(path)
+            types = json_types(path, asked)
         if not types:
             raise fail("load_texts", "path", "a file with at least one row", path)
         return partial(_read_json, path, types), types
