@@ -5,8 +5,8 @@
     labels    S as in nt_xent; positives of i are the others with its label: log Σ_{a≠i} exp s_ia − mean_{p in P(i)} s_ip;
               each row has one, the other view
 
-z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S; for "mean" and "sum" the gradient is
-computed in the forward pass, but for float16, whose loss scale is known only later.
+z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S, on the CPU the 2²⁴ scores of 4,096 pairs; for "mean" and "sum" the
+gradient is computed in the forward pass, but for float16, whose loss scale is known only later.
 Sources: van den Oord et al. 2018 (cross), Chen et al. 2020, SimCLR (nt_xent), Khosla et al. 2020, SupCon (labels).
 """
 
@@ -33,6 +33,7 @@ from ._scores import (
     in_forward,
     loss_dtype,
     random_rows,
+    reduction_weight,
     scaled,
     through_unit_rows,
     unit_rows,
@@ -90,9 +91,8 @@ def _row_count(z1: Tensor, labels: Tensor | None, scheme: str) -> int:
 
 def _row_weight(z1: Tensor, labels: Tensor | None, scheme: str, reduction: str) -> Tensor:
     """What each row's loss weighs in the reduced loss, [B] or [2B]."""
-    rows = _row_count(z1, labels, scheme)
-    weight = z1.new_ones(rows, dtype=loss_dtype(z1.dtype))
-    return weight / rows if reduction == "mean" else weight
+    every = z1.new_ones(_row_count(z1, labels, scheme), dtype=torch.bool)
+    return reduction_weight(every, reduction, loss_dtype(z1.dtype))
 
 
 def _gradients(weight: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, scheme: str,
