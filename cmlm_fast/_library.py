@@ -19,7 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LIBRARY = torch.library.Library("cmlm_fast", "DEF")
 
@@ -65,6 +67,28 @@ def expect_values(op: str, condition: torch.Tensor | bool, argument: str, rule: 
     """As `expect`, for rules on what a tensor holds: `RuntimeError`, the exception that compiled kernels raise."""
     if not bool(condition):
         raise RuntimeError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {value}")
+
+
+def is_number(value: object) -> bool:
+    """Whether an option is a plain number; a tensor, which may ask for a gradient, is none."""
+    return isinstance(value, (int, float, np.number))
+
+
+def is_whole(value: object) -> bool:
+    """Whether an option is a whole number: an int, what stands for one, or a tensor of one."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
+    return isinstance(value, int) or hasattr(value, "__index__")
+
+
+def expect_flag(op: str, argument: str, value: object) -> None:
+    """The rule on an option that is on or off."""
+    expect(op, isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))
+
+
+def is_traced() -> bool:
+    """Whether tensors are traced now, or fake: they hold no values, and what is made of them is of no use to later calls."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def declare(

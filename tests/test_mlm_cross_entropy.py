@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sweep import DEVICES
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cmlm_fast import mlm_cross_entropy, token_contrastive
 from cmlm_fast.ops._linear import _Linear
@@ -104,7 +106,7 @@ def test_target_outside_the_vocabulary():
 
 def test_two_dtypes_are_one_too_many_outside_autocast():
     hidden, weight, target = torch.randn(3, 8), torch.randn(9, 8, dtype=torch.bfloat16), torch.tensor([1, 2, 8])
-    with pytest.raises(ValueError, match=r"weight to be torch.float32, as hidden, got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"weight to be torch.float32 like hidden, got torch.bfloat16"):
         mlm_cross_entropy(hidden, weight, None, target)
     with torch.autocast("cpu", torch.bfloat16):
         assert mlm_cross_entropy(hidden, weight, None, target).isfinite()
@@ -128,6 +130,24 @@ def test_there_is_no_second_derivative():
         torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="expected create_graph to be False"):
         torch.autograd.grad(_Linear.apply(hidden, weight, None).sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_alone_and_traces_hold_every_row(reduction):
+    leaves = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True), torch.randn(5, requires_grad=True)
+
+    def gradients(*inputs):
+        loss = mlm_cross_entropy(*inputs, reduction=reduction)
+        return loss, *torch.autograd.grad(loss.sum(), inputs[:3])
+
+    target = torch.tensor([1, -100, 4])
+    traced = make_fx(gradients)(*leaves, target)
+    for other in (target, torch.tensor([-100, 0, -100])):  # with another count of rows than the trace has seen
+        for got, expected in zip(traced(*leaves, other), gradients(*leaves, other), strict=True):
+            torch.testing.assert_close(got, expected)
+    with FakeTensorMode() as mode:
+        loss = mlm_cross_entropy(*map(mode.from_tensor, (*leaves, target)), reduction=reduction)
+        assert loss.shape == (() if reduction == "mean" else (3,))
 
 
 def test_all_stand_on_one_device():

@@ -14,6 +14,7 @@ from cmlm_fast import (
     TokenContrastiveLoss,
     complementary_mask,
     info_nce,
+    mlm_cross_entropy,
     token_contrastive,
     token_similarity,
     varlen_attention,
@@ -45,7 +46,7 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
         (lambda: varlen_attention(*[HEADS[..., :0]] * 3, CU), "varlen_attention: expected query to be"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, scale="x"), "expected scale to be a number, got x"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, dropout=None), "dropout to be a number in [0, 1), got None"),
-        (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, window=1.5), "window to be a whole number >= 0, got 1.5"),
+        (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, window=1.5), "window to be a whole number in [0, 2⁶³), got 1.5"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, seed=1.5), "seed to be a whole number in [-2⁶³, 2⁶⁴), got 1.5"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, seed=2**64), f"number in [-2⁶³, 2⁶⁴), got {2**64}"),
         (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, seed=CU[:1]), "int64 of shape [], got torch.int32 [1]"),
@@ -58,8 +59,24 @@ def mask(ids=IDS, cu=None, *, special_ids=(0, 1), **options):
         (lambda: mask(cu=CU), "expected input_ids to be of shape [T] when cu_seqlens is given, got [2, 3]"),
         (lambda: mask(sample_ids=[0, 1]), "expected sample_ids to be a tensor, got list"),
         (lambda: mask(attention_mask=IDS > 0, eligible=IDS.float()), "expected eligible to be torch.bool, got torch.float32"),
-        (lambda: mask(special_ids=(0, None)), "expected special_ids to be whole numbers, got [0, None]"),
-        (lambda: mask(special_ids=(1.9,)), "expected special_ids to be whole numbers, got [1.9]"),
+        (lambda: mask(special_ids=(0, None)), "expected special_ids to be whole numbers of 64 bits, got [0, None]"),
+        (lambda: mask(special_ids=(1.9,)), "expected special_ids to be whole numbers of 64 bits, got [1.9]"),
+        (lambda: mask(special_ids=(2**63,)), f"expected special_ids to be whole numbers of 64 bits, got [{2**63}]"),
+        (lambda: mask(rate="x"), "complementary_mask: expected rate to be a number in [0, 1], got x"),
+        (lambda: mask(mask_share=None), "expected mask_share to be a number in [0, 1], got None"),
+        (lambda: mask(seed=torch.tensor(1.5)), "expected seed to be a whole number in [-2⁶³, 2⁶⁴), got torch.float32 []"),
+        (lambda: mask(seed=torch.tensor([1, 2])), "expected seed to be a whole number in [-2⁶³, 2⁶⁴), got torch.int64 [2]"),
+        (lambda: mask(step=torch.tensor(2.0)), "expected step to be a whole number, got torch.float32 []"),
+        (lambda: varlen_attention(HEADS, HEADS, HEADS, CU, window=2**70), f"in [0, 2⁶³), got {2**70}"),
+        (lambda: token_contrastive(Q, K, TARGET, normalize="no"), "expected normalize to be True or False, got 'no'"),
+        (lambda: token_similarity(Q, K, normalize=None), "expected normalize to be True or False, got None"),
+        (lambda: info_nce(Q, K, symmetric=None), "info_nce: expected symmetric to be True or False, got None"),
+        (lambda: info_nce(Q, K, temperature=torch.ones((), dtype=torch.complex64)), "temperature to be a real number, got"),
+        (lambda: mlm_cross_entropy([[0.0]], K, None, TARGET), "mlm_cross_entropy: expected hidden to be a tensor, got list"),
+        (lambda: mlm_cross_entropy(Q, K, 0.5, TARGET), "mlm_cross_entropy: expected bias to be a tensor, got float"),
+        (lambda: mlm_cross_entropy(Q, K, None, None), "mlm_cross_entropy: expected target to be a tensor, got NoneType"),
+        (lambda: mlm_cross_entropy(Q.long(), K.long(), None, TARGET), "hidden to be float32, bfloat16, float16 or float64"),
+        (lambda: mlm_cross_entropy(Q, K, K[0].double(), TARGET), "bias to be torch.float32 like hidden, got torch.float64"),
     ],
 )
 def test_a_wrong_argument_is_named(call, message):
@@ -82,18 +99,18 @@ def test_a_temperature_may_be_any_number():
     assert torch.equal(info_nce(Q, K, temperature=np.float32(0.5)), info_nce(Q, K, temperature=0.5))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: token_contrastive(x, K, TARGET),
-        lambda x: token_similarity(x, K),
-        lambda x: info_nce(x, K),
-        lambda x: varlen_attention(x[:, None], x[:, None], x[:, None], CU),
-        lambda x: token_contrastive(Q, K, TARGET, temperature=x.abs().mean()),
-        lambda x: token_similarity(Q, K, temperature=x.abs().mean()),
-        lambda x: info_nce(Q, K, temperature=x.abs().mean()),
-    ],
-)
+FUNCTIONS = [
+    lambda x: token_contrastive(x, K, TARGET),
+    lambda x: token_similarity(x, K),
+    lambda x: info_nce(x, K),
+    lambda x: varlen_attention(x[:, None], x[:, None], x[:, None], CU),
+    lambda x: token_contrastive(Q, K, TARGET, temperature=x.abs().mean()),
+    lambda x: token_similarity(Q, K, temperature=x.abs().mean()),
+    lambda x: info_nce(Q, K, temperature=x.abs().mean()),
+]
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_mode_is_refused_not_zero(function):
     with pytest.raises(NotImplementedError, match="to be without a tangent, there is no forward mode"):
         torch.func.jvp(function, (Q,), (torch.ones_like(Q),))
@@ -101,6 +118,15 @@ def test_forward_mode_is_refused_not_zero(function):
         function(forward_ad.make_dual(Q, torch.ones_like(Q)))
     with forward_ad.dual_level():
         function(Q)  # no tangent, no error
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_mode_is_refused_by_compiled_code_too(function):
+    inside = torch.compile(lambda x: torch.func.jvp(function, (x,), (torch.ones_like(x),)), backend="aot_eager")
+    with pytest.raises(NotImplementedError, match="there is no forward mode"):
+        inside(Q)
+    with pytest.raises(NotImplementedError, match="there is no forward mode"):
+        torch.func.jacfwd(torch.compile(function, backend="eager"))(Q)
 
 
 def test_a_fast_layer_says_what_torchs_says():

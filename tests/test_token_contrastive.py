@@ -95,6 +95,23 @@ def test_target_outside_its_range_is_a_candidate(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("size", [1e3, 3e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_huge_scores_have_finite_losses_and_gradients(backend, size, dtype):
+    """Scores of 1e15 have a last place of 1e8: the maximum is subtracted with the rounding that it was found with."""
+    query = (rows(40, 16) * size).to(dtype).requires_grad_()
+    target, key = torch.arange(40), query.detach().flip(0)
+    losses = token_contrastive(query, key, target, temperature=0.07, normalize=False, reduction="none", backend=backend)
+    losses.sum().backward()
+    exact = query.detach().double().requires_grad_()
+    F.cross_entropy(exact @ key.double().T / 0.07, target, reduction="sum").backward()
+    near = 1e-5 if dtype == torch.float32 else 1e-2
+    true = F.cross_entropy(exact @ key.double().T / 0.07, target, reduction="none").float()
+    torch.testing.assert_close(losses, true, rtol=near, atol=near * true.max().item())
+    torch.testing.assert_close(query.grad.double(), exact.grad, rtol=near, atol=near * exact.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("frozen", ["query", "key"])
 def test_a_frozen_side_still_trains_its_partner(backend, frozen):
     query, key = rows(9, 8).requires_grad_(frozen != "query"), rows(12, 8).requires_grad_(frozen != "key")

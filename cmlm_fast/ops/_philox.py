@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import expect
+from .._library import expect, is_whole
 
 _WORD = 0xFFFFFFFF
 
@@ -17,7 +17,7 @@ def signed_seed(op: str, seed: Any) -> int:
     """`seed`, a whole number of 64 bits with or without a sign, as the int64 of the same bits."""
     rule = "a whole number in [-2⁶³, 2⁶⁴)"
     if not isinstance(seed, int):
-        expect(op, hasattr(seed, "__index__"), "seed", rule, seed)
+        expect(op, is_whole(seed), "seed", rule, seed)
         seed = int(seed)
     # Compiled code, where a changing seed is a symbol, has no number of more than 64 bits: nothing is masked, and from 2⁶³ on
     # `index` makes it a constant again.

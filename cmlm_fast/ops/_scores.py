@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .._library import expect, expect_values
+from .._library import expect, expect_values, is_number
 
 IGNORE = -100
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -67,13 +66,14 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
     """`temperature` as the 0-dim tensor that the raw ops take; a number is checked here, a tensor by the kernel."""
     dtype = loss_dtype(rows.dtype)
     if not isinstance(temperature, Tensor):
-        number = isinstance(temperature, (int, float, np.number)) and 0.0 < temperature < float("inf")
+        number = is_number(temperature) and 0.0 < temperature < float("inf")
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
         least = torch.finfo(dtype).tiny  # below, its inverse is none
         expect(op, temperature >= least, "temperature", f"a number >= {least:.2g}", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
     expect(op, rows.is_meta or not temperature.is_meta, "temperature", f"on {rows.device} like the rows", temperature.device)
+    expect(op, not temperature.is_complex(), "temperature", "a real number", temperature.dtype)
     _no_tangent(op, "temperature", temperature)
     return temperature.reshape(()).to(device=rows.device, dtype=dtype)
 
@@ -139,7 +139,7 @@ def autocast_is_on(device_type: str) -> bool:
 
 
 def _no_tangent(op: str, name: str, given: Tensor) -> None:
-    if not torch.compiler.is_compiling() and unpack_dual(given).tangent is not None:  # its derivative would be lost
+    if unpack_dual(given).tangent is not None:  # its derivative would be lost
         rule = "without a tangent, there is no forward mode"
         raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be {rule}, got one")
 

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .._library import Contract, contracts, declare, expect, expect_values
+from .._library import Contract, contracts, declare, expect, expect_values, is_number, is_traced, is_whole
 from ..backends import resolve
 from ._philox import philox, signed_seed
 from ._roles import can_be_masked, corruption_bounds, exact_roles, role_bounds
@@ -149,11 +148,6 @@ declare(_NAME, _SCHEMA, _reference, _fake)
 contracts[_NAME] = Contract(_NAME, _samples, (torch.int64, torch.int32), exact=True)
 
 
-def _is_traced() -> bool:
-    """Whether fake or traced tensors are made now, which are of no use to later calls."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-
-
 @lru_cache(maxsize=64)
 def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tensor:
     """One device copy of a tokenizer's special ids, so that a call moves nothing between host and device."""
@@ -164,10 +158,6 @@ def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tenso
 def _equal_lengths(batch: int, length: int, device: torch.device, stream: int) -> Tensor:
     """cu_seqlens of a padded batch, kept as `_special_tensor` is, for the CUDA stream that fills it: others would not wait."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) or hasattr(value, "__index__")
 
 
 def complementary_mask(
@@ -228,9 +218,12 @@ def complementary_mask(
     expect(_NAME, sampling in ("exact", "bernoulli"), "sampling", "'exact' or 'bernoulli'", repr(sampling))
     expect(_NAME, isinstance(input_ids, Tensor), "input_ids", "a tensor", type(input_ids).__name__)
     for name, number in (("mask_token_id", mask_token_id), ("vocab_size", vocab_size), ("step", step)):
-        expect(_NAME, _is_id(number), name, "a whole number", number)
+        expect(_NAME, is_whole(number), name, "a whole number", number)
+    for name, share in (("rate", rate), ("complement_rate", complement_rate), ("mask_share", mask_share),
+                        ("random_share", random_share)):  # fmt: skip
+        expect(_NAME, is_number(share), name, "a number in [0, 1]", share)
     shape, device = input_ids.shape, input_ids.device
-    traced = _is_traced()
+    traced = is_traced()
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
         # What a graph's capture makes exists only in its replays: nothing to keep for others.
@@ -254,7 +247,8 @@ def complementary_mask(
     if not isinstance(special_ids, Tensor):
         expect(_NAME, hasattr(special_ids, "__iter__"), "special_ids", "a sequence or a tensor", special_ids)
         given_ids = tuple(special_ids)  # an iterator gives them once
-        expect(_NAME, all(map(_is_id, given_ids)), "special_ids", "whole numbers", list(given_ids))
+        whole = all(is_whole(token) and -(2**63) <= token < 2**63 for token in given_ids)
+        expect(_NAME, whole, "special_ids", "whole numbers of 64 bits", list(given_ids))
         special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(given_ids, device)
     args = (
         input_ids.reshape(-1).contiguous(),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import Contract, contracts, declare, expect, op
+from .._library import Contract, contracts, declare, expect, expect_flag, op
 from ..backends import resolve
 from ._distributed import info_nce_across_ranks
 from ._scores import (
@@ -52,6 +52,8 @@ def _check(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, s
     expect(_NAME, z1.shape[0] == z2.shape[0], "z2", f"of shape {list(z1.shape)} like z1", list(z2.shape))
     expect(_NAME, scheme in ("cross", "nt_xent"), "scheme", "'cross' or 'nt_xent'", repr(scheme))
     check_vector(_NAME, "labels", labels, z1.shape[0], (torch.int64,), z1.device)
+    expect_flag(_NAME, "symmetric", symmetric)
+    expect_flag(_NAME, "normalize", normalize)
     one_sided = not symmetric and (scheme != "cross" or labels is not None)
     expect(_NAME, not one_sided, "symmetric", "True unless scheme is 'cross' and labels are not given", symmetric)
     check_reduction(_NAME, reduction)

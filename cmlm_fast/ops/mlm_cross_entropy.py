@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import expect, expect_values, no_second_derivative
+from .._library import expect, expect_values, is_traced, no_second_derivative
 from ..backends import instead
 from ._linear import product
-from ._scores import IGNORE, autocast_is_on, autocast_rows, check_reduction, loss_dtype
+from ._scores import FLOATING, IGNORE, autocast_is_on, autocast_rows, check_reduction, loss_dtype
 
 _NAME = "mlm_cross_entropy"
 _VOCABULARY_PART = 4096
@@ -29,10 +29,10 @@ def mlm_cross_entropy(
 
     Args:
         hidden: [N, D] rows that go into the decoder (after the head's transform).
-        weight: [V, D] decoder weight, hidden's dtype (under autocast PyTorch casts both).
-        bias: [V] or None.
+        weight: [V, D] decoder weight, hidden's dtype (under autocast PyTorch casts all three).
+        bias: [V] of that dtype, or None.
         target: int64 [N] token ids; -100 ignores the row. Ignored rows are dropped before the product; under
-            torch.compile, where shapes stay fixed, they are multiplied and then ignored.
+            torch.compile, and wherever else shapes stay fixed (fake tensors, `make_fx`), they are multiplied and then ignored.
         reduction: "mean" over rows not ignored, "sum", or "none".
 
     Returns:
@@ -46,21 +46,26 @@ def mlm_cross_entropy(
     >>> round(mlm_cross_entropy(hidden, weight, None, torch.tensor([3, -100])).item(), 4)  # log 8
     2.0794
     """
+    parameters = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    given = {"hidden": hidden, **parameters, "target": target}
+    for name, tensor in given.items():
+        expect(_NAME, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
     expect(_NAME, hidden.dim() == 2, "hidden", "of shape [N, D]", list(hidden.shape))
     n, d = hidden.shape
     expect(_NAME, weight.dim() == 2 and weight.shape[1] == d, "weight", f"of shape [V, D = {d}]", list(weight.shape))
-    if not autocast_is_on(hidden.device.type):
-        expect(_NAME, weight.dtype == hidden.dtype, "weight", f"{hidden.dtype}, as hidden", weight.dtype)
+    expect(_NAME, hidden.dtype in FLOATING, "hidden", "float32, bfloat16, float16 or float64", hidden.dtype)
     if bias is not None:
         expect(_NAME, bias.shape == weight.shape[:1], "bias", f"of shape [V = {weight.shape[0]}]", list(bias.shape))
+    if not autocast_is_on(hidden.device.type):
+        for name, parameter in parameters.items():
+            expect(_NAME, parameter.dtype == hidden.dtype, name, f"{hidden.dtype} like hidden", parameter.dtype)
     expect(_NAME, target.shape == (n,), "target", f"of shape [N] = {[n]}", list(target.shape))
     expect(_NAME, target.dtype == torch.int64, "target", "int64", target.dtype)
-    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None:
-            expect(_NAME, tensor.device == hidden.device, name, f"on {hidden.device} like hidden", tensor.device)
+    for name, tensor in given.items():
+        expect(_NAME, tensor.device == hidden.device, name, f"on {hidden.device} like hidden", tensor.device)
     check_reduction(_NAME, reduction)
     valid = target != IGNORE
-    if torch.compiler.is_compiling() or hidden.is_meta:
+    if is_traced() or hidden.is_meta:
         rows, labels = hidden, target
     else:
         rows, labels = hidden[valid], target[valid]
@@ -77,7 +82,7 @@ def mlm_cross_entropy(
 
 def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
     """Cross entropy of each row, [N], 0 where its target is -100: no row is dropped, nothing waits for the device."""
-    softmax_loss = None if torch.compiler.is_compiling() else instead("softmax_loss", hidden.device)
+    softmax_loss = None if is_traced() else instead("softmax_loss", hidden.device)
     if softmax_loss is not None:
         (hidden,) = autocast_rows(_NAME, hidden=hidden)
         losses: Tensor = _HeadLosses.apply(hidden, weight, bias, target, softmax_loss)

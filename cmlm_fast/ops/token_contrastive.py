@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import Contract, contracts, declare, expect, expect_values, op
+from .._library import Contract, contracts, declare, expect, expect_flag, expect_values, op
 from ..backends import resolve
 from ._scores import (
     FLOATING,
@@ -116,6 +116,7 @@ def _check(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, key_
            key_end: Tensor | None, query_token: Tensor | None, key_token: Tensor | None, normalize: bool,
            reduction: str, query_grad: bool, key_grad: bool) -> None:  # fmt: skip
     check_pairs(_NAME, query, key, target, temperature, key_start, key_end, query_token, key_token)
+    expect_flag(_NAME, "normalize", normalize)
     check_reduction(_NAME, reduction)
 
 

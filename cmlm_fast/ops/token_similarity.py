@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._library import Contract, contracts, declare
+from .._library import Contract, contracts, declare, expect_flag
 from ..backends import resolve
 from ._scores import (
     FLOATING,
@@ -100,6 +100,7 @@ def token_similarity(
     query, key = autocast_rows(_NAME, query=query, key=key)
     tau = as_temperature(_NAME, temperature, query)
     check_pairs(_NAME, query, key, target, tau, key_start, key_end, query_token, key_token)
+    expect_flag(_NAME, "normalize", normalize)
     scores: Tensor = resolve(_NAME, query.device, backend, query.dtype)(
         query, key, target, tau, key_start, key_end, query_token, key_token, normalize
     )

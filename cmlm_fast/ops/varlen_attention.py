@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._library import Contract, contracts, declare, expect, expect_values, op
+from .._library import Contract, contracts, declare, expect, expect_values, is_number, op
 from ..backends import resolve
 from ._philox import philox, signed_seed
 from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
@@ -208,10 +208,10 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     query, key, value = autocast_rows(_NAME, query=query, key=key, value=value)
     expect(_NAME, isinstance(cu_seqlens, Tensor), "cu_seqlens", "a tensor", type(cu_seqlens).__name__)
     expect(_NAME, not isinstance(scale, Tensor), "scale", "a number, which gets no gradient", "a tensor")
-    number = (int, float, np.number)
-    expect(_NAME, scale is None or isinstance(scale, number), "scale", "a number", scale)
-    expect(_NAME, isinstance(dropout, number), "dropout", "a number in [0, 1)", dropout)
-    expect(_NAME, isinstance(window, (int, np.integer)), "window", "a whole number >= 0", window)
+    expect(_NAME, scale is None or is_number(scale), "scale", "a number", scale)
+    expect(_NAME, is_number(dropout), "dropout", "a number in [0, 1)", dropout)
+    whole = isinstance(window, (int, np.integer)) and window < 2**63
+    expect(_NAME, whole, "window", "a whole number in [0, 2⁶³)", window)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if not isinstance(seed, Tensor):  # filled on the device: a copy to it would wait
         seed = torch.full((), signed_seed(_NAME, seed), dtype=torch.int64, device=query.device)

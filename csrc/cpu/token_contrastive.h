@@ -21,6 +21,7 @@ struct ScoreBlock {
   const O* scale;           // [columns] s_ij = raw · scale_i · key_scale_j
   const O* shift;           // [columns] exponents are s_ij − shift_i
   const O* target;          // [columns] s_i,target
+  const int32_t* hidden;    // [columns] index of the target, which is no candidate here
   const int32_t* start;     // [columns] or null: candidates are start_i <= j < start_i + length_i
   const int32_t* length;
   const int32_t* token;     // [columns] or null

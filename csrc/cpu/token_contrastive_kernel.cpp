@@ -11,8 +11,8 @@
 namespace cmlm::CMLM_ISA {
 namespace {
 
-// Exponent of what is no candidate: its exponential is 0, and so is their product.
-constexpr float kNever = -1e4f;
+// Score of what is no candidate: its exponential is 0, and so is their product.
+constexpr float kNever = -1e38f;
 
 template <bool kMax, bool kRange, bool kToken, class T>
 void visit(const ScoreBlock<T>& block) {
@@ -23,6 +23,7 @@ void visit(const ScoreBlock<T>& block) {
   const O* __restrict scale = block.scale;
   const O* __restrict shift = block.shift;
   const O* __restrict target = block.target;
+  const int32_t* __restrict hidden = block.hidden;
   const int32_t* __restrict start = block.start;
   const int32_t* __restrict length = block.length;
   const int32_t* __restrict token = block.token;
@@ -39,14 +40,16 @@ void visit(const ScoreBlock<T>& block) {
     const int32_t key = static_cast<int32_t>(block.first + j);
 #pragma GCC ivdep
     for (int64_t i = 0; i < columns; ++i) {
-      bool candidate = true;
+      bool candidate = key != hidden[i];
       if constexpr (kRange) candidate &= static_cast<uint32_t>(key - start[i]) < static_cast<uint32_t>(length[i]);
       if constexpr (kToken) candidate &= token[i] != key_token;
-      const O s = widen(row[i]) * (scale[i] * key_scale);
+      // Chosen before it is subtracted from: a product fused with the difference is not rounded as the maximum was, and with
+      // scores of 1e10 its exponential is infinite or 0.
+      const O s = candidate ? widen(row[i]) * (scale[i] * key_scale) : O(kNever);
       if constexpr (kMax) {
-        sum[i] = max(sum[i], candidate ? s : -std::numeric_limits<O>::infinity());
+        sum[i] = max(sum[i], s);
       } else {
-        const O e = exp(candidate ? s - shift[i] : O(kNever));
+        const O e = exp(s - shift[i]);
         sum[i] += e;
         moment[i] += e * (s - target[i]);
         row[i] = narrow<T>(e * key_scale);

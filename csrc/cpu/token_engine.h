@@ -37,7 +37,7 @@ struct TokenWorkspace {
   int64_t threads, block_keys;
   Tensor scores, rows, sums, products;
   std::vector<O> scale, shift, inverse, target_score, factor, target_factor, partial;
-  std::vector<int32_t> start, length, token;
+  std::vector<int32_t> hidden, start, length, token;
 
   TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
       : threads(threads),
@@ -47,7 +47,7 @@ struct TokenWorkspace {
         sums(empty<T>({plan.most_rows, d})),
         products(empty<T>({key_grad && !std::is_same_v<T, O> ? threads * block_keys : 0, d})) {
     for (auto* v : {&scale, &shift, &inverse, &target_score, &factor, &target_factor}) v->resize(plan.most_rows);
-    for (auto* v : {&start, &length, &token}) v->resize(plan.most_rows);
+    for (auto* v : {&hidden, &start, &length, &token}) v->resize(plan.most_rows);
     partial.resize(2 * plan.most_rows * blocks(plan.most_keys));
   }
 
@@ -111,6 +111,7 @@ template <class T>
 void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const {
   T* copy = data<T>(w.rows) + i * d_;
   w.scale[i] = w.shift[i] = w.target_score[i] = 0;
+  w.hidden[i] = -1;
   w.start[i] = w.length[i] = w.token[i] = 0;
   if (i >= chunk.rows) {
     std::fill_n(copy, d_, baseline::narrow<T>(0));
@@ -123,6 +124,7 @@ void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_
   w.scale[i] = w.inverse[i] / power / tau_;
   w.target_score[i] = CMLM_KERNEL(token_dot<T>)(copy, key_ + t * d_, d_) * (w.scale[i] * key_inverse_[t]);
   w.shift[i] = O(1) / tau_;
+  w.hidden[i] = static_cast<int32_t>(t);
   w.start[i] = static_cast<int32_t>(pairs_.first(row));
   w.length[i] = static_cast<int32_t>(pairs_.last(row)) - w.start[i];
   w.token[i] = pairs_.query_token.empty() ? 0 : pairs_.query_token[row];
@@ -139,38 +141,26 @@ void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const 
     block.key_scale = key_inverse_.data() + block.first;
     block.key_token = pairs_.key_token.empty() ? nullptr : pairs_.key_token.data() + block.first;
     block.scale = w.scale.data(), block.shift = w.shift.data(), block.target = w.target_score.data();
+    block.hidden = w.hidden.data();  // the target has a score of its own, not rounded to T, and its weight is added apart
     block.start = chunk.ranged ? w.start.data() : nullptr, block.length = w.length.data();
     block.token = pairs_.query_token.empty() ? nullptr : w.token.data();
     block.sum = w.partial.data() + 2 * columns * b, block.moment = block.sum + columns;
     return block;
   };
-  // The target has a score of its own, not rounded to T, and its weight is added apart: here it vanishes.
-  const auto hide_targets = [&](const ScoreBlock<T>& block, auto product) {
-    for (int64_t i = 0; i < chunk.rows; ++i) {
-      const int64_t j = target_[plan_.order[chunk.row + i]] - block.first;
-      if (0 <= j && j < block.keys) block.scores[j * columns + i] = baseline::narrow<T>(product(i, w.scale[i] * block.key_scale[j]));
-    }
-  };
-  const auto find_max = [&](const ScoreBlock<T>& block) {  // with the rounded one a maximum could lie above all exponents
-    hide_targets(block, [](int64_t, O) { return -std::numeric_limits<O>::infinity(); });
-    CMLM_KERNEL(token_max<T>)(block);
-  };
-  const auto weigh = [&](const ScoreBlock<T>& block) {
-    hide_targets(block, [&](int64_t i, O scale) { return std::max(-(O(1e4) + 2 * std::abs(w.shift[i])) / scale, O(-1e38)); });
-    CMLM_KERNEL(token_exp<T>)(block);
-  };
   const Tensor rows = transposed(data<T>(w.rows), columns, d_);
   w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) {
     const ScoreBlock<T> block = block_of(b, first, keys);
     multiply(matrix(block.scores, keys, columns), matrix(key_ + block.first * d_, keys, d_), rows);
-    bounded_ ? weigh(block) : find_max(block);
+    bounded_ ? CMLM_KERNEL(token_exp<T>)(block) : CMLM_KERNEL(token_max<T>)(block);
   });
   if (bounded_) return;
   for (int64_t i = 0; i < chunk.rows; ++i) {
     w.shift[i] = w.target_score[i];
     for (int64_t b = 0; b < w.blocks(chunk.keys); ++b) w.shift[i] = std::max(w.shift[i], w.partial[2 * columns * b + i]);
   }
-  w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) { weigh(block_of(b, first, keys)); });
+  w.for_blocks(chunk.keys, [&](int64_t b, int64_t first, int64_t keys, int64_t) {
+    CMLM_KERNEL(token_exp<T>)(block_of(b, first, keys));
+  });
 }
 
 // From the sums of column i: loss, temperature's gradient, and the factors of both gradients.
