@@ -177,8 +177,9 @@ def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: i
     ours = value_and_gradients(op(name, suffix), name, args) if ours is None else ours
     labels = ["output", *(f"gradient {position}" for position in contracts[name].differentiable)]
     for label, got, exact, *others in zip(labels, ours, truth, eager, *near, strict=True):
-        # In float64 the truth has roundings of its own; below float32's normal numbers digits are lost, or all of them.
-        noise = NOISE if dtype == torch.float64 else torch.finfo(torch.float32).tiny
+        # In float64 the truth has roundings of its own; else probabilities below float32's normal numbers lose their digits
+        # before they are divided by τ >= 0.01.
+        noise = NOISE if dtype == torch.float64 else 100 * torch.finfo(torch.float32).tiny
         yield label, error(got, exact, noise), max(error(other, exact) for other in others) + ROUNDING[dtype] / 2
 
 
