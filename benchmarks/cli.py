@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_w
 
 _Ops = Annotated[list[str] | None, typer.Option("--op", help="only this op; may be repeated")]
 _Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", help="only shapes with this part in their label: bert-base, D=768")
+    list[str] | None, typer.Option("--shape", help="only shapes with this part in their label, also --full's: bert-base, D=768")
 ]
 
 
@@ -94,7 +94,7 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
     wanted = [o for o in OPS if not ops or o.name in ops]
     plan = [(o, s) for o in wanted for s in o.chosen(suite, tuple(shapes or ()))]
     if not plan:
-        labels = "; ".join(dict.fromkeys(s.label for o in wanted for s in o.chosen(suite, ())))
+        labels = "; ".join(dict.fromkeys(s.label for o in wanted for s in o.chosen("full")))
         raise ValueError(f"bench: expected --shape to be a part of one of {labels}; got {', '.join(shapes or ())}")
     return plan
 

@@ -165,12 +165,12 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
             "text": [dates[-1], None, None, "last"], "text_pair": [None, "x", None, "y"]
         }  # fmt: skip
     assert load_texts(path, text_column="later")["text"][-4:] == [None, "z", None, None]
-    with pytest.raises(ValueError, match=r"a valid \.jsonl file, got .*row 1121 holds int in column 'n' of type blank"):
+    with pytest.raises(ValueError, match=r"a file whose column 'n' holds str or nothing in all rows, got .*: int in row 1121"):
         load_texts(path, text_column="n")
     for column, kind in (("meta", "dict"), ("none", "")):
         with pytest.raises(ValueError, match=f"text_column to be .*{kind or 'late'}"):
             load_texts(path, text_column=column)
-    with pytest.raises(ValueError, match=r"a valid \.jsonl file, got .*: dict in column 'meta'"):
+    with pytest.raises(ValueError, match=r"a file whose column 'meta' holds text, numbers, or true and false, .*: dict"):
         load_labelled(path, label_column="meta")
     path.write_text(path.read_text().replace("last", "changed"))
     assert load_texts(path)[-1] == {"text": "changed"}

@@ -20,6 +20,14 @@ _KINDS = {frozenset[str](): "blank", frozenset({"str"}): "string", frozenset({"b
           frozenset({"float"}): "double", frozenset({"int", "float"}): "double"}  # fmt: skip
 
 
+class ColumnError(ValueError):
+    """A file is not one whose column `name` holds `kind`; `str()` is what it holds."""
+
+    def __init__(self, name: str, kind: str, found: str) -> None:
+        super().__init__(found)
+        self.name, self.kind = name, kind
+
+
 def json_types(path: Path, asked: Collection[str]) -> dict[str, str]:
     """The type of each column by the first 1000 rows, and those behind them until all columns that are asked for were seen;
     empty where there is no row.
@@ -39,7 +47,7 @@ def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
     """The columns of these names and types, None where a row lacks one; cached by `datasets` until the file changes."""
     for name, kind in columns.items():
         if kind not in _HOLDS:
-            raise ValueError(f"{kind} in column {name!r}")
+            raise ColumnError(name, "text, numbers, or true and false, one of them in all rows", kind)
     state = path.stat()
     # No list: `datasets` would take its items for shards.
     kept = {"path": str(path.resolve()), "columns": dict(columns), "state": f"{state.st_mtime_ns} {state.st_size}"}
@@ -53,7 +61,8 @@ def _chosen(path: str, columns: Mapping[str, str], state: str) -> Iterator[dict[
         chosen = {name: row.get(name) for name in columns}
         for name, value in chosen.items():
             if value is not None and type(value) not in _HOLDS[columns[name]]:
-                raise ValueError(f"row {number} holds {type(value).__name__} in column {name!r} of type {columns[name]}")
+                kind = _HOLDS[columns[name]][-1].__name__
+                raise ColumnError(name, f"{kind} or nothing in all rows", f"{type(value).__name__} in row {number}")
         yield chosen
 
 

@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder
 from datasets.exceptions import DatasetGenerationError
 
 from ._errors import fail
-from .json_rows import json_types, read_json
+from .json_rows import ColumnError, json_types, read_json
 
 # The file's columns as `datasets` reads them, but for JSON. A BOM is no text, hence utf-8-sig. "NA" and "null" are words, so
 # pandas must not read them as missing.
@@ -190,7 +190,10 @@ def _named(path: Path) -> Iterator[None]:
         if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
             raise OSError(cause.errno, f"load_texts: {path} could not be cached: {cause.strerror}") from error
         found = f"{path}: {' '.join(str(cause).split())}"
-        raise fail("load_texts", "path", f"a valid {path.suffix.lower()} file", found) from error
+        rule = f"a valid {path.suffix.lower()} file"
+        if isinstance(cause, ColumnError):
+            rule = f"a file whose column {cause.name!r} holds {cause.kind}"
+        raise fail("load_texts", "path", rule, found) from error
 
 
 def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
