@@ -83,6 +83,17 @@ def test_triton_in_tiles_where_one_launch_would_do(dtype, label, monkeypatch):
     assert_no_worse_than_eager("info_nce", "_triton", args)
 
 
+@pytest.mark.skipif("triton" not in HERE, reason="triton is not installed")
+@pytest.mark.parametrize(("chip", "version", "most"), [("sm_100", "3.7.1", 32), ("sm_103", "3.6.0", 32), ("sm_90", "3.6.0", 64),
+                                                       ("sm_100", "3.8.0", 64), ("sm_100", "3.10.0", 64)])  # fmt: skip
+def test_one_launch_only_where_triton_compiles_it(chip, version, most, monkeypatch):
+    import cmlm_fast.kernels.info_nce as kernels
+
+    monkeypatch.setattr(kernels, "chip", lambda: chip)
+    monkeypatch.setattr(kernels.triton, "__version__", version)
+    assert [kernels.most_rows(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)] == [most, 32, 0]
+
+
 @pytest.mark.parametrize("backend", HERE)
 def test_equals_the_plain_formulas(backend):
     z1, z2, index = rows(12, 8), rows(12, 8, seed=1), torch.arange(12)
@@ -98,7 +109,7 @@ def test_equals_the_plain_formulas(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_supcon_by_loops_and_rows_without_positives_left_out(backend):
+def test_supcon_by_loops(backend):
     labels = torch.tensor([0, 0, 1, 2, 1, 3])
     z1, z2 = rows(6, 8), rows(6, 8, seed=1)
     z = F.normalize(torch.cat([z1, z2]), dim=-1).double()

@@ -4,7 +4,8 @@ cross     z1 against z2, softmax over rows and (symmetric) columns of one pass: 
 nt_xent   z = [z1; z2] against itself, self excluded by a token of its own. The scores and their gradient are symmetric,
           so one product makes both views' gradients: 6·(2B)²·D operations
 labels    as nt_xent, with the keys of a row's label as positives
-Up to 64 rows (B, or 2B of nt_xent and labels; of float32 up to 32), one launch does all of it: _small.py.
+Up to 64 rows (B, or 2B of nt_xent and labels; of float32 up to 32), one launch does all of it: _small.py;
+on sm_100 with Triton before 3.8 up to 32.
 """
 
 from __future__ import annotations
@@ -18,12 +19,19 @@ from torch import Tensor
 
 from ..ops._scores import check_temperature, loss_dtype
 from ..ops.info_nce import _check
-from . import interpreted, on_device
+from . import chip, interpreted, on_device
 from ._pairs import FUSED, Pairs, Side, peak_of
 from ._small import info_nce_small
 
 #: Rows whose scores fit into the registers of one block, and (BK, BD) of its tiles; float64 has none.
 SMALL = {torch.float32: (32, 32, 32), torch.bfloat16: (64, 64, 32), torch.float16: (64, 64, 32)}
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Of one launch."""
+    # Triton before 3.8 fails to compile a block of 64 rows for Blackwell's tensor memory (TritonNvidiaGPUOptimizeTMemLayouts).
+    fails = chip().startswith("sm_10") and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+    return min(SMALL.get(dtype, (0,))[0], 32 if fails else 64)
 
 
 @on_device
@@ -32,7 +40,7 @@ def info_nce(z1: Tensor, z2: Tensor, tau: Tensor, labels: Tensor | None, scheme:
     """The op: loss and, for "mean" and "sum", its gradients."""
     _check(z1, z2, tau, labels, scheme, symmetric, normalize, reduction, z1_grad, z2_grad)
     rows = z1.shape[0] * (1 if labels is None and scheme == "cross" else 2)
-    if 0 < rows <= SMALL.get(z1.dtype, (0,))[0]:
+    if 0 < rows <= most_rows(z1.dtype):
         return _small(z1, z2, tau, labels, rows, symmetric, normalize, reduction, z1_grad, z2_grad)
     weight = None
     if reduction != "none":  # every row counts: the other view always has a row's label
