@@ -71,6 +71,8 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     """(label, op, arguments) that between them launch every kernel, in every shipped configuration, with every option
     that changes the code. float16, which has bfloat16's configuration, and an odd width are compiled for sm_90 alone; for
     AMD a part."""
+    from cmlm_fast.kernels.info_nce import most_rows  # brings Triton
+
     words, start = torch.zeros(512, dtype=torch.int64), torch.zeros(512, dtype=torch.int32)
     plain, ranged = (None,) * 4, (start, start, words, words)
     nvidia = chip.startswith("sm_")
@@ -84,8 +86,8 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
             for kind, labels, scheme in (("cross", None, "cross"), ("nt_xent", None, "nt_xent"), ("labels", words, "cross")):
                 yield f"bfloat16 D={d} {kind}", "info_nce", (x, y, tau, labels, scheme, True, True, "mean", True, True)
     for kind, labels, scheme in (("cross", None, "cross"), ("nt_xent", None, "nt_xent"), ("labels", words, "cross")):
-        for dtype, rows in ((torch.bfloat16, 64), (torch.float32, 32)) if nvidia else ((torch.bfloat16, 64),):
-            rows //= 1 if kind == "cross" else 2  # of each view
+        for dtype in (torch.bfloat16, torch.float32) if nvidia else (torch.bfloat16,):
+            rows = most_rows(dtype) // (1 if kind == "cross" else 2)  # of each view
             x, y, _, tau = pair(dtype, 768, rows, rows)
             args = (x, y, tau, None if labels is None else labels[:rows], scheme, True, True, "mean", True, True)
             yield f"{str(dtype)[6:]} B={rows} D=768 {kind}", "info_nce", args
