@@ -56,7 +56,7 @@ CMLM_DECLARE_KERNEL(template <class T> void, token_inverse_norms, (const T* x, i
 CMLM_DECLARE_KERNEL(template <class T> math_t<T>, token_dot, (const T* a, const T* b, int64_t d))
 // y = factor · x
 CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d, math_t<T> factor, T* y))
-// sum[i] = the largest score among the candidates of column i; -inf without one.
+// sum[i] = the largest score among the candidates of column i, the target apart; at most -1e38 without one.
 CMLM_DECLARE_KERNEL(template <class T> void, token_max, (const ScoreBlock<T>& block))
 // e_ij = exp(s_ij − shift_i), 0 where j is no candidate; scores = e_ij · key_scale_j, and the sums.
 CMLM_DECLARE_KERNEL(template <class T> void, token_exp, (const ScoreBlock<T>& block))
