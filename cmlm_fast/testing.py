@@ -194,11 +194,11 @@ def assert_no_worse_than_eager(name: str, suffix: str, args: tuple[Any, ...], nu
 def poisoned_memory() -> Iterator[None]:
     """Within, `torch.empty` of any caller, C++ too, is filled with NaN (integers: the largest value)."""
     settings: Any = torch.utils.deterministic
-    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() would import Inductor, for seconds
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.set_deterministic_debug_mode(mode)
         settings.fill_uninitialized_memory = fills

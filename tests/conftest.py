@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -65,6 +66,24 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=128, model_input_names=["input_ids", "token_type_ids",
         "attention_mask"], **special)  # fmt: skip
+
+
+_modules = 0
+
+
+@pytest.fixture(autouse=True)
+def _imports_are_no_garbage() -> None:
+    """`Trainer.train` ends with a collection of garbage, which looks for half a second at what torch and transformers made when
+    they were imported: the collector is told that those stay."""
+    global _modules
+    if len(sys.modules) > _modules:
+        gc.collect()
+        gc.freeze()
+        _modules = len(sys.modules)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what looks for leaks when Python ends would find all of it
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import socket
 import traceback
@@ -17,6 +18,7 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
     if process:
         return process
     code = 1
+    gc.freeze()  # what was imported is no garbage: see conftest.py
     try:
         os.environ.update(environment)
         with log.open("ab") as file:

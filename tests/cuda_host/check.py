@@ -1,8 +1,8 @@
-"""Runs one op's CUDA kernels, on the CPU, over all samples: equal to the truth, and the same bits in every order of threads.
+"""Runs ops' CUDA kernels, on the CPU, over all samples: equal to the truth, and the same bits in every order of threads.
 
-    CMLM_FAST_LIBRARY=... python tests/cuda_host/check.py OP [tiles | rows]
+    CMLM_FAST_LIBRARY=... python tests/cuda_host/check.py OP[-tiles | -rows] ...
 
-Prints each finding; the last line is their number and that of the checks.
+Prints each finding and then, a line an argument, their number and that of the checks.
 """
 
 from __future__ import annotations
@@ -84,10 +84,9 @@ def findings(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[s
         yield None if all(map(torch.equal, *results)) else "depends on the order of threads"
 
 
-def main(name: str, path: str | None) -> None:
+def check(name: str, path: str) -> None:
     assert available(name)["cpp"] is None, available(name)["cpp"]
-    if path:
-        os.environ["CMLM_HOST_PATH"] = path
+    os.environ["CMLM_HOST_PATH"] = path
     checks = wrong = 0
     for dtype in contracts[name].dtypes:
         for label, args in samples(name, dtype):
@@ -96,8 +95,9 @@ def main(name: str, path: str | None) -> None:
                 if finding is not None:
                     wrong += 1
                     print(f"{name} {label} {dtype}: {finding}")
-    print(f"{wrong} of {checks}")
+    print(f"{wrong} of {checks}", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else None)
+    for argument in sys.argv[1:]:
+        check(*argument.partition("-")[::2])
