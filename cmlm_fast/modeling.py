@@ -76,9 +76,7 @@ class CMLMModel(PretrainedModel):
             raise ValueError(f"CMLMModel: expected config to be a CMLMConfig or None, got {type(config).__name__}")
         self.lm = lm
         self.cmlm = config or CMLMConfig()
-        if self.cmlm.position_jitter and not self._has_position_table():
-            rule = "0 for an encoder without a position table, which a shift does not change"
-            raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {self.cmlm.position_jitter}")
+        self.check_jitter(self.cmlm.position_jitter)
         self.loss = CMLMLoss(self.cmlm)
         lm_transform(lm)  # an unknown kind is an error now, not in the first step
         self.takes_packed = use_packed_attention(lm)
@@ -169,6 +167,12 @@ class CMLMModel(PretrainedModel):
 
     def _has_position_table(self) -> bool:
         return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None) is not None
+
+    def check_jitter(self, jitter: int) -> None:
+        """Raise ValueError where the encoder has no position table that a shift of `jitter` would be one of."""
+        if jitter and not self._has_position_table():
+            rule = "0 for an encoder without a position table, which a shift does not change"
+            raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {jitter}")
 
     def _first_position(self, length: int) -> int:
         """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""

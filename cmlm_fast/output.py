@@ -55,9 +55,18 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
             raise ValueError(f"expected output_dir to hold {rule}, got {folder}")
         return checkpoint
     there = [path.name for path in folder.iterdir()] if folder.exists() else []
-    if not overwrite and not all(name in (*_BEGUN, REPORTS) or name.startswith(STAGING) for name in there):
+    rubbish = (*_BEGUN, REPORTS) if _is_begun(folder) else ()
+    if not overwrite and not all(name in rubbish or name.startswith(STAGING) for name in there):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether settings.json is one of a run's, and not somebody else's of that name."""
+    try:
+        return "token_weight" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 @contextmanager

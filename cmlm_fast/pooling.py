@@ -11,6 +11,17 @@ _FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
+def find_file(model: str | Path, name: str, **options: Any) -> Path | None:
+    """Where file `name` of checkpoint `model` (a folder or hub id) is; None if it has none. Of `options`, those of
+    `from_pretrained`, the ones that say where a file is found are heeded."""
+    from transformers.utils import cached_file
+
+    where = {name: value for name, value in options.items() if name in _WHERE}
+    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
+                        _raise_exceptions_for_connection_errors=False, **where)  # fmt: skip
+    return None if found is None else Path(found)
+
+
 def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
     """modules.json of checkpoint `model` (a folder or hub id) and what it names: settings and weights of each module behind
     the encoder (pooling, Dense, ...). A module without files is a folder with None. Empty where there is no modules.json:
@@ -22,7 +33,6 @@ def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
         ValueError: modules.json is no list of modules with their paths, or names a place outside of the checkpoint, where
             `write_pooling` would write.
     """
-    options = {name: value for name, value in options.items() if name in _WHERE}
     modules = _read(model, "modules.json", options)
     if modules is None:
         return {}
@@ -57,8 +67,5 @@ def _paths(modules: bytes, model: str | Path) -> list[str]:
 
 
 def _read(model: str | Path, name: str, options: Mapping[str, Any]) -> bytes | None:
-    from transformers.utils import cached_file
-
-    found = cached_file(model, name, _raise_exceptions_for_missing_entries=False,
-                        _raise_exceptions_for_connection_errors=False, **options)  # fmt: skip
-    return None if found is None else Path(found).read_bytes()
+    found = find_file(model, name, **options)
+    return None if found is None else found.read_bytes()

@@ -255,6 +255,11 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     from .trainer import CMLMTrainingArguments
 
     gpu = torch.accelerator.is_available()
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer takes it where no option says otherwise
+    agreed = options.bf16 is not False or launcher != "bf16"
+    expect(agreed, "bf16", "as in the configuration of accelerate launch, mixed_precision bf16", "no bf16")
+    fp16 = options.fp16 or (options.bf16 is None and launcher == "fp16")
+    bf16 = not fp16 and (fast_in_bf16() or launcher == "bf16") if options.bf16 is None else options.bf16
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     names = ("activation_checkpointing", "gradient_checkpointing")  # what transformers calls it now, and did
     name = next(name for name in names if name in {field.name for field in fields(CMLMTrainingArguments)})
@@ -265,7 +270,7 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
         max_tokens=options.max_tokens, contrastive_batch_size=options.contrastive_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation * batches, learning_rate=options.learning_rate,
         weight_decay=options.weight_decay, warmup_steps=options.warmup, lr_scheduler_type=options.scheduler,
-        bf16=fast_in_bf16() and not options.fp16 if options.bf16 is None else options.bf16, fp16=options.fp16,
+        bf16=bf16, fp16=fp16,
         seed=options.seed, logging_steps=options.logging_steps,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.save_total_limit, report_to=options.report_to, use_cpu=not gpu,

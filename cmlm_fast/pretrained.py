@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .config import FILE as OBJECTIVE
 from .config import CMLMConfig
 from .losses import CMLMLoss
-from .pooling import read_pooling, write_pooling
+from .pooling import find_file, read_pooling, write_pooling
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,8 +40,8 @@ class PretrainedModel(nn.Module):
         """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings.
 
         Args:
-            path: folder or hub id. Of a folder that `save_pretrained` wrote also the projection and learned temperatures.
-            config: the objective; default: that of a folder that `save_pretrained` wrote, else the preset "balanced".
+            path: folder or hub id. Of what `save_pretrained` wrote also the projection and learned temperatures.
+            config: the objective; default: that of what `save_pretrained` wrote, else the preset "balanced".
             options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
                 optimizer steps are lost in 16 bits.
 
@@ -73,9 +73,11 @@ class PretrainedModel(nn.Module):
         if fresh:
             tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
             logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
-        saved = CMLMConfig.of_checkpoint(path)
+        ours = [file for name in (OBJECTIVE, _CONTRAST) if (file := find_file(path, name, **options))]
+        folder = ours[0].parent if ours else Path(path)
+        saved = CMLMConfig.of_checkpoint(folder)
         model = cls(lm, saved if config is None else config)
-        missing = model.load_contrast(path)
+        missing = model.load_contrast(folder)
         if missing and config is None:
             rule = f"a folder whose {_CONTRAST} holds what its {OBJECTIVE} asks for"
             raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} without {', '.join(missing)}")

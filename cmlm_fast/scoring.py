@@ -71,9 +71,12 @@ class ScoringTrainer(LoadingTrainer):
             logs |= self._temperatures()
         if "train_runtime" in logs:
             steps, seconds = self.state.global_step - self._begin, max(logs["train_runtime"], 1e-4)
-            seen = self._reduce(torch.tensor(float(self._seen), device=self.args.device)).item()
+            seen, loss, ranks = self._seen, self._total_loss_scalar, self.accelerator.num_processes
+            if ranks > 1:  # since the last log each has summed up its own share of the loss, times the ranks
+                sums = torch.tensor([seen, loss / ranks], dtype=torch.float64, device=self.args.device)
+                seen, loss = self._reduce(sums).tolist()
             logs |= {"train_samples_per_second": round(seen / seconds, 3), "train_steps_per_second": round(steps / seconds, 3),
-                     "train_loss": self._total_loss_scalar / max(steps, 1)}  # fmt: skip
+                     "train_loss": loss / max(steps, 1)}  # fmt: skip
         super().log(logs, start_time)
 
     def _reduce(self, tensor: Tensor) -> Tensor:

@@ -115,6 +115,10 @@ class CMLMTrainer(ScoringTrainer):
         if ids > rows:
             rule = f"of at most {rows} ids, the rows of the model's embedding"
             raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")
+        narrow = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
+        if narrow:  # most of AdamW's steps would be rounded away
+            rule = "of float32 weights (lm.float(), or CMLMModel.from_pretrained; bf16=True computes in bfloat16)"
+            raise ValueError(f"CMLMTrainer: expected model to be {rule}, got {', '.join(sorted(narrow))}")
         low = self.args.low_precision_layer_norm
         if not use_low_precision_layer_norm(model.lm, low) and low:
             rule = f"False for {type(model.lm).__name__}, which has no nn.LayerNorm"
@@ -142,6 +146,7 @@ class CMLMTrainer(ScoringTrainer):
         if self.args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
             config = self.model.cmlm
             unused = config.mlm_weight == 0 or (config.sequence_weight == 0 and config.projection > 0)
+            unused |= not self.model.config.tie_word_embeddings  # some heads then hold a second bias that takes no part
             for handler in built["kwargs_handlers"]:
                 if isinstance(handler, DistributedDataParallelKwargs):
                     handler.find_unused_parameters = unused

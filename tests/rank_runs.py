@@ -73,7 +73,7 @@ def use_fsdp2() -> None:
 
 def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False, resume: str | None = None,
           evaluate_first: bool = False, full_at: int = 0, scale: float | None = None, config: CMLMConfig = CONFIG,
-          **options: Any) -> None:  # fmt: skip
+          tied: bool = True, **options: Any) -> None:  # fmt: skip
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
@@ -84,7 +84,8 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     arguments = CMLMTrainingArguments(str(folder / name), use_cpu=True, report_to="none", disable_tqdm=True,
                                       dataloader_pin_memory=False, **{**usual, **options})  # fmt: skip
     gradients = Gradients()
-    trainer = CMLMTrainer(CMLMModel(make_lm(), config), arguments, train_dataset=rows.select(range(33)),
+    model = CMLMModel(make_lm(tie_word_embeddings=tied), config)
+    trainer = CMLMTrainer(model, arguments, train_dataset=rows.select(range(33)),
                           eval_dataset=rows.select(range(33, 54)), processing_class=tokenizer,
                           callbacks=[gradients])  # fmt: skip
     gradients.trainer = trainer
@@ -114,12 +115,12 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
         trainer.evaluate()
     if full_at:
         return full_disk(trainer, full_at, folder / f"{name}-{rank}.pt")
-    trainer.train(resume_from_checkpoint=resume)
+    result = trainer.train(resume_from_checkpoint=resume)
     trainer.mask = make  # type: ignore[method-assign]
     found = {"loss": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], "masks": masks,
              "sequence": [entry["sequence"] for entry in trainer.state.log_history if "sequence" in entry],
              "temperature": [entry["token_temperature"] for entry in trainer.state.log_history if "token_temperature" in entry],
-             "dtypes": dtypes,
+             "training_loss": result.training_loss, "dtypes": dtypes,
              "gradients": gradients.steps, "reduced": gradients.reduced, "scores": trainer.evaluate(),
              "best": trainer.state.best_metric,
              "evaluated": [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
@@ -188,6 +189,9 @@ def main() -> None:
     # What has no part in the loss, the LM head or the projection, has no gradient for DDP to wait for.
     run("headless-2", 2, config=CMLMConfig(mlm_weight=0.0), num_train_epochs=1)
     run("flat-2", 2, config=CMLMConfig(sequence_weight=0.0, projection=8), num_train_epochs=1)
+    # An untied head of BERT has a second bias without a part. Nothing is logged before the end.
+    for world in (1, 2):
+        run(f"untied-{world}", world, tied=False, logging_steps=500)
     run("full-2", 2, full_at=4, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss")
     run("one-to-two", 2, resume=str(folder / "ddp-1" / "checkpoint-2"))
     adam = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0}

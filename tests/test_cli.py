@@ -315,10 +315,11 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, sentence_file
 def test_a_folder_that_is_not_empty_is_kept(tiny_checkpoint, sentence_file, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "thesis.txt").write_text("years of work")
-    result = post_train(tiny_checkpoint, sentence_file, folder)
-    assert result.exit_code == 2 and "expected output_dir to be new or empty" in result.stderr
-    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    for name in ("settings.json", "thesis.txt"):
+        (folder / name).write_text("years of work")
+        result = post_train(tiny_checkpoint, sentence_file, folder)
+        assert result.exit_code == 2 and "expected output_dir to be new or empty" in result.stderr
+        assert (folder / name).read_text() == "years of work"
     assert post_train(tiny_checkpoint, sentence_file, folder, "--overwrite").exit_code == 0
     assert (folder / "thesis.txt").read_text() == "years of work"
 

@@ -48,6 +48,15 @@ class Step:
         return [loss.detach(), *torch.autograd.grad(loss, self.leaves), *masked]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batched_gradients(dtype):
+    query, key, several = rows(9, dtype=dtype).requires_grad_(), rows(12, dtype=dtype), torch.tensor([1.0, 2.0], device="cuda")
+    loss = token_contrastive(query, key, torch.arange(9, device="cuda"))
+    (found,) = torch.autograd.grad(loss, query, several, is_grads_batched=True, retain_graph=True)
+    for got, factor in zip(found, several, strict=True):
+        assert torch.equal(got, torch.autograd.grad(loss, query, factor, retain_graph=True)[0])
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_a_step_never_waits_for_the_device(large):
     step = Step(large=large)

@@ -131,6 +131,7 @@ def test_saved_datasets_folders(tmp_path: Path) -> None:
     DatasetDict({"a": dataset, "b": dataset}).save_to_disk(tmp_path / "two")
     for name in ("plain", "only", "train"):
         assert load_texts(tmp_path / name)["text"][:] == ["one", "two"]
+    assert load_labelled(tmp_path / "train", split="test")["text"][:] == ["one"]
     with pytest.raises(ValueError, match=r"expected path to be a folder with a split 'train'.*\['a', 'b'\]"):
         load_texts(tmp_path / "two")
     with pytest.raises(ValueError, match="expected path to be a file or a folder saved with datasets"):
@@ -177,7 +178,8 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     listed = write(tmp_path / "a.json", json.dumps([*rows[-1:], "plain"]))
     assert load_texts(listed)["text"][:] == ["last", "plain"]
     for wrong, got in (('["a", 3]', "row 2 is no object but int"), ('"a"', "row 1 is no object but str"),
-                       ('{"a": "b', "line 1: Unterminated string starting$")):  # fmt: skip
+                       ('{"a": "b', "neither a list of objects nor an object a line: Unterminated string starting$"),
+                       ('{"a": "b"}\n{"a"', "line 2: Expecting ':' delimiter$")):  # fmt: skip
         with pytest.raises(ValueError, match=f"valid .json file, got .*: {got}"):
             load_texts(write(tmp_path / "b.json", wrong))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import make_lm
 from datasets import ClassLabel, Dataset, Features, Value
 from typer.testing import CliRunner
 
@@ -357,6 +358,18 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and words in errors[0] and "Traceback" not in result.stderr, (label, result.stderr)
         assert sorted(tmp_path.rglob("*")) == before, label
+
+
+def test_an_encoder_without_positions_and_several_processes_are_refused(files, tmp_path, tiny_tokenizer, monkeypatch):
+    make_lm("modernbert").save_pretrained(tmp_path / "start")
+    tiny_tokenizer.save_pretrained(tmp_path / "start")
+    shifted = experiment(str(tmp_path / "start"), files, tmp_path / "out", methods=("ft", "cmlm:position_jitter=4"), shots=(2,))
+    with pytest.raises(ValueError, match="expected position_jitter to be 0 for an encoder without a position table"):
+        shifted.run()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="expected WORLD_SIZE to be 1, since a few-shot experiment is one process, got 2"):
+        shifted.run()
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_and_its_table(tiny_checkpoint, files, tmp_path):

@@ -161,6 +161,17 @@ def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, kind, scale, size
         assert (x.grad.double() - y.grad).norm() < 0.002 * y.grad.norm()
 
 
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("tau", [0.025, 0.032])
+def test_all_far_apart_and_a_scaled_loss(backend, tau):
+    z1 = rows(1, 8).expand(2, 8).clone().requires_grad_()
+    z2 = (-z1.detach()).requires_grad_()
+    losses = info_nce(z1, z2, temperature=tau, reduction="none", backend=backend)
+    (2.0**16 * losses).sum().backward()
+    torch.testing.assert_close(losses, torch.full((2,), 2.0).log())  # nothing tells them apart
+    assert z1.grad.isfinite().all() and z2.grad.isfinite().all()
+
+
 def test_strided_labels_are_labels():
     z1, z2 = torch.randn(2, 6, 8)
     labels = torch.tensor([0, 9, 0, 9, 1, 9, 1, 9, 2, 9, 2, 9])[::2]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -360,7 +361,10 @@ assert not [name for name in sys.modules if name.startswith("cmlm_fast")]
         torch.testing.assert_close(torch.load(folder + "/hidden.pt"), hidden, rtol=1e-4, atol=1e-5)
         again = CMLMModel.from_pretrained(folder, model.cmlm)
         again.load_contrast(folder)
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        within = CMLMModel.from_pretrained(tmp_path, subfolder=Path(folder).name)
+        for other in (again, within):
+            assert other.cmlm == model.cmlm
+            assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_masks_by_the_objective_and_lengths_that_are_not_the_batchs(tiny_rows, tiny_tokenizer):

@@ -77,6 +77,14 @@ def test_what_an_objective_leaves_out_has_no_gradient(name, unused, runs):
     assert all(torch.equal(first["weights"][parameter], value) for parameter, value in second["weights"].items())
 
 
+def test_the_training_loss_is_that_of_all_ranks_and_an_untied_head_trains(runs):
+    (one,), ranks = load(runs, "untied-1"), load(runs, "untied-2")
+    for rank in ranks:
+        assert rank["training_loss"] == pytest.approx(one["training_loss"], rel=1e-4)
+        for parameter, value in one["weights"].items():
+            torch.testing.assert_close(value, rank["weights"][parameter], rtol=1e-3, atol=2e-5)
+
+
 def test_a_full_disk_of_one_rank_ends_all_of_them(runs):
     # With a best checkpoint, for which the Trainer would wait.
     first, second = load(runs, "full-2")

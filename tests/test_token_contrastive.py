@@ -134,6 +134,31 @@ def test_all_rows_ignored_gives_zero_not_nan(backend, reduction):
 
 
 @pytest.mark.parametrize("backend", HERE)
+def test_what_comes_from_above_to_an_ignored_row_goes_nowhere(backend):
+    leaves = rows(9, 8).requires_grad_(), rows(12, 8).requires_grad_(), torch.tensor(0.05, requires_grad=True)
+    target = torch.arange(9).where(torch.arange(9) != 2, -100)
+
+    def gradients(from_above):
+        losses = token_contrastive(*leaves[:2], target, temperature=leaves[2], reduction="none", backend=backend)
+        return torch.autograd.grad(losses, leaves, torch.ones(9).where(target >= 0, from_above))
+
+    assert all(map(torch.equal, gradients(float("nan")), gradients(0.0)))
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("length", [1.0, 1e-11])
+def test_every_key_far_away_and_a_scaled_loss(backend, length):
+    away = rows(1, 16)
+    query, key = (length * away.expand(3, 16)).requires_grad_(), (0.01 * rows(4, 16) - away).requires_grad_()
+    exact = query.detach().double().requires_grad_(), key.detach().double().requires_grad_()
+    target = torch.arange(3)
+    (2.0**16 * token_contrastive(query, key, target, temperature=1 / 32, backend=backend)).backward()
+    (2.0**16 * token_contrastive(*exact, target, temperature=1 / 32, backend="reference")).backward()
+    torch.testing.assert_close(key.grad.double(), exact[1].grad, rtol=1e-3, atol=1e-3 * exact[1].grad.abs().max().item())
+    assert query.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", HERE)
 def test_learned_temperature_alone(backend):
     query, key, tau = rows(9, 8), rows(12, 8), torch.tensor(0.07, requires_grad=True)
     loss = token_contrastive(query, key, torch.arange(9), temperature=tau, backend=backend)

@@ -17,6 +17,8 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments,
 from cmlm_fast.data import CMLMDataCollator
 from cmlm_fast.errors import DivergedError
 from cmlm_fast.layers import LowPrecisionLayerNorm
+from cmlm_fast.options import PostTrainOptions
+from cmlm_fast.post_train import _arguments
 
 
 @pytest.fixture
@@ -149,6 +151,28 @@ def test_model_init_makes_a_model_for_each_training(tmp_path, tiny_rows, tiny_to
         CMLMTrainer(made[0], arguments, model_init=model_init, processing_class=tiny_tokenizer)
     with pytest.raises(ValueError, match="expected model to be a CMLMModel, got BertForMaskedLM"):
         CMLMTrainer(None, arguments, model_init=lambda: make_lm(), processing_class=tiny_tokenizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_refused(dtype, tiny_tokenizer, tiny_rows, tmp_path):
+    model = CMLMModel(make_lm().to(dtype))
+    arguments = CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=rf"expected model to be of float32 weights .*, got {dtype}$"):
+        CMLMTrainer(model, arguments, train_dataset=tiny_rows, processing_class=tiny_tokenizer)
+    CMLMTrainer(model.float(), arguments, train_dataset=tiny_rows, processing_class=tiny_tokenizer)
+
+
+def test_a_launchers_precision_is_that_of_the_run(monkeypatch, tmp_path):
+    def precision(**options):
+        made = _arguments(PostTrainOptions("model", "texts", str(tmp_path), **options))
+        return made.bf16, made.fp16
+
+    monkeypatch.setattr("cmlm_fast.post_train.fast_in_bf16", lambda: False)
+    assert precision() == precision(bf16=False) == (False, False) and precision(bf16=True) == (True, False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision() == precision(bf16=True) == (True, False)
+    with pytest.raises(ValueError, match="expected bf16 to be as in the configuration of accelerate launch"):
+        precision(bf16=False)
 
 
 def test_a_decoder_is_refused():

@@ -85,4 +85,5 @@ def _lines(file: Any) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {number}: {error.msg.removesuffix(' at')}") from None
+                rule = "neither a list of objects nor an object a line" if number == 1 else f"line {number}"
+                raise ValueError(f"{rule}: {error.msg.removesuffix(' at')}") from None

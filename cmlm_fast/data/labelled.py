@@ -11,7 +11,8 @@ from .load import TEXT_TYPES, read_columns
 
 
 def load_labelled(path: str | Path, *, label_column: str = "label", text_column: str | None = None,
-                  text_pair_column: str | None = None, paraphrase_column: str | None = None) -> Dataset:  # fmt: skip
+                  text_pair_column: str | None = None, paraphrase_column: str | None = None,
+                  split: str = "train") -> Dataset:  # fmt: skip
     """The labelled texts of a file, or of a folder saved with `datasets`, in order, all columns as strings.
 
     Args:
@@ -19,6 +20,7 @@ def load_labelled(path: str | Path, *, label_column: str = "label", text_column:
         label_column: column of the classes: words, whole numbers, or the classes of a `datasets.ClassLabel`.
         text_column, text_pair_column: as for `load_texts`; the label's column is no text.
         paraphrase_column: column that says each text in other words.
+        split: of a saved folder with several splits.
 
     Returns:
         Dataset with columns text, label (and text_pair, paraphrase).
@@ -34,7 +36,7 @@ def load_labelled(path: str | Path, *, label_column: str = "label", text_column:
     others = {"label": ("label_column", label_column)}
     if paraphrase_column is not None:
         others["paraphrase"] = ("paraphrase_column", paraphrase_column)
-    dataset = read_columns(path, text_column, text_pair_column, others)
+    dataset = read_columns(path, text_column, text_pair_column, others, split)
     kind = dataset.features["label"]
     if isinstance(kind, ClassLabel):
         labels = [None if i is None or i < 0 else kind.int2str(i) for i in dataset["label"]]

@@ -68,13 +68,14 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
 
 
 def read_columns(path: str | Path, text_column: str | None, text_pair_column: str | None,
-                 others: Mapping[str, tuple[str, str]]) -> Dataset:  # fmt: skip
-    """Columns text (and text_pair), chosen as `load_texts` says, and `others`: new name -> (argument, column), of any type."""
+                 others: Mapping[str, tuple[str, str]], split: str = "train") -> Dataset:  # fmt: skip
+    """Columns text (and text_pair), chosen as `load_texts` says, and `others`: new name -> (argument, column), of any type.
+    Of a saved folder with several splits, `split`."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
     asked = {text_column, text_pair_column, *(column for _, column in others.values())} - {None}
-    read, types = _open_folder(path) if path.is_dir() else _open_file(path, asked)
+    read, types = _open_folder(path, split) if path.is_dir() else _open_file(path, asked)
     for argument, column in others.values():
         if column not in types:
             raise fail("load_texts", argument, f"one of the columns {list(types)}", repr(column))
@@ -128,15 +129,15 @@ def _types(dataset: Dataset) -> dict[str, str]:
     return {name: str(getattr(kind, "dtype", kind)) for name, kind in dataset.features.items()}
 
 
-def _open_folder(path: Path) -> tuple[_Read, dict[str, str]]:
+def _open_folder(path: Path, split: str) -> tuple[_Read, dict[str, str]]:
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError as error:
         raise fail("load_texts", "path", "a file or a folder saved with datasets", path) from error
     if isinstance(saved, DatasetDict):
-        if "train" not in saved and len(saved) != 1:
-            raise fail("load_texts", "path", "a folder with a split 'train' or one split", f"{path}: {list(saved)}")
-        saved = saved["train"] if "train" in saved else next(iter(saved.values()))
+        if split not in saved and len(saved) != 1:
+            raise fail("load_texts", "path", f"a folder with a split {split!r} or one split", f"{path}: {list(saved)}")
+        saved = saved[split] if split in saved else next(iter(saved.values()))
     if len(saved) == 0:
         raise fail("load_texts", "path", "a folder with at least one row", path)
     saved = saved.with_format(None)  # it is kept with the folder, and would change what a row is

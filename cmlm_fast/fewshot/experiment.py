@@ -15,6 +15,7 @@ from typing import Any
 
 from ..machine import check_backend_here
 from ..options import check_warmup, expect
+from ..ranks import world_size
 from .cells import Cell
 from .grid import Grid
 from .methods import find_method
@@ -103,6 +104,7 @@ class FewShotExperiment:
         return replace(self, **values)
 
     def _checked(self) -> Grid:
+        expect(world_size() == 1, "WORLD_SIZE", "1, since a few-shot experiment is one process", world_size())
         for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1)):
             expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
         expect(self.max_length is None or self.max_length >= 8, "max_length", ">= 8", self.max_length)

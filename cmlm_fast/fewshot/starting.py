@@ -40,6 +40,7 @@ def load_start(experiment: FewShotExperiment, methods: Mapping[str, Method]) -> 
     check_vocabulary(model, tokenizer)
     objectives = [method.objective for method in methods.values() if method.objective]
     jitter = max((each.position_jitter for each in objectives), default=0)
+    model.check_jitter(jitter)
     length = sequence_length(model, tokenizer, experiment.max_length, jitter)
     if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
         from ..data import tokenize_texts

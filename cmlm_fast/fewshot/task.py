@@ -61,7 +61,8 @@ class Task:
         o = self._options
         with arguments_named(path=which):
             return load_labelled(getattr(o, which), label_column=o.label_column, text_column=o.text_column,
-                                 text_pair_column=o.text_pair_column, paraphrase_column=paraphrase_column)  # fmt: skip
+                                 text_pair_column=o.text_pair_column, paraphrase_column=paraphrase_column,
+                                 split=which)  # fmt: skip
 
     def _look_for_repeats(self) -> None:
         seen = len(set(self.test_texts) & set(self.texts))

@@ -21,7 +21,7 @@ _BLOCK = 4096
 
 @triton.jit
 def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is no column, or one whose logit is −∞."""
+    """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is no column."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target + row)
     logits, slopes = logits + row * V, slopes + row * V
@@ -32,15 +32,14 @@ def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, BLOCK: tl
         raised = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - raised) + tl.sum(tl.exp(x - raised), 0)
         largest = raised
-    log_sum = largest + tl.log(total)
-    valid = label != IGNORED
-    own = tl.load(logits + label, mask=(label >= 0) & (label < V), other=float("nan")).to(ACC)
-    wrong = valid & ~(own > float("-inf"))
-    tl.store(losses + row, tl.where(valid, tl.where(wrong, float("nan"), log_sum - own), 0.0))
+    log_total = tl.log(total)  # not largest + log: that would be rounded to the size of a logit
+    valid, inside = label != IGNORED, (label >= 0) & (label < V)
+    own = tl.load(logits + label, mask=inside, other=float("nan")).to(ACC)
+    tl.store(losses + row, tl.where(valid, log_total + (largest - own), 0.0))
     for begin in range(0, V, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(ACC)
-        slope = tl.where(wrong, float("nan"), tl.exp(x - log_sum) - (at == label).to(ACC))
+        slope = tl.where(inside, tl.exp((x - largest) - log_total) - (at == label).to(ACC), float("nan"))
         tl.store(slopes + at, tl.where(valid, slope, 0.0).to(slopes.dtype.element_ty), mask=at < V)
 
 

@@ -41,6 +41,8 @@ def scaled(rows: Tensor, factor: Tensor) -> Tensor:
     only where it comes first."""
     if rows.dtype == factor.dtype or rows.device.type == "cpu":
         return rows * factor
+    if torch._C._functorch.is_legacy_batchedtensor(factor):  # of is_grads_batched, which knows no `out`
+        return (rows * factor.reshape(1)).to(rows.dtype)
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
 
 

@@ -66,7 +66,7 @@ def mlm_cross_entropy(
     check_reduction(_NAME, reduction)
     valid = target != IGNORE
     if is_traced() or hidden.is_meta:
-        rows, labels = hidden, target
+        rows, labels = torch.where(valid[:, None], hidden, 0.0), target  # NaN would be one in the gradient of all weights
     else:
         rows, labels = hidden[valid], target[valid]
         if labels.device.type == "cpu" and labels.numel():
@@ -99,7 +99,8 @@ class _HeadLosses(torch.autograd.Function):
         ctx.parameters, ctx.vocabulary = weight.dtype, len(weight)
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         rest = -len(weight) % _EVEN if hidden.is_cuda and hidden.element_size() == 2 else 0
-        if rest:  # columns whose softmax is 0
+        if rest:  # columns whose softmax is 0; a target among them is as wrong as one beyond
+            target = torch.where(target < ctx.vocabulary, target, ctx.vocabulary + rest)
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             weight, bias = F.pad(weight, (0, 0, 0, rest)), F.pad(bias, (0, rest), value=float("-inf"))
         losses, slopes = softmax_loss(product(hidden, weight, bias), target)

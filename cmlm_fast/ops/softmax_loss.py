@@ -40,6 +40,7 @@ def _reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     check_values(logits, target)
     x, valid = logits.to(loss_dtype(logits.dtype)), (target != IGNORE)[:, None]
     column = target.clamp_min(0)[:, None]
+    x = x - x.amax(1, keepdim=True)  # else losses would be rounded to the size of a logit
     losses = torch.where(valid, torch.logsumexp(x, 1, keepdim=True) - x.gather(1, column), 0.0)[:, 0]
     slopes = torch.softmax(x, 1).scatter_add(1, column, -torch.ones_like(x[:, :1]))
     return losses, torch.where(valid, slopes, 0.0).to(logits.dtype)
@@ -63,14 +64,15 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, Non
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """A vocabulary that is no multiple of a vector, ignored rows, large logits, all far below zero, one column, no row,
-    views that are not contiguous."""
+    """A vocabulary that is no multiple of a vector, ignored rows, large logits, all far below or above zero, one column, no
+    row, views that are not contiguous."""
     shapes = (("odd", 7, 100, 1.0), ("large", 3, 64, 30.0), ("one-column", 2, 1, 1.0), ("no-rows", 0, 5, 1.0))
     for label, rows, width, scale in shapes:
         logits = next(random_rows([(rows, width)], dtype, device, rows + width)) * scale
         yield label, (logits, torch.arange(rows, device=device) * 13 % width)
     x = next(random_rows([(6, 70)], dtype, device, 4))
     yield "below", (x - 200, torch.arange(6, device=device))
+    yield "above", (x.float().add(1000).to(dtype), torch.arange(6, device=device))
     yield "non-contiguous", (x.T, (torch.arange(140, device=device) % 6)[::2])
     yield "ignored", (next(random_rows([(5, 40)], dtype, device, 3)), torch.tensor([1, IGNORE, 39, IGNORE, 0], device=device))
 

@@ -148,7 +148,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     if grad is not None and made:
         dq, dk, dt = scaled(dq, grad), scaled(dk, grad), grad * dt
     elif grad is not None:
-        weight = grad * reduction_weight(inputs[2] != IGNORE, ctx.reduction, grad.dtype)
+        valid = inputs[2] != IGNORE
+        # A row that is ignored has no gradient, whatever comes from above: 0 · NaN would be one, of all keys.
+        weight = torch.where(valid, grad * reduction_weight(valid, ctx.reduction, grad.dtype), 0.0)
         dq, dk, dt = op("token_contrastive_backward", ctx.backend)(weight, *inputs, ctx.normalize, want_query, want_key)
     else:
         want_query = want_key = False

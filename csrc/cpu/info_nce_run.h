@@ -27,7 +27,7 @@ namespace cmlm {
 constexpr int64_t kChunkScores = int64_t{1} << 20, kLeastRows = 128, kMostRows = 1024;
 constexpr int64_t kKeptScores = int64_t{1} << 24;  // those of 4,096 pairs: 64 MiB in float32
 constexpr int64_t kGrain = int64_t{1} << 15;  // numbers that are worth a thread
-constexpr double kFixedScale = 40;            // e^(-2·40) is still far above the smallest float
+constexpr double kFixedScale = 32;            // a loss scaled by 2^32, over e^(-2·32), is still a float
 
 struct InfoNceRequest {
   Tensor z1, z2;

@@ -38,7 +38,7 @@ void softmax_loss(const SoftmaxLossArgs<T>& args, int64_t begin, int64_t end, ma
     for (int64_t j = whole; j < width; ++j) sums[0] += scratch[j] = exp(widen(x[j]) - top);
     M sum = 0;
     for (M lane : sums) sum += lane;
-    args.losses[i] = top + std::log(sum) - widen(x[target]);
+    args.losses[i] = std::log(sum) + (top - widen(x[target]));  // not top + log: that rounds to the size of a logit
     const M inverse = 1 / sum;
     for (int64_t j = 0; j < width; ++j) slopes[j] = narrow<T>(scratch[j] * inverse);
     slopes[target] = narrow<T>(scratch[target] * inverse - 1);

@@ -54,8 +54,8 @@ struct QueryRow {
 // y[r] = 1 / max(‖x_r‖, 1e-12) for `rows` rows of length d; all 1 unless normalize.
 CMLM_DECLARE_KERNEL(template <class T> void, token_inverse_norms, (const T* x, int64_t rows, int64_t d, bool normalize, math_t<T>* y))
 CMLM_DECLARE_KERNEL(template <class T> math_t<T>, token_dot, (const T* a, const T* b, int64_t d))
-// y = factor · x
-CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d, math_t<T> factor, T* y))
+// y = inverse · x · factor, in this order: of a short row and a small sum the two are no number together
+CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d, math_t<T> inverse, math_t<T> factor, T* y))
 // sum[i] = the largest score among the candidates of column i, the target apart; at most -1e38 without one.
 CMLM_DECLARE_KERNEL(template <class T> void, token_max, (const ScoreBlock<T>& block))
 // e_ij = exp(s_ij − shift_i), 0 where j is no candidate; scores = e_ij · key_scale_j, and the sums.

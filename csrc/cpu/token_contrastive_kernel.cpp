@@ -105,8 +105,8 @@ math_t<T> token_dot(const T* a, const T* b, int64_t d) {
 }
 
 template <class T>
-void token_scale(const T* __restrict x, int64_t d, math_t<T> factor, T* __restrict y) {
-  for (int64_t c = 0; c < d; ++c) y[c] = narrow<T>(factor * widen(x[c]));
+void token_scale(const T* __restrict x, int64_t d, math_t<T> inverse, math_t<T> factor, T* __restrict y) {
+  for (int64_t c = 0; c < d; ++c) y[c] = narrow<T>(inverse * widen(x[c]) * factor);
 }
 
 template <class T>
@@ -148,7 +148,7 @@ void token_finish_key(const math_t<T>* g, const T* __restrict key, int64_t d, bo
   template void token_scores<T>(const ScoreRow<T>&);                                      \
   template void token_inverse_norms<T>(const T*, int64_t, int64_t, bool, math_t<T>*);           \
   template math_t<T> token_dot<T>(const T*, const T*, int64_t);                            \
-  template void token_scale<T>(const T*, int64_t, math_t<T>, T*);                           \
+  template void token_scale<T>(const T*, int64_t, math_t<T>, math_t<T>, T*);                \
   template void token_add<T>(const T*, int64_t, bool, math_t<T>*);                             \
   template void token_add_scaled<T>(const T*, int64_t, math_t<T>, math_t<T>*);           \
   template void token_finish_query<T>(const QueryRow<T>&, int64_t, bool, math_t<T>*, T*);       \

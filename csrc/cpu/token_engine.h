@@ -120,7 +120,7 @@ void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_
   const int64_t row = plan_.order[chunk.row + i], t = target_[row];
   CMLM_KERNEL(token_inverse_norms<T>)(query_ + row * d_, 1, d_, normalize_, &w.inverse[i]);
   const O power = normalize_ && w.inverse[i] > 0 ? std::exp2(std::floor(std::log2(w.inverse[i]))) : O(1);
-  CMLM_KERNEL(token_scale<T>)(query_ + row * d_, d_, power, copy);
+  CMLM_KERNEL(token_scale<T>)(query_ + row * d_, d_, power, O(1), copy);
   w.scale[i] = w.inverse[i] / power / tau_;
   w.target_score[i] = CMLM_KERNEL(token_dot<T>)(copy, key_ + t * d_, d_) * (w.scale[i] * key_inverse_[t]);
   w.shift[i] = O(1) / tau_;
@@ -202,7 +202,7 @@ void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool
   const int64_t columns = round_up(chunk.rows, kPad);
   parallel_for(0, chunk.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      CMLM_KERNEL(token_scale<T>)(query_ + plan_.order[chunk.row + i] * d_, d_, w.factor[i] * w.inverse[i], data<T>(w.rows) + i * d_);
+      CMLM_KERNEL(token_scale<T>)(query_ + plan_.order[chunk.row + i] * d_, d_, w.inverse[i], w.factor[i], data<T>(w.rows) + i * d_);
   });
   const Tensor rows = matrix(data<T>(w.rows), columns, d_);
   w.for_blocks(chunk.keys, [&](int64_t, int64_t first, int64_t keys, int64_t thread) {
