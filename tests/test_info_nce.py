@@ -27,10 +27,11 @@ def rows(n, d, dtype=torch.float32, seed=0):
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
        kind=st.sampled_from(["cross", "one-sided", "nt_xent", "labels"]), classes=st.integers(1, 60),
        reduction=st.sampled_from(["mean", "sum", "none"]), tau=st.sampled_from([0.01, 0.05, 1.0]))  # fmt: skip
-# All has been decided; so few rows that s_ij may not be s_ji; a loss far below eager's roundings.
+# All has been decided; so few rows that s_ij may not be s_ji; a loss far below eager's roundings; the mean of all positives.
 @example(b=2, d=2, seed=39, dtype=torch.float64, kind="cross", classes=1, reduction="mean", tau=0.01)
 @example(b=2, d=6, seed=0, dtype=torch.float32, kind="nt_xent", classes=1, reduction="mean", tau=0.01)
 @example(b=2, d=6, seed=20, dtype=torch.float32, kind="nt_xent", classes=1, reduction="mean", tau=0.01)
+@example(b=51, d=4, seed=0, dtype=torch.float32, kind="labels", classes=1, reduction="none", tau=1.0)
 def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduction, tau):
     if kind == "labels":  # of fewer, all may have decided: what is left are roundings, in eager PyTorch too
         b = max(b, 3)

@@ -117,14 +117,15 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
     const M k = factor(left, right[j], scale);
     const M s = score(row[j], k);
     const M below = s - reference, e = exp(below), level = Fixed && Classes ? below : s;
-    M g = e * share;
-    M weighted = g * (level - positive);  // Σ_j g_ij = 0: the positive's own part is then 0
-    if constexpr (Both) {
-      const M other = (Fixed ? e : exp(s - column_reference[j])) * column_share[j];
-      g += other;
-      weighted += other * (level - column_positive[j]);
+    M g = e * share, other = 0;
+    if constexpr (Both) other = (Fixed ? e : exp(s - column_reference[j])) * column_share[j];
+    if constexpr (Classes) {  // of several positives, whose mean is rounded
+      const bool counts = classes[j] == own && j != i;
+      g += counts ? at_positive : M(0);
+      other += counts ? column_at_positive[j] : M(0);
     }
-    if constexpr (Classes) g += classes[j] == own ? at_positive + column_at_positive[j] : M(0);
+    M weighted = g * (level - positive);  // Σ_j g_ij = 0: a lone positive's own part is then 0
+    if constexpr (Both) weighted += other * (level - column_positive[j]), g += other;
     pull[lane] += weighted;
     row[j] = narrow<C>(g * k);
   });
