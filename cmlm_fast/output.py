@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .checkpoints import STAGING, checkpoints, flush, flush_one, newest_whole, sealed
+from .checkpoints import STAGING, flush, flush_one, newest_whole, sealed
 from .errors import DiskError, disk_reason
 
 #: Written last of all: where it is, the run is finished.
@@ -110,7 +110,7 @@ def _lock(descriptor: int, folder: Path) -> None:
 
 
 def _clear(folder: Path, size: int, created: list[Path], fresh: bool) -> None:
-    going = checkpoints(folder) if fresh else []
+    going = sealed(folder) if fresh else []
     freed = sum(path.stat().st_size for checkpoint in going for path in checkpoint.rglob("*") if path.is_file())
     size = max(size - freed, 0)
     try:

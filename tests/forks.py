@@ -9,7 +9,10 @@ import socket
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from threading import RLock
 from typing import Any
+
+from tqdm.std import tqdm
 
 
 def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
@@ -19,6 +22,7 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
         return process
     code = 1
     gc.freeze()  # what was imported is no garbage: see conftest.py
+    _progress_bars_of_its_own()
     try:
         os.environ.update(environment)
         with log.open("ab") as file:
@@ -33,6 +37,14 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def _progress_bars_of_its_own() -> None:
+    """The lock of all bars is a semaphore that forked processes share: one that is killed within would keep it for ever."""
+    kinds: list[type[tqdm[Any]]] = [tqdm]
+    for kind in kinds:
+        kind.set_lock(RLock())
+        kinds.extend(kind.__subclasses__())
 
 
 def wait(process: int) -> int:

@@ -120,8 +120,8 @@ def test_a_picture_that_fails_costs_no_weights(tiny_checkpoint, sentence_file, t
 
 def test_a_run_that_ended_before_its_first_checkpoint_is_begun_again(tiny_checkpoint, sentence_file, tmp_path):
     (tmp_path / "out").mkdir()
-    for name in ("settings.json", "metrics.jsonl"):
-        (tmp_path / "out" / name).write_text("{}\n")
+    (tmp_path / "out" / "settings.json").write_text('{"token_weight": 0.3}\n')
+    (tmp_path / "out" / "metrics.jsonl").write_text("{}\n")
     assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out").exit_code == 0
     assert all("step" in line for line in lines(tmp_path / "out"))
 
@@ -320,8 +320,9 @@ def test_a_folder_that_is_not_empty_is_kept(tiny_checkpoint, sentence_file, tmp_
         result = post_train(tiny_checkpoint, sentence_file, folder)
         assert result.exit_code == 2 and "expected output_dir to be new or empty" in result.stderr
         assert (folder / name).read_text() == "years of work"
+    (folder / "checkpoint-500").mkdir()  # without a manifest: another program's
     assert post_train(tiny_checkpoint, sentence_file, folder, "--overwrite").exit_code == 0
-    assert (folder / "thesis.txt").read_text() == "years of work"
+    assert (folder / "thesis.txt").read_text() == "years of work" and (folder / "checkpoint-500").is_dir()
 
 
 def limit_files(size):

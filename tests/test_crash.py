@@ -194,7 +194,7 @@ def test_a_folder_in_use_is_seen_to_be(tmp_path):
 
 def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_model(tmp_path):
     for name in ("settings.json", "metrics.jsonl"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text('{"token_weight": 0.3}')
     (tmp_path / f"{checkpoints.STAGING}checkpoint-1").mkdir()  # killed while its first checkpoint was written
     assert check_output(tmp_path, overwrite=False, resume=False) is None
     own = ("notes.txt", "vocab.csv", "model_of_mine.safetensors", "1_raw_data", "tokenizer_experiments")  # the user's
