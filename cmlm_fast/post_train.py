@@ -256,8 +256,8 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
 
     gpu = torch.accelerator.is_available()
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer takes it where no option says otherwise
-    agreed = options.bf16 is not False or launcher != "bf16"
-    expect(agreed, "bf16", "as in the configuration of accelerate launch, mixed_precision bf16", "no bf16")
+    agreed = launcher == "no" or options.fp16 or options.bf16 is not False
+    expect(agreed, "bf16", f"left out or given where accelerate launch has mixed_precision {launcher}", "no bf16")
     fp16 = options.fp16 or (options.bf16 is None and launcher == "fp16")
     bf16 = not fp16 and (fast_in_bf16() or launcher == "bf16") if options.bf16 is None else options.bf16
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size

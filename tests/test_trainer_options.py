@@ -171,7 +171,10 @@ def test_a_launchers_precision_is_that_of_the_run(monkeypatch, tmp_path):
     assert precision() == precision(bf16=False) == (False, False) and precision(bf16=True) == (True, False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert precision() == precision(bf16=True) == (True, False)
-    with pytest.raises(ValueError, match="expected bf16 to be as in the configuration of accelerate launch"):
+    assert precision(bf16=False, fp16=True) == (False, True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert precision() == (False, True) and precision(bf16=True) == (True, False)
+    with pytest.raises(ValueError, match="bf16 to be left out or given where accelerate launch has mixed_precision fp16"):
         precision(bf16=False)
 
 
