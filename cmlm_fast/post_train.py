@@ -259,6 +259,7 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     agreed = launcher == "no" or options.fp16 or options.bf16 is not False
     expect(agreed, "bf16", f"left out or given where accelerate launch has mixed_precision {launcher}", "no bf16")
     fp16 = options.fp16 or (options.bf16 is None and launcher == "fp16")
+    expect(gpu or not fp16, "mixed_precision", "no or bf16 without a GPU", "fp16")
     bf16 = not fp16 and (fast_in_bf16() or launcher == "bf16") if options.bf16 is None else options.bf16
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
     names = ("activation_checkpointing", "gradient_checkpointing")  # what transformers calls it now, and did

@@ -360,11 +360,14 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
         assert sorted(tmp_path.rglob("*")) == before, label
 
 
-def test_an_encoder_without_positions_and_several_processes_are_refused(files, tmp_path, tiny_tokenizer, monkeypatch):
+def test_an_encoder_without_positions_and_launchers_are_refused(files, tmp_path, tiny_tokenizer, monkeypatch):
     make_lm("modernbert").save_pretrained(tmp_path / "start")
     tiny_tokenizer.save_pretrained(tmp_path / "start")
     shifted = experiment(str(tmp_path / "start"), files, tmp_path / "out", methods=("ft", "cmlm:position_jitter=4"), shots=(2,))
     with pytest.raises(ValueError, match="expected position_jitter to be 0 for an encoder without a position table"):
+        shifted.run()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="expected ACCELERATE_MIXED_PRECISION to be no, since bf16 says it for a few-shot"):
         shifted.run()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="expected WORLD_SIZE to be 1, since a few-shot experiment is one process, got 2"):

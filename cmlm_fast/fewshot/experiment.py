@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -105,6 +106,8 @@ class FewShotExperiment:
 
     def _checked(self) -> Grid:
         expect(world_size() == 1, "WORLD_SIZE", "1, since a few-shot experiment is one process", world_size())
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # it would be that of every Trainer, and of no cell
+        expect(launcher == "no", "ACCELERATE_MIXED_PRECISION", "no, since bf16 says it for a few-shot experiment", launcher)
         for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1)):
             expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))
         expect(self.max_length is None or self.max_length >= 8, "max_length", ">= 8", self.max_length)
