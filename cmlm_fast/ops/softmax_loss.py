@@ -72,7 +72,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         yield label, (logits, torch.arange(rows, device=device) * 13 % width)
     x = next(random_rows([(6, 70)], dtype, device, 4))
     yield "below", (x - 200, torch.arange(6, device=device))
-    yield "above", (x.float().add(1000).to(dtype), torch.arange(6, device=device))
+    yield "above", (x + 1000, torch.arange(6, device=device))
     yield "non-contiguous", (x.T, (torch.arange(140, device=device) % 6)[::2])
     yield "ignored", (next(random_rows([(5, 40)], dtype, device, 3)), torch.tensor([1, IGNORE, 39, IGNORE, 0], device=device))
 
