@@ -10,6 +10,7 @@ import torch
 from cmlm_fast._library import contracts
 from cmlm_fast.backends import _SUFFIX, BACKENDS, available
 
+EVERY = ("name", "suffix", "device", "dtype", "label")  # of what `cases` makes, for pytest.mark.parametrize
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

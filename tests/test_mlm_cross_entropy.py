@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from sweep import DEVICES
+from sweep import DEVICES, EVERY, cases, sample
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cmlm_fast import mlm_cross_entropy, token_contrastive
+from cmlm_fast._library import op
 from cmlm_fast.ops._linear import _Linear
 
 
@@ -53,6 +54,27 @@ def test_under_autocast_no_further_from_the_truth_than_twice_eager(kind):
                                    run(eager, torch.float32), strict=True):  # fmt: skip
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+SMALL = [case for case in cases() if case.values[0] == "softmax_loss" and case.values[4] == "odd"]
+
+
+@pytest.mark.parametrize(EVERY, [case for case in SMALL if case.values[3].itemsize == 2])
+def test_a_slope_is_rounded_once(name, suffix, device, dtype, label):
+    logits, target = sample(name, dtype, device, label)
+    logits = logits.scatter(1, target[:, None], 10)  # p near 1, which has no digits left of 1 - p in 16 bits
+    _, slopes = op(name, suffix)(logits, target)
+    true = torch.softmax(logits.double(), 1).scatter_add(1, target[:, None], -torch.ones_like(logits[:, :1]).double())
+    torch.testing.assert_close(slopes.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(EVERY, [case for case in SMALL if case.values[2:4] == ("cpu", torch.float32)])
+@pytest.mark.parametrize("column", [-1, 100])
+def test_the_op_itself_refuses_what_is_no_column(name, suffix, device, dtype, label, column):
+    logits, target = sample(name, dtype, device, label)
+    target[3] = column
+    with pytest.raises(RuntimeError, match=rf"expected target to be in \[0, V = 100\) or -100, got \[?{column}"):
+        op(name, suffix)(logits, target)
 
 
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES[-1:]])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sweep import FEW, GRADIENTS, cases, sample
+from sweep import EVERY, FEW, GRADIENTS, cases, sample
 
 from cmlm_fast._library import contracts, op
 from cmlm_fast.testing import assert_no_worse_than_eager, poisoned_memory
-
-EVERY = ("name", "suffix", "device", "dtype", "label")
 
 
 @pytest.mark.parametrize(EVERY, cases())

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sweep import FEW, GRADIENTS, cases, sample
+from sweep import EVERY, FEW, GRADIENTS, cases, sample
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cmlm_fast
 from cmlm_fast._library import contracts, op
 from cmlm_fast.backends import BACKENDS
 
-EVERY = ("name", "suffix", "device", "dtype", "label")
 # What is registered of an op is the same for every sample: those of another form.
 FORMS = [case for case in cases((torch.float32, torch.int64), FEW) if case.values[4] in (*FEW, "non-contiguous", "empty")]
 

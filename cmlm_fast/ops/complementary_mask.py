@@ -114,16 +114,18 @@ def _fake(ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Packed batches: equal and ragged lengths, empty and one-token sequences, units, odd seeds, both samplings."""
+    """Packed batches: equal and ragged lengths, empty and one-token sequences, units, odd seeds, both samplings; special ids
+    in disorder, twice the same, with gaps of one id."""
     generator = torch.Generator().manual_seed(0)
-    special = torch.tensor([0, 101, 102, 103], device=device)
 
     def make(lengths: list[int], **options: Any) -> tuple[Any, ...]:
         tokens = sum(lengths)
         ids = torch.randint(0, 1000, (tokens,), generator=generator).to(device, dtype)
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
         o: dict[str, Any] = {"eligible": None, "units": None, "samples": None, "rate": 0.15, "complement": 0.15 / 0.85,
-             "exact": True, "mask": 0.8, "random": 0.1, "seed": 42, "step": 3, **options}  # fmt: skip
+             "exact": True, "mask": 0.8, "random": 0.1, "seed": 42, "step": 3, "special": [0, 101, 102, 103],
+             **options}  # fmt: skip
+        special = torch.tensor(o["special"], device=device)
         return (ids, cu, special, o["eligible"], o["units"], o["samples"], 103, 1000, o["rate"], o["complement"],
                 o["exact"], o["mask"], o["random"], o["seed"], o["step"])  # fmt: skip
 
@@ -142,6 +144,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "no-sequences", make([])
     yield "all-masked", make([50], rate=1.0)
     yield "long", make([8192, 3], complement=0.5)
+    yield "special-ids", make([300], rate=1.0, special=[*range(990, 0, -90), 2, 4, 2, 3])
 
 
 declare(_NAME, _SCHEMA, _reference, _fake)

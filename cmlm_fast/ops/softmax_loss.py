@@ -64,8 +64,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, Non
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """A vocabulary that is no multiple of a vector, ignored rows, large logits, all far below or above zero, one column, no
-    row, views that are not contiguous."""
+    """A vocabulary that is no multiple of a vector, ignored rows, large logits, all far below or above zero, one that
+    stands out, one column, no row, views that are not contiguous."""
     shapes = (("odd", 7, 100, 1.0), ("large", 3, 64, 30.0), ("one-column", 2, 1, 1.0), ("no-rows", 0, 5, 1.0))
     for label, rows, width, scale in shapes:
         logits = next(random_rows([(rows, width)], dtype, device, rows + width)) * scale
@@ -73,6 +73,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     x = next(random_rows([(6, 70)], dtype, device, 4))
     yield "below", (x - 200, torch.arange(6, device=device))
     yield "above", (x + 1000, torch.arange(6, device=device))
+    yield "peak", (x.index_fill(1, torch.tensor([37], device=device), 150.0), torch.arange(34, 40, device=device))
     yield "non-contiguous", (x.T, (torch.arange(140, device=device) % 6)[::2])
     yield "ignored", (next(random_rows([(5, 40)], dtype, device, 3)), torch.tensor([1, IGNORE, 39, IGNORE, 0], device=device))
 
