@@ -106,7 +106,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
               sliding_window: int | None) -> Tensor:  # fmt: skip
     """As `attention_forward`, by PyTorch's kernels."""
     q, k, v = map(_rows, (query, key, value))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and _has_flash():
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8) and _has_flash():
         return _flash(q, k, v, packing.cu_seqlens, packing.longest, scaling, dropout, sliding_window)[None]
     runs: dict[int, list[tuple[int, int]]] = {}  # length -> of each run of sequences: where it begins, and how many they are
     begin = 0

@@ -145,6 +145,7 @@ class StopOnSignal(TrainerCallback):
         self._agreement: tuple[torch.Tensor, Any] | None = None
 
     def __enter__(self) -> StopOnSignal:
+        self.stopped, self._received = None, 0  # else one that ended an earlier training would end the next
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,14 @@ class PretrainedModel(nn.Module):
         if rest:
             save_file(rest, Path(path) / _CONTRAST)
         write_pooling(self._pooling, Path(path))
+
+    def copy_contrast(self, source: Path, target: Path) -> None:
+        """Have in another folder what `save_pretrained` wrote beside the plain checkpoint."""
+        for name in (OBJECTIVE, _CONTRAST):
+            (target / name).unlink(missing_ok=True)
+            if (source / name).exists():
+                shutil.copy(source / name, target / name)
+        write_pooling(self._pooling, target)
 
     def load_contrast(self, path: str | Path) -> list[str]:
         """Take projection and learned temperatures from a folder that `save_pretrained` wrote; returns what is not there.

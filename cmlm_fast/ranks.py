@@ -65,9 +65,9 @@ def in_turn(action: Callable[[], _T]) -> _T:
                 result = action()
             except EXPECTED as caught:
                 error = caught
-        messages: list[str | None] = [None] * world_size()
-        dist.all_gather_object(messages, None if error is None else str(error), group=_group)
-        if message := next((message for message in messages if message is not None), None):
+        messages = [""] * world_size()
+        dist.all_gather_object(messages, "" if error is None else str(error) or type(error).__name__, group=_group)
+        if message := next(filter(None, messages), None):
             raise ValueError(message) from error
     return result
 

@@ -7,6 +7,7 @@ sealed and renamed once all ranks are done; see `checkpoints`.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from . import checkpoints
 from .errors import DivergedError
@@ -58,10 +60,15 @@ class ResumableTrainer(Trainer):
         self._check_weights(self.model)
         return result
 
-    def _init_training_state(self, max_steps: int, *args: Any, **options: Any) -> Any:
-        """As the Trainer's; how often a resumed run logs, saves and evaluates is what its own arguments say."""
-        result = super()._init_training_state(max_steps, *args, **options)
+    def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
+        """As the Trainer's; how often a resumed run logs, saves and evaluates is what its own arguments say, and its best
+        checkpoint may have moved with it."""
+        result = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         self.state.compute_steps(self.args, max_steps)
+        if checkpoint is not None:
+            recorded = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).best_model_checkpoint
+            if recorded and (moved := Path(checkpoint).parent / Path(recorded).name).is_dir():
+                self.state.best_model_checkpoint = str(moved)
         self._begin = self.state.global_step
         return result
 
@@ -85,7 +92,23 @@ class ResumableTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """As the Trainer's, which with save_strategy "best" saves where this is true; or where a callback asked for it."""
-        return super()._determine_best_metric(metrics, trial) or self._asked
+        best: bool = super()._determine_best_metric(metrics, trial)
+        if self._postponed is None:
+            return best or self._asked
+        if self.args.save_strategy == SaveStrategy.BEST:
+            self._postponed |= best
+        return False
+
+    def _finalize_training(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's, which with save_total_limit 1 removes all but the best checkpoint; of a training that was stopped
+        the newest stays, too."""
+        limit = self.args.save_total_limit
+        if self.state.global_step < self.state.max_steps:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(*args, **options)
+        finally:
+            self.args.save_total_limit = limit
 
     def resume_from(self, checkpoint: str) -> None:
         """Called with a whole checkpoint, beside what the Trainer loads from it."""
@@ -153,7 +176,7 @@ class ResumableTrainer(Trainer):
             # for the best checkpoint in the hidden folder.
             self.state.best_global_step = None
             self._on_all_ranks(lambda: save(model, trial))
-            if best and (best == self.state.global_step or (folder / f"checkpoint-{best}").is_dir()):
+            if best and best == self.state.global_step:  # one of another step that stands there may be another run's
                 self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
             self.state.best_global_step = best
             self._on_all_ranks(lambda: self._put_in_place(staging / name, folder / name) if self.args.should_save else None)

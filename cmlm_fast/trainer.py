@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers.trainer_utils import has_length, set_seed
+from transformers.trainer_utils import HubStrategy, has_length, set_seed
 
 from .arguments import CMLMTrainingArguments
 from .data import CMLMDataCollator, mask_settings
@@ -259,6 +260,14 @@ class CMLMTrainer(ScoringTrainer):
         super()._load_best_model()
         if not self.is_fsdp_enabled:  # whose own state holds them
             self.resume_from(str(self.state.best_model_checkpoint))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the Trainer's, which takes the files that it knows from the checkpoint to `output_dir`, and uploads that."""
+        running = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        pushes = self.args.should_save and self.args.hub_strategy != HubStrategy.END
+        if self._staging is None and pushes and (self.args.hub_always_push or not running):
+            self._plain_model.copy_contrast(Path(checkpoint_folder), Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""

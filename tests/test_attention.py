@@ -13,8 +13,8 @@ LENGTHS = (7, 4, 4, 1) * 2
 MODULE = nn.Module()
 
 
-def packing(lengths):
-    return Packing(lengths, torch.tensor([0, *lengths]).cumsum(0).int())
+def packing(lengths, device="cpu"):
+    return Packing(lengths, torch.tensor([0, *lengths], device=device).cumsum(0).int())
 
 
 def written_out(query, key, value, scale, window):
@@ -35,6 +35,16 @@ def test_packed_sequences_are_each_by_itself(window):
     torch.testing.assert_close(ours, exact)
     weight = torch.randn_like(exact)
     torch.testing.assert_close(*(torch.autograd.grad(out, rows, weight)[0] for out in (ours, exact)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("width", [136, 264])  # flash attention takes up to 256
+def test_wide_heads_on_a_gpu(width):
+    rows = torch.randn(3, 1, 2, sum(LENGTHS), width, dtype=torch.bfloat16, device="cuda")
+    ours, _ = attention_forward(MODULE, *rows, None, scaling=0.05, packing=packing(LENGTHS, "cuda"))
+    exact = torch.cat([written_out(*part, 0.05, None) for part in rows.cpu().float().split(LENGTHS, 3)], 1)
+    torch.testing.assert_close(ours.cpu().float(), exact, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("lengths", [(5, 0, 3, 0), (0, 5, 5, 0, 0, 5), (0,), ()])

@@ -65,6 +65,18 @@ def test_sizes_that_cross_chunks(backend, kind, dtype):
 
 
 @pytest.mark.skipif("cpp" not in HERE, reason="no compiled kernels")
+@pytest.mark.parametrize("labels", [None, torch.arange(888) // 2])
+def test_one_row_that_all_others_are_near_to(labels):
+    # Each row's weight of it is nearly 1. Of six rows beside chunks of 590 BLAS would round scores otherwise than of the same
+    # two rows in another chunk.
+    hub, others = (x / x.norm(dim=1, keepdim=True) for x in (rows(1, 384), rows(1776, 384, seed=1)))
+    z1, z2 = (hub + others).split(888)
+    z2[-1] = hub
+    args = (z1, z2, torch.tensor(0.01), labels, "nt_xent", True, True, "mean", True, True)
+    assert_no_worse_than_eager("info_nce", "", args, nudges=3)
+
+
+@pytest.mark.skipif("cpp" not in HERE, reason="no compiled kernels")
 @pytest.mark.parametrize("scheme", ["cross", "nt_xent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_that_are_made_twice(scheme, dtype):

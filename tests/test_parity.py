@@ -7,7 +7,7 @@ import torch
 from sweep import EVERY, FEW, GRADIENTS, cases, sample
 
 from cmlm_fast._library import contracts, op
-from cmlm_fast.testing import assert_no_worse_than_eager, poisoned_memory
+from cmlm_fast.testing import assert_no_worse_than_eager, poisoned_memory, value_and_gradients
 
 
 @pytest.mark.parametrize(EVERY, cases())
@@ -45,3 +45,15 @@ def test_only_wanted_gradients_are_made(name, suffix, device, dtype, label):
         assert torch.equal(both[0], some[0])
         for flag, whole, part in zip(wanted, both[1:3], some[1:3], strict=True):
             assert torch.equal(part, whole) if flag else part.shape == (0,)
+
+
+SCORES = [case for case in cases((torch.float32,), GRADIENTS) if case.values[0] in ("token_similarity", "info_nce")]
+
+
+@pytest.mark.parametrize(EVERY, SCORES)
+def test_what_is_no_number_stays_none(name, suffix, device, dtype, label):
+    args = sample(name, dtype, device, label)
+    rows = args[0].clone()
+    rows[len(rows) // 2 :][:1, 0] = float("nan")
+    got, expected = (value_and_gradients(op(name, kind), name, (rows, *args[1:])) for kind in (suffix, "_reference"))
+    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got[:3], expected[:3], strict=True))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from cmlm_fast import ranks as launched
 from cmlm_fast.data import RankShare
 
 
@@ -151,3 +153,13 @@ def test_shares_deal_every_batch_once(batches, ranks):
     assert joined[:batches] == sampler and not any(joined[batches:])
     full = [list(RankShare(sampler, rank, ranks, drop_last=True)) for rank in range(ranks)]
     assert all(len(share) == batches // ranks and all(share) for share in full)
+
+
+def test_a_fault_without_words_is_one_too(monkeypatch):
+    def fail():
+        raise OSError
+
+    monkeypatch.setattr(launched, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda messages, mine, group: messages.__setitem__(0, mine))
+    with pytest.raises(ValueError, match="OSError"):
+        launched.in_turn(fail)

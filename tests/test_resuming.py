@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from multiprocessing import active_children
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import make_lm
 from test_trainer import history, make_trainer, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from cmlm_fast import CMLMConfig, checkpoints
+from cmlm_fast import CMLMConfig, CMLMModel, checkpoints
 from cmlm_fast.callbacks import StopOnSignal
 from cmlm_fast.data.share import share_loader
 from cmlm_fast.errors import DivergedError
@@ -132,6 +134,68 @@ def test_a_signal_saves_also_where_a_checkpoint_must_be_the_best(step, make, tmp
         make("run", stop, At(step, lambda: os.kill(os.getpid(), signal.SIGTERM)), **options).train()
     stopped_at = checkpoints.checkpoints(tmp_path / "run")[-1]
     assert stop.stopped is signal.SIGTERM and checkpoints.step_of(stopped_at) in (step, step + 1)
+
+
+def test_a_signal_leaves_its_checkpoint_also_beside_the_best_alone(make, tmp_path):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+               "metric_for_best_model": "loss", "greater_is_better": True, "save_total_limit": 1}  # fmt: skip
+    with StopOnSignal() as stop:
+        trainer = make("run", stop, At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)), **options)
+        trainer.train()
+    left = [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "run")]
+    assert trainer.args.save_total_limit == 1 and trainer.state.best_global_step == 2 and left in ([2, 3], [2, 4])
+    trainer = make("run", stop, **options)
+    with stop:  # knows nothing of the signal before
+        trainer.train(resume_from_checkpoint=True)
+    assert stop.stopped is None and trainer.state.global_step == 6
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_the_best_is_none_of_another_run(make, tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "metric_for_best_model": "loss",
+               "greater_is_better": True}  # fmt: skip
+    make("run", max_steps=1, save_steps=1, learning_rate=0.1, **options).train()
+    trainer = make("run", max_steps=2, save_steps=2, **options)
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.best_model_checkpoint is None
+    moved = make("run", max_steps=2, save_steps=1, **options)
+    moved.train()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    resumed = make("moved", max_steps=3, save_steps=1, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.best_model_checkpoint == str(tmp_path / "moved" / "checkpoint-1")
+
+
+def test_a_best_checkpoint_at_an_epochs_end_knows_what_is_logged_there(make):
+    options = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "logging_strategy": "epoch", "max_steps": -1,
+               "num_train_epochs": 2, "metric_for_best_model": "loss"}  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        make("run", At(4, cut), **options).train()
+    resumed = make("run", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [3, 6]
+
+
+def test_what_is_pushed_during_a_training_is_the_whole_model(make, tmp_path, monkeypatch):
+    class Hub:
+        def create_repo(self, *args, **options):
+            return SimpleNamespace(repo_id="user/model")
+
+        def upload_folder(self, folder_path, **options):
+            pushed.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+            return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    pushed = []
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    config = CMLMConfig.from_preset("paper", projection=8, learn_temperature=True)
+    options = {"save_strategy": "steps", "save_steps": 2, "push_to_hub": True, "hub_model_id": "user/model"}
+    make("run", config=config, max_steps=4, **options).train()
+    for step, files in zip((2, 4), pushed, strict=True):
+        (tmp_path / f"pushed-{step}").mkdir()
+        for name, contents in files.items():
+            (tmp_path / f"pushed-{step}" / name).write_bytes(contents)
+        found, saved = (CMLMModel.from_pretrained(tmp_path / name) for name in (f"pushed-{step}", f"run/checkpoint-{step}"))
+        assert found.cmlm == config and all(map(torch.equal, found.state_dict().values(), saved.state_dict().values()))
 
 
 def test_ctrl_c_saves_also_where_workers_read_the_rows(make, tmp_path):

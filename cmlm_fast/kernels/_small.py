@@ -113,8 +113,8 @@ def info_nce_small(z1, z2, tau, labels, loss, d1, d2, dtau, weight, B, D, SELF: 
     g = tl.where(positive, g - own, g)
     if COLUMNS:
         g = g * 0.5
-    g = tl.where(s > SOME, g * SCALE, 0.0).to(z1.dtype.element_ty)
-    cosine = tl.where(s > SOME, g.to(ACC) * s, 0.0) * t
+    g = tl.where(s <= SOME, 0.0, g * SCALE).to(z1.dtype.element_ty)  # NaN stays NaN
+    cosine = tl.where(s <= SOME, 0.0, g.to(ACC) * s) * t
     gain = weight / t / SCALE
 
     k = tl.program_id(0) * BD + tl.arange(0, BD)

@@ -30,7 +30,7 @@ def scores(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_token
     shown = candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES, TOKENS, False)
     if TARGETS:
         shown = tl.where(cols[None, :] == t[:, None], s, shown)
-    shown = tl.where(shown > SOME, shown, float("-inf"))
+    shown = tl.where(shown <= SOME, float("-inf"), shown)  # NaN stays NaN
     at = rows.to(tl.int64)[:, None] * M + cols[None, :]
     tl.store(out + at, shown.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (cols < M)[None, :])
 

@@ -56,6 +56,8 @@ struct InfoNceRun {
   explicit InfoNceRun(const InfoNceRequest& asked)
       : request(asked), batch(asked.z1.size(0)), width(asked.z1.size(1)), n(asked.self ? 2 * batch : batch) {
     chunk = std::min(n, std::clamp(kChunkScores / std::max<int64_t>(n, 1), kLeastRows, kMostRows));
+    // A last chunk of few rows would have scores s_ij that BLAS rounds otherwise than s_ji, in whose sums they are.
+    while (asked.self && n > chunk && n % chunk > 0 && n % chunk < kInfoNceBlock) --chunk;
     blocks = (chunk + kInfoNceBlock - 1) / kInfoNceBlock;
     nce.size = n;
     nce.self = asked.self;
