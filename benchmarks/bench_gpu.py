@@ -27,6 +27,7 @@ from cmlm_fast.backends import _SUFFIX
 from cmlm_fast.testing import EAGER
 
 from .gpu_results import head
+from .ops.contrast import as_written
 from .roofline import SHAPES, Shape, arguments, duration, table
 
 Call = Callable[[], Any]
@@ -78,9 +79,10 @@ def providers(shape: Shape, device: str) -> dict[str, Call]:
             found[backend] = (lambda run=run: run(*args)) if mask else trained(run, args)
     if mask:
         return {**found, "reference": lambda: op(shape.op, "_reference")(*args)}
-    found["eager"] = trained(EAGER[shape.op], args)
+    written = as_written if shape.op == "token_contrastive" else EAGER[shape.op]
+    found["eager"] = trained(written, args)
     if shape.goal and device == "cuda":
-        found["torch.compile"] = trained(torch.compile(EAGER[shape.op], dynamic=False), args)
+        found["torch.compile"] = trained(torch.compile(written, dynamic=False), args)
         if shape.op == "token_contrastive" and shape.keys == shape.m and hasattr(F, "linear_cross_entropy"):
             found["F.linear_cross_entropy"] = torch_linear(shape, args)
     return found
@@ -101,15 +103,17 @@ def agrees(got: Any, expected: Any) -> bool:
 
 
 def extra_memory(call: Call) -> int:
-    """Most bytes held during a call beyond those held before and after it (its outputs and gradients)."""
+    """Most bytes held during a call beyond those held before it, and its outputs and gradients."""
     kept = call()
+    outputs = sum(x.nbytes for x in kept) if isinstance(kept, tuple) else 0
+    del kept
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    after = torch.cuda.memory_allocated()
-    kept = call()  # replaces gradients, so that as much is held after as before
+    before = torch.cuda.memory_allocated()
+    kept = call()  # replaces the gradients of the first
     torch.cuda.synchronize()
     del kept
-    return torch.cuda.max_memory_allocated() - after
+    return torch.cuda.max_memory_allocated() - before - outputs
 
 
 def measure(shape: Shape, device: str, clock: Callable[[Call], float] = milliseconds) -> dict[str, Any]:

@@ -172,27 +172,29 @@ def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Pat
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
             # Python has it from 3.11.4 and 3.10.12 on, and without it warns from 3.12 on; the archive is git's own.
             files.extractall(tree, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
-        build(ref, tree, device, say)
+    build(ref, tree, device, say)
     (folder / "cmlm_fast").symlink_to(tree / "cmlm_fast")
     return folder
 
 
 def build(ref: str, tree: Path, device: str, say: Callable[[str], None]) -> None:
-    """Native libraries for the checked-out tree: those of the working tree where the sources are the same, else built."""
+    """Native libraries of a tree with newer sources; of a checked-out one the working tree's, where sources are the same."""
     libraries = list((ROOT / "cmlm_fast").glob("*.so"))
     if not libraries:
         say("the working tree has no compiled kernels: the Python code is compared")
         return
     sources = ("csrc", "CMakeLists.txt", "setup.py")
-    same = subprocess.run(["git", "-C", ROOT, "diff", "--quiet", ref, "--", *sources]).returncode == 0
     newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    if same and all(path.stat().st_mtime > newest for path in libraries):
+    built = all(path.stat().st_mtime > newest for path in libraries)
+    if tree == ROOT and built:
+        return
+    if built and subprocess.run(["git", "-C", ROOT, "diff", "--quiet", ref, "--", *sources]).returncode == 0:
         for library in libraries:
             shutil.copy2(library, tree / "cmlm_fast")
         return
     say(f"building {ref}")
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    environment = {**os.environ, **({"CMLM_FAST_CUDA": "0"} if device == "cpu" else {})}
+    environment = {**os.environ, **({"CMLM_FAST_CUDA": "0"} if device == "cpu" and tree != ROOT else {})}
     done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise ValueError(f"compare: expected {ref} to build, got:\n{done.stderr[-2000:]}")

@@ -173,9 +173,9 @@ def automatic(group: list[Row], device: str) -> Row | None:
     if not mine or group[0].op not in contracts:  # an op of one way only
         return next(iter(mine.values()), None)
     op, sizes = group[0].op, group[0].sizes
-    dtype = getattr(torch, sizes["dtype"]) if "dtype" in sizes else None
-    scores = {"token_contrastive": ("N", "M"), "info_nce": ("B", "B")}.get(op)
-    size = sizes[scores[0]] * sizes[scores[1]] if scores else 0
+    dtype = getattr(torch, sizes["dtype"]) if "dtype" in sizes else torch.int64  # of ids
+    counted = {"token_contrastive": ("N", "M"), "info_nce": ("B", "B"), "complementary_mask": ("B", "L")}.get(op)
+    size = sizes[counted[0]] * sizes[counted[1]] if counted else 0
     return next((mine[name] for name in preference(op, device, dtype, size) if name in mine), None)
 
 

@@ -38,6 +38,8 @@ def step(gpus: int, model: Model | None = None) -> dict[str, float]:
     ring = (gpus - 1) / gpus
     gathered = gpus * model.sequences * model.width  # numbers in one view's vectors of all ranks
     state = 16 * model.parameters  # float32 weight, gradient and two moments
+    # CUDA's kernels on [b, W·b] scores in each direction: three products; of few scores by tiles, which make them twice.
+    products = 6 if gpus * model.sequences**2 > 128**2 else 8
     whole = 2 * (model.root + 2 * model.layer)  # bfloat16: the root group, a layer in use and the one that is fetched
     return {
         "ddp_memory": state,
@@ -46,7 +48,7 @@ def step(gpus: int, model: Model | None = None) -> dict[str, float]:
         "fsdp_sent": ring * 2 * (model.root + 2 * model.layers * model.layer) + ring * 2 * model.parameters,
         "contrast_memory": 2 * gathered * (2 + 4) if gpus > 1 else 0,  # vectors in bfloat16, their gradients in float32
         "contrast_sent": 2 * (ring * gathered * 2 + 2 * ring * gathered * 4),
-        "contrast_operations": 2 * 8 * model.sequences * gathered,
+        "contrast_operations": 2 * products * model.sequences * gathered,
     }
 
 

@@ -33,10 +33,10 @@ CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 #: Of one multiprocessor: registers, threads, blocks, shared memory in bytes (CUDA programming guide, compute capabilities).
 LIMITS = {
-    "sm_80": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 163 * 1024},
-    "sm_90": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 227 * 1024},
-    "sm_100": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 227 * 1024},
-    "sm_120": {"registers": 65536, "threads": 1536, "blocks": 24, "shared": 99 * 1024},
+    "sm_80": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 164 * 1024},
+    "sm_90": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024},
+    "sm_100": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024},
+    "sm_120": {"registers": 65536, "threads": 1536, "blocks": 24, "shared": 100 * 1024},
     "gfx942": {"shared": 64 * 1024},
 }
 MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)")

@@ -48,8 +48,10 @@ def eager_scores(query: Tensor, key: Tensor, target: Tensor | None, temperature:
     *options, normalize = rest
     if normalize:
         query, key = F.normalize(query, dim=-1, eps=1e-12), F.normalize(key, dim=-1, eps=1e-12)
-    mask = candidates(query, key, target, *options)
-    return (query @ key.T / temperature).masked_fill(~mask, float("-inf"))
+    scores = query @ key.T / temperature
+    if all(option is None for option in options):
+        return scores
+    return scores.masked_fill(~candidates(query, key, target, *options), float("-inf"))
 
 
 def eager_token_contrastive(query: Tensor, key: Tensor, target: Tensor, temperature: Tensor, *rest: Any) -> Tensor:

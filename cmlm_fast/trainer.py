@@ -144,12 +144,13 @@ class CMLMTrainer(ScoringTrainer):
 
     def _build_accelerator_args(self, **options: Any) -> dict[str, Any]:
         built: dict[str, Any] = super()._build_accelerator_args(**options)
-        if self.args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
-            config = self.model.cmlm
-            unused = config.mlm_weight == 0 or (config.sequence_weight == 0 and config.projection > 0)
-            unused |= not self.model.config.tie_word_embeddings  # some heads then hold a second bias that takes no part
-            for handler in built["kwargs_handlers"]:
-                if isinstance(handler, DistributedDataParallelKwargs):
+        config = self.model.cmlm
+        unused = config.mlm_weight == 0 or (config.sequence_weight == 0 and config.projection > 0)
+        unused |= not self.model.config.tie_word_embeddings  # some heads then hold a second bias that takes no part
+        for handler in built["kwargs_handlers"]:
+            if isinstance(handler, DistributedDataParallelKwargs):
+                handler.gradient_as_bucket_view = True  # else gradients are held twice
+                if self.args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
                     handler.find_unused_parameters = unused
         return built
 

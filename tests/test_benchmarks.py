@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from typer.testing import CliRunner
 from benchmarks import compare, report, run, verdicts
 from benchmarks.cli import app, chosen
 from benchmarks.ops import OPS
-from benchmarks.registry import Provider
+from benchmarks.registry import Provider, Wrong
 from benchmarks.results import Absent, Results, automatic
 from benchmarks.timing import ceilings
+from cmlm_fast.backends import preference
 from cmlm_fast.cli import app as cmlm_fast
 from cmlm_fast.cli import benchmark_suite
 
@@ -46,6 +49,45 @@ def test_labels_name_one_shape_each():
     for op in OPS:
         labels = [shape.label for shape in op.shapes if shape.suite != "smoke"]
         assert len(labels) == len(set(labels))
+
+
+def test_every_shape_of_the_full_suite_can_be_built():
+    op = next(op for op in OPS if op.name == "token_contrastive")
+    for n, m in {(shape.sizes["N"] // 64, shape.sizes["M"] // 64) for shape in op.chosen("full")}:
+        problem = op.build(CPU, n, m, 8)
+        problem.check("ours/auto", op.auto(problem)())
+
+
+def test_an_answer_of_ours_without_a_gradient_is_wrong():
+    op = next(op for op in OPS if op.name == "info_nce")
+    problem = op.build(CPU, **op.chosen("smoke")[0].sizes)
+    loss, first, _ = op.auto(problem)()
+    with pytest.raises(Wrong, match="ours/auto: a gradient is missing"):
+        problem.check("ours/auto", [loss, first, None])
+
+
+def test_the_row_that_a_user_gets_is_chosen_by_size():
+    row = next(row for row in COMMITTED.rows if row.op == "complementary_mask")
+    group = [replace(row, provider=f"ours/{name}", sizes={"B": 32_768, "L": 512}) for name in ("cuda", "triton")]
+    assert automatic(group, "cuda").provider == "ours/" + preference("complementary_mask", "cuda", torch.int64, 2**24)[0]
+    assert automatic(group, "cuda") != automatic([replace(row, sizes={"B": 2, "L": 512}) for row in group], "cuda")
+
+
+def test_the_working_tree_is_built_where_its_sources_are_newer(tmp_path, monkeypatch):
+    asked = []
+    tree = tmp_path / "tree"
+    for name in ("cmlm_fast/_C.so", "csrc/a.cpp"):
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    os.utime(tree / "csrc" / "a.cpp", (0, 0))
+    monkeypatch.setattr(compare, "ROOT", tree)
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(compare.subprocess, "run", lambda command, **more: (asked.append(command), done)[1])
+    compare.side(".", tmp_path / "a", "cpu", lambda line: None)
+    assert not asked
+    os.utime(tree / "cmlm_fast" / "_C.so", (0, 0))
+    compare.side(".", tmp_path / "b", "cpu", lambda line: None)
+    assert "build_ext" in asked[0]
 
 
 def test_ceilings_are_measured():

@@ -270,6 +270,7 @@ def test_ddp_looks_for_idle_parameters_where_an_objective_has_them(make):
     trainers[1].create_accelerator_and_postprocess()
     assert [t.accelerator.ddp_handler.find_unused_parameters for t in trainers] == [False, True, False]
     assert all(trainer.args.ddp_find_unused_parameters is None for trainer in trainers)
+    assert all(trainer.accelerator.ddp_handler.gradient_as_bucket_view for trainer in trainers)
 
 
 def test_split_batches_are_refused_where_ranks_would_share_them(make):

@@ -63,7 +63,7 @@ def test_what_is_compiled_each_time_holds_every_kernel():
 def test_no_kernel_spills_and_each_fits(compiled, chip):
     for name, row in compiled[chip].items():
         assert row["spills"] == 0, name
-        assert row["shared"] <= LIMITS[chip]["shared"] and row["blocks"] >= 1, name
+        assert row["shared"] + 1024 <= LIMITS[chip]["shared"] and row["blocks"] >= 1, name
 
 
 @pytest.mark.parametrize("chip", CHIPS)

@@ -22,6 +22,7 @@ def build(device: torch.device, B: int, L: int, H: int, D: int, dtype: str = "fl
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
     q, k, v = (torch.randn(sum(lengths), H, D).to(device, kind).requires_grad_() for _ in range(3))
     upstream = torch.randn(sum(lengths), H, D).to(device)
+    real = torch.arange(L, device=device) < torch.tensor(lengths, device=device)[:, None]
 
     def exact() -> list[Tensor]:
         wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
@@ -30,9 +31,10 @@ def build(device: torch.device, B: int, L: int, H: int, D: int, dtype: str = "fl
 
     pairs = float(sum(n * n for n in lengths) * H * D)
     sizes = {"B": B, "L": L, "H": H, "D": D, "dtype": dtype, "dropout": dropout}
-    problem = Problem(sizes, device, (q, k, v, cu, upstream, lengths), (12 * pairs, "flop"),
+    problem = Problem(sizes, device, (q, k, v, cu, upstream, real), (12 * pairs, "flop"),
                       8.0 * q.numel() * q.element_size(), lambda name, answer: None, matrix=B * H * L * L * q.element_size())
-    problem.check = Check(exact, _loop(problem), kind)
+    held = Check(exact, _loop(problem), kind)
+    problem.check = lambda name, answer: held(name, [x[real] if x is not None and x.dim() == 4 else x for x in answer])
     blocks = [[x.detach()[begin:begin + n].transpose(0, 1).contiguous() for x in (q, k, v)]
               for begin, n in zip(cu.tolist(), lengths, strict=False)]  # fmt: skip
     problem.ceiling = lambda: [_six(*block) for block in blocks]
@@ -59,23 +61,14 @@ def _loop(problem: Problem) -> Call:
 
 def _padded(problem: Problem) -> Call:
     """What an encoder does without packing: every sequence as long as the longest, pads masked."""
-    q, k, v, _, upstream, lengths = problem.inputs
-    length = problem.sizes["L"]
-    real = torch.arange(length, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    padded = [torch.zeros(*real.shape, *q.shape[1:], dtype=q.dtype, device=q.device).index_put_((real,), x.detach())
-              .requires_grad_() for x in (q, k, v)]  # fmt: skip
+    *rows, _, upstream, real = problem.inputs
+    *rows, upstream = (x.new_zeros(*real.shape, *x.shape[1:]).index_put_((real,), x.detach()) for x in (*rows, upstream))
 
     def loss(*x: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in x), attn_mask=real[:, None, None, :])
-        return (out.transpose(1, 2)[real] * upstream).sum()
+        return (out.transpose(1, 2) * upstream).sum()
 
-    call = training(loss, padded)
-
-    def packed() -> list[Tensor | None]:
-        value, *gradients = call()
-        return [value, *(None if g is None else g[real] for g in gradients)]
-
-    return packed
+    return training(loss, [x.requires_grad_() for x in rows])
 
 
 def _no_dropout(problem: Problem) -> str:
