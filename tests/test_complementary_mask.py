@@ -212,11 +212,14 @@ def test_bad_values_say_so(backend):
             complementary_mask(ids[None], backend=backend, **VOCABULARY)
     units = torch.arange(10, dtype=torch.int32)
     units[7] = -2
-    with pytest.raises(RuntimeError, match="expected unit_ids to be >= 0, got -2"):
-        complementary_mask(random_ids(1, 10), unit_ids=units[None], backend=backend, **VOCABULARY)
     where = torch.ones(10, dtype=torch.bool)
     where[4] = False  # an id that cannot be masked is nobody's business: padding may be -1
+    padded = torch.tensor([[-1, *range(10, 18), 1000]])
     for sampling in ("exact", "bernoulli"):
+        with pytest.raises(RuntimeError, match="expected unit_ids to be >= 0, got -2"):
+            complementary_mask(random_ids(1, 10), unit_ids=units[None], sampling=sampling, backend=backend, **VOCABULARY)
+        with pytest.raises(RuntimeError, match=r"expected input_ids to be in \[0, vocab_size = 1000\), got 1000"):
+            complementary_mask(padded, sampling=sampling, backend=backend, **{**VOCABULARY, "special_ids": (-1, 3)})
         masked = complementary_mask(ids[None], eligible=where[None], sampling=sampling, backend=backend, **VOCABULARY)
         assert masked.role[0, 4] == 0 and masked.view1[0, 4] == masked.view2[0, 4] == -1
         assert torch.equal(masked.view1[masked.role != 1], ids[None][masked.role != 1])
