@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from .demo_assets import demo_model_path, demo_texts
 from .fewshot import draw, fine_tune
@@ -30,12 +31,15 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
 
     Raises:
         ModuleNotFoundError: the extra `demo` is not installed.
+        ValueError: a class has fewer than `shots` texts.
         DiskError: a write failed.
     """
     console = Console()
     start, texts = demo_model_path(), demo_texts()
     order = np.random.default_rng(0).permutation(len(texts))
     test, train = texts.select(order[:test_texts]), texts.select(order[test_texts:])
+    labels = list(train["label"])
+    chosen = [draw(labels, shots, seed) for seed in range(draws)]  # raises, if at all, before anything is written
     with open_output(folder, 1 << 20, fresh=False), disk_errors(folder):
         (folder / "texts.txt").write_text("\n".join(train["text"]) + "\n", encoding="utf-8")
     options = PostTrainOptions(
@@ -50,23 +54,22 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
         summary = run(prepared)
         print_summary(summary)
         console.print(f"Fine-tuning on {shots} labels per class, {draws} draws, tested on {len(test):,} other sentences")
-        accuracy = _few_shot(Path(before), folder / "model", train, test, shots, draws)
+        accuracy = _few_shot(Path(before), folder / "model", train, test, chosen)
     result = {"shots": shots, "draws": draws, "few_shot": accuracy}
     result["held_out_before_after"] = summary["held_out_before_after"]
     _print(console, result)
     with disk_errors(folder):
         plot_demo(summary, result, folder / "demo.png")
         (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"Model: {folder / 'model'}   picture: {folder / 'demo.png'}")
+    console.print(Text(f"Model: {folder / 'model'}   picture: {folder / 'demo.png'}"))
     return result
 
 
-def _few_shot(start: Path, post_trained: Path, train: Any, test: Any, shots: int, draws: int) -> dict[str, Any]:
+def _few_shot(start: Path, post_trained: Path, train: Any, test: Any, draws: list[list[int]]) -> dict[str, Any]:
     scores: dict[str, list[float]] = {"as it came": [], "post-trained": []}
     begin = time.perf_counter()
     texts, labels = list(train["text"]), list(train["label"])
-    for seed in range(draws):
-        chosen = draw(labels, shots, seed)
+    for seed, chosen in enumerate(draws):
         few = [texts[i] for i in chosen], [labels[i] for i in chosen]
         for name, model in zip(scores, (start, post_trained), strict=True):
             score = fine_tune(model, *few, list(test["text"]), list(test["label"]), seed=seed, bf16=fast_in_bf16(),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import _library
 from .backends import BACKENDS, available
@@ -59,11 +60,11 @@ def print_report(console: Console) -> None:
         table = Table(title=title, show_header=False, title_justify="left")
         for name, value in facts[key].items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            table.add_row(str(name), text or "none")
+            table.add_row(str(name), Text(text or "none"))  # not markup: it may hold a path
         console.print(table)
     table = Table(title="Compiled libraries", show_header=False, title_justify="left")
     for name, reason in facts["libraries"].items():
-        table.add_row(name, "loaded" if reason is None else reason)
+        table.add_row(name, Text("loaded" if reason is None else reason))
     console.print(table)
     for device in _device_types():
         table = Table(title=f"Ops on {device}", title_justify="left")
@@ -74,7 +75,7 @@ def print_report(console: Console) -> None:
             table.add_row(op, *(_mark(states[device][backend], reasons) for backend in BACKENDS))
         console.print(table)
         for number, reason in enumerate(reasons, 1):
-            console.print(f"  ({number}) {reason}", highlight=False, markup=False)
+            console.print(Text(f"  ({number}) {reason}"))
 
 
 def _mark(reason: str | None, reasons: list[str]) -> str:

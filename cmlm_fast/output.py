@@ -149,11 +149,14 @@ def _fill(file: IO[bytes], size: int) -> None:
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:
-    """The summary of the run whose folder it is, if that has ended and all that it wrote is still there."""
-    if not (folder / SUMMARY).exists():
+    """The summary of the run whose folder it is, if that has ended and all that it wrote is still there; None where
+    summary.json is damaged, or somebody else's of that name."""
+    try:
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        whole = summary["files"] and all((folder / name).exists() for name in summary["files"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    return summary if all((folder / name).exists() for name in summary.get("files", ())) else None
+    return summary if whole else None
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 #: Panels of the curves: title, axis label, and the logged values each draws where they were logged.
 _PANELS = (
@@ -29,7 +30,8 @@ def print_table(console: Console, title: str, rows: Mapping[str, object], headin
     for i in range(columns):
         table.add_column(headings[i + 1] if headings else "", justify="right")
     for name, value in rows.items():
-        table.add_row(name, *(show(part) for part in (value if isinstance(value, tuple) else (value,))))
+        # As Text: in a folder's name brackets are no markup.
+        table.add_row(Text(name), *(Text(show(part)) for part in (value if isinstance(value, tuple) else (value,))))
     console.print(table)
 
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import make_lm
 from datasets import Dataset
+from rich.console import Console
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
@@ -261,6 +262,10 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
     small = tmp_path / "few-rows"
     make_lm(vocabulary=150).save_pretrained(small)
     tokenizer.save_pretrained(small)
+    summaries = []
+    for i, content in enumerate([b"{}", b"[]", b"3", b'{"files": []}', b'{"files": ["config', b"\xff\xfe"]):
+        (tmp_path / f"summary-{i}").mkdir()
+        summaries.append(file(f"summary-{i}/summary.json", content).parent)
     csv = file("table.csv", b"id,body,title\n1,one text,a\n2,two text,b\n")
     return {
         "rate": (["--rate", "1.5"], "expected rate to be in [0, 1], got 1.5"),
@@ -297,7 +302,8 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "no tokenizer": (["--model", bare], "expected model to be a folder, or a hub id that can be reached, with a tokenizer"),
         "no mask": (["--model", unmasked], "expected model to be one whose tokenizer has a mask token"),
         "both": (["--resume", "--overwrite"], "expected at most one of overwrite and resume, got both"),
-        "resume": (["--resume"], "expected output_dir to hold a whole checkpoint-N to resume from"),
+        **{f"resume {folder}": (["--resume", "--output-dir", folder], "output_dir to hold a whole checkpoint-N to resume from")
+           for folder in (tmp_path / "out", *summaries)},
     }  # fmt: skip
 
 
@@ -416,10 +422,22 @@ def test_a_fingerprint_of_tokens_says_where_a_sequence_ends():
     assert len({fingerprint_of_tokens(Dataset.from_dict({"input_ids": rows})) for rows in cut}) == 3
 
 
-def test_doctor_names_every_op_and_reason():
+def test_brackets_in_a_folder_s_name_are_no_markup(capsys):
+    report.print_table(Console(width=100), "Run", {"written to": "out/run[bold]/x[/y]:smile:"})
+    assert "out/run[bold]/x[/y]:smile:" in capsys.readouterr().out
+
+
+def test_the_demo_draws_before_it_trains_or_writes(tmp_path):
+    result = cli("demo", "--shots", "5000", "--output-dir", tmp_path / "demo")
+    assert result.exit_code == 2 and "error: expected shots to be <= " in result.stderr, result.output
+    assert not (tmp_path / "demo").exists()
+
+
+def test_doctor_names_every_op_and_reason(monkeypatch):
+    monkeypatch.setenv("CMLM_FAST_BACKEND", "[/x]")
     result = cli("doctor")
-    assert result.exit_code == 0
-    for word in ("complementary_mask", "token_contrastive", "token_similarity", "info_nce", "torch", "Triton"):
+    assert result.exit_code == 0, result.output
+    for word in ("[/x]", "complementary_mask", "token_contrastive", "token_similarity", "info_nce", "torch", "Triton"):
         assert word in result.output
 
 

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cmlm_fast import complementary_mask, demo_assets
@@ -80,10 +80,24 @@ def test_tokens_do_not_depend_on_how_many_texts_are_tokenised_together(sentences
     assert tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict() == whole and sizes[0] in (1, 2, 3)
 
 
-def test_a_stream_is_not_tokenised(sentences, tiny_tokenizer):
-    stream = Dataset.from_dict({"text": sentences[:5]}).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"expected dataset to be a list of texts .*, got IterableDataset"):
-        tokenize_texts(stream, tiny_tokenizer)
+@pytest.mark.parametrize(("given", "rule"), [
+    (texts("a").to_iterable_dataset(), "a list of texts, or a Dataset with a column 'text', got IterableDataset"),
+    (DatasetDict(train=texts("a")), "a list of texts, or a Dataset with a column 'text', got DatasetDict"),
+    (Dataset.from_dict({"text": [1]}), "one whose column 'text' holds text, got int64"),
+    (texts("a", text_pair=[["b"]]), r"one whose column 'text_pair' holds text, got List\(Value\('string'\)\)"),
+])  # fmt: skip
+def test_what_is_no_text_is_neither_cleaned_nor_tokenised(given, rule, tiny_tokenizer):
+    for name, use in (("clean", clean_texts), ("tokenize", lambda dataset: tokenize_texts(dataset, tiny_tokenizer))):
+        with pytest.raises(ValueError, match=f"^{name}_texts: expected dataset to be {rule}$"):
+            use(given)
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "arrow", "pandas"])
+def test_a_format_changes_neither_texts_nor_tokens(kind, tiny_tokenizer):
+    plain = texts("a fox", "", "a fox", "winter")
+    kept, counts = clean_texts(plain.with_format(kind))
+    assert counts == (4, 1, 1, 2) and kept.format["type"] == kind
+    assert tokenize_texts(kept, tiny_tokenizer).to_dict() == tokenize_texts(["a fox", "winter"], tiny_tokenizer).to_dict()
 
 
 def _noted(plain, sizes):
@@ -136,6 +150,15 @@ def test_saved_datasets_folders(tmp_path: Path) -> None:
         load_texts(tmp_path / "two")
     with pytest.raises(ValueError, match="expected path to be a file or a folder saved with datasets"):
         load_texts(tmp_path)
+    (tmp_path / "plain").rename(tmp_path / "a::b")
+    with pytest.raises(ValueError, match=r"expected path to be one without '::', .*, got .*a::b$"):
+        load_texts(tmp_path / "a::b")
+    for file in ("state.json", "dataset_info.json"):
+        for damaged in ("{", "null"):
+            dataset.save_to_disk(tmp_path / "damaged")
+            (tmp_path / "damaged" / file).write_text(damaged)
+            with pytest.raises(ValueError, match=r"a folder saved with datasets that is whole, got .*damaged: "):
+                load_texts(tmp_path / "damaged")
 
 
 def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
@@ -206,6 +229,8 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
         ("a.csv", "sentence,other\n,x\n", {}, "expected text_column to be a column of text, got 'sentence' of type blank"),
         ("a.tsv", "text,label\nx,1\n", {}, r"a \.tsv with tabs between its columns.*\['text,label'\]"),
         ("a.json", "[]", {}, "expected path to be a file with at least one row"),
+        ("a.json", "[" * 100_000, {}, r"a valid \.json file, got .*a\.json: maximum recursion depth exceeded"),
+        ("a::b.txt", "x\n", {}, r"expected path to be one without '::', .*, got .*a::b\.txt$"),
         ("a.parquet", "PAR1 no parquet PAR1", {}, r"expected path to be a valid \.parquet file"),
         ("a.txt", b"fine\nna\xefve\n", {}, r"a UTF-8 file, got .*a\.txt: byte 0xef at offset 7 \(line 2\)"),
         ("a.csv", b"text\ncaf\xe9\n", {}, r"a UTF-8 file, got .*byte 0xe9 at offset 8 \(line 2\)"),
@@ -239,11 +264,21 @@ def test_full_disk_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     assert len(load_texts(path)) == 50_000  # nothing half-written is taken for a cache
 
 
-def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.txt", "one\n")
-    assert load_texts(path)["text"][:] == ["one"]
-    os.utime(write(path, "two\n"), (1, 1))
-    assert load_texts(path)["text"][:] == ["two"]
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one\n"), ("a.csv", "text\none\n"), ("a.jsonl", '{"text": "one"}\n')])
+def test_a_changed_file_is_read_anew_whatever_its_date(tmp_path: Path, name: str, content: str) -> None:
+    for word in ("one", "two"):
+        os.utime(write(tmp_path / name, content.replace("one", word)), (1, 1))
+        assert load_texts(tmp_path / name)["text"][:] == [word]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".txt"])
+def test_an_empty_line_is_an_empty_text_where_there_is_one_column(tmp_path: Path, suffix: str) -> None:
+    lines = "a\n\nb\r\n \na\n\n"
+    for header in ("text\n", "\ufeff\n \r\ntext\n") if suffix != ".txt" else ("",):
+        dataset = load_texts(write(tmp_path / f"one{suffix}", header + lines))
+        assert dataset["text"][:] == ["a", "", "b", " ", "a", ""] and clean_texts(dataset)[1] == (6, 3, 1, 2)
+    two = write(tmp_path / "two.csv", "text,label\n\na,x\n\nb,y\n\n")
+    assert load_labelled(two)["label"][:] == ["x", "y"]
 
 
 # --- clean_texts, split_evaluation -----------------------------------------------------------------------------------
@@ -316,6 +351,8 @@ def test_split_is_deterministic_and_disjoint(sentences: list[str]) -> None:
 def test_split_rejects(share: float, rows: int) -> None:
     with pytest.raises(ValueError, match="split_evaluation: expected share to be"):
         split_evaluation(texts(*map(str, range(rows))), share, seed=0)
+    with pytest.raises(ValueError, match="split_evaluation: expected dataset to be a Dataset, got list"):
+        split_evaluation(["a"] * rows, 0.1, seed=0)
 
 
 # --- tokenize_texts --------------------------------------------------------------------------------------------------
@@ -447,11 +484,28 @@ def test_tokenizer_and_length_are_checked(tiny_tokenizer: Any) -> None:
         ValueError, match="expected max_length to be >= 3, the special tokens and one of each text, got 2"
     ):
         tokenize_texts(dataset, tiny_tokenizer, max_length=2)
+    for length in ("16", 16.5):
+        with pytest.raises(ValueError, match=f"expected max_length to be a whole number, got {length!r}"):
+            tokenize_texts(dataset, tiny_tokenizer, max_length=length)
     with pytest.raises(ValueError, match="expected max_length to be >= 5"):
         tokenize_texts(texts("fox", text_pair=["fox"]), tiny_tokenizer, max_length=4)
     for use in (clean_texts, lambda d: tokenize_texts(d, tiny_tokenizer)):
         with pytest.raises(ValueError, match=r"a list of texts, or a Dataset with a column 'text', got columns \['body'\]"):
             use(Dataset.from_dict({"body": ["x"]}))
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_a_tokenizer_need_not_know_english(paired: bool) -> None:
+    core = Tokenizer(models.BPE({name: i for i, name in enumerate(["[PAD]", "[MASK]", "[SEP]", "A", "C"])}, []))
+    ends = {"single": "$A [SEP]", "pair": "$A [SEP] $B [SEP]", "special_tokens": [("[SEP]", 2)]}
+    core.post_processor = processors.TemplateProcessing(**ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", mask_token="[MASK]", sep_token="[SEP]")
+    dataset = texts(None, "GT", "ACxA", **({"text_pair": ["C", "", "G"]} if paired else {}))
+    expected = [[2, 4, 2], [3, 4, 3, 2, 2]] if paired else [[3, 2], [4, 3, 2]]
+    encoded = tokenize_texts(dataset, tokenizer, max_length=3 + 2 * paired)
+    assert encoded["input_ids"][:] == expected
+    with pytest.raises(ValueError, match="one with at least one token, got 2 texts without any"):
+        tokenize_texts(["G", "T"], tokenizer)
 
 
 def test_whole_word_needs_a_tokenizer_that_knows_words() -> None:

@@ -9,12 +9,16 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+#: What `datasets` calls the types of text.
+TEXT_TYPES = ("string", "large_string", "string_view")
+
+
 def fail(function: str, argument: str, rule: str, value: object) -> ValueError:
     return ValueError(f"{function}: expected {argument} to be {rule}, got {value}")
 
 
 def texts_of(dataset: Dataset | Sequence[str], function: str) -> Dataset:
-    """The dataset, or one of a list of texts; ValueError where it has no column `text`."""
+    """The dataset, or one of a list of texts; ValueError where it has no column `text`, or what should be text is none."""
     from datasets import Dataset
 
     if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):
@@ -23,10 +27,13 @@ def texts_of(dataset: Dataset | Sequence[str], function: str) -> Dataset:
         except UnicodeEncodeError as error:
             found = repr(error.object[error.start : error.end])
             raise fail(function, "dataset", "texts that UTF-8 can hold, no half of a surrogate pair", found) from error
-    columns = getattr(dataset, "column_names", None)
-    if not isinstance(columns, list) or "text" not in columns:
-        found = type(dataset).__name__ if columns is None else f"columns {columns}"
+    if not isinstance(dataset, Dataset) or "text" not in dataset.column_names:
+        found = f"columns {dataset.column_names}" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise fail(function, "dataset", "a list of texts, or a Dataset with a column 'text'", found)
+    for name in ("text", "text_pair"):
+        kind = dataset.features.get(name, "null")
+        if str(getattr(kind, "dtype", kind)) not in (*TEXT_TYPES, "null"):  # null: nothing but None
+            raise fail(function, "dataset", f"one whose column {name!r} holds text", getattr(kind, "dtype", kind))
     return dataset
 
 

@@ -48,12 +48,17 @@ def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
     for name, kind in columns.items():
         if kind not in _HOLDS:
             raise ColumnError(name, "text, numbers, or true and false, one of them in all rows", kind)
-    state = path.stat()
     # No list: `datasets` would take its items for shards.
-    kept = {"path": str(path.resolve()), "columns": dict(columns), "state": f"{state.st_mtime_ns} {state.st_size}"}
+    kept = {"path": str(path.resolve()), "columns": dict(columns), "state": file_state(path)}
     features = Features({name: Value("string" if kind == "blank" else kind) for name, kind in columns.items()})
     read: Dataset = Dataset.from_generator(_chosen, features=features, gen_kwargs=kept)
     return read
+
+
+def file_state(path: Path) -> str:
+    """Another one after each write to the file, also where it was given its old date again."""
+    state = path.stat()
+    return f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}"
 
 
 def _chosen(path: str, columns: Mapping[str, str], state: str) -> Iterator[dict[str, Any]]:

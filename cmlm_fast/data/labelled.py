@@ -6,8 +6,8 @@ from pathlib import Path
 
 from datasets import ClassLabel, Dataset, Features, Value
 
-from ._errors import fail
-from .load import TEXT_TYPES, read_columns
+from ._errors import TEXT_TYPES, fail
+from .load import read_columns
 
 
 def load_labelled(path: str | Path, *, label_column: str = "label", text_column: str | None = None,

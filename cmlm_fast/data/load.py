@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 
-from ._errors import fail
-from .json_rows import ColumnError, json_types, read_json
+from ._errors import TEXT_TYPES, fail
+from .json_rows import ColumnError, file_state, json_types, read_json
 
 # The file's columns as `datasets` reads them, but for JSON. A BOM is no text, hence utf-8-sig. "NA" and "null" are words, so
 # pandas must not read them as missing.
@@ -32,7 +33,6 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
-TEXT_TYPES = ("string", "large_string", "string_view")
 _Read = Callable[[list[str]], Dataset]  # the columns of these names
 _BLANK = "blank"  # a column of .csv or JSON whose first rows hold nothing: text where it is asked for, never chosen by itself
 
@@ -130,10 +130,14 @@ def _types(dataset: Dataset) -> dict[str, str]:
 
 
 def _open_folder(path: Path, split: str) -> tuple[_Read, dict[str, str]]:
+    _check_name(path)
     try:
         saved = load_from_disk(str(path))
     except FileNotFoundError as error:
         raise fail("load_texts", "path", "a file or a folder saved with datasets", path) from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # a file of it is not what `datasets` wrote
+        found = f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise fail("load_texts", "path", "a folder saved with datasets that is whole", found) from error
     if isinstance(saved, DatasetDict):
         if split not in saved and len(saved) != 1:
             raise fail("load_texts", "path", f"a folder with a split {split!r} or one split", f"{path}: {list(saved)}")
@@ -142,6 +146,11 @@ def _open_folder(path: Path, split: str) -> tuple[_Read, dict[str, str]]:
         raise fail("load_texts", "path", "a folder with at least one row", path)
     saved = saved.with_format(None)  # it is kept with the folder, and would change what a row is
     return saved.select_columns, _types(saved)
+
+
+def _check_name(path: Path) -> None:
+    if "::" in str(path):
+        raise fail("load_texts", "path", "one without '::', which `datasets` takes for a file inside an archive", path)
 
 
 def _open_file(path: Path, asked: Collection[Any]) -> tuple[_Read, dict[str, str]]:
@@ -160,14 +169,19 @@ def _open_file(path: Path, asked: Collection[Any]) -> tuple[_Read, dict[str, str
         if not types:
             raise fail("load_texts", "path", "a file with at least one row", path)
         return partial(_read_json, path, types), types
+    _check_name(path.resolve())
     with _named(path):
         if reader == "csv":
             if suffix == ".tsv" and not _uses_quotes(path):
                 options = {**options, "quoting": csv.QUOTE_NONE}
             types = _csv_types(path, options)
             options = {**options, "features": Features({name: Value("string") for name in types})}
-        # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern.
-        builder = load_dataset_builder(reader, data_files={"train": glob.escape(str(path.resolve()))}, **options)
+            if len(types) == 1:  # an empty line is an empty text; where there are several columns, it is no row
+                options |= {"skip_blank_lines": False, "header": _blank_lines(path)}
+        # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern. Its cache's key would hold, of the file,
+        # path and mtime alone; `name` is in it too.
+        files = {"train": glob.escape(str(path.resolve()))}
+        builder = load_dataset_builder(reader, name=file_state(path), data_files=files, **options)
         builder.download_and_prepare()
         rows = builder.info.splits["train"].num_examples
         read = builder.as_dataset("train") if rows else None
@@ -186,7 +200,7 @@ def _named(path: Path) -> Iterator[None]:
     """An error of what reads a file becomes one that names the file."""
     try:
         yield
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # the last of JSON nested too deep
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
             raise OSError(cause.errno, f"load_texts: {path} could not be cached: {cause.strerror}") from error
@@ -206,6 +220,12 @@ def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
         cause = "are its columns separated by semicolons?" if ";" in header else "is a comma in it not quoted?"
         raise ValueError(f"the first row has more fields than the header, {header}; {cause}")
     return {str(name): _csv_type(head[name]) for name in head.columns}
+
+
+def _blank_lines(path: Path) -> int:
+    """How many stand before the header."""
+    with path.open(encoding="utf-8-sig") as file:
+        return sum(1 for _ in takewhile(lambda line: not line.strip(" \t\n"), file))
 
 
 def _csv_type(column: pd.Series) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,9 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     Returns:
         Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
         tokenizer makes them, sample_id int64 (the row; of data sets that are concatenated, number the rows anew: it decides
-        the masks), and with whole_word unit_ids int32 [L]: 0 at special tokens, otherwise equal exactly within a word.
-        Cached by `datasets` under dataset, tokenizer and options.
+        the masks), and with whole_word unit_ids int32 [L]: 0 at special tokens that the tokenizer adds (not at
+        one written in the text), otherwise equal exactly within a word. Cached by `datasets` under dataset, tokenizer and
+        options; of a list of texts, not.
 
     Raises:
         ValueError: tokenizer without mask or pad token, max_length with no room for a token, whole_word with a
@@ -51,14 +53,14 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
         [[2, 70, 71, 3], [2, 72, 73, 3]]
     """
     check_tokenizer(tokenizer, "tokenize_texts")
-    dataset = texts_of(dataset, "tokenize_texts")
-    if not isinstance(dataset, Dataset):
-        raise fail("tokenize_texts", "dataset", "a list of texts or a datasets.Dataset", type(dataset).__name__)
+    dataset = texts_of(dataset, "tokenize_texts").with_format(None)
     paired = "text_pair" in dataset.column_names
     # A first call also resets truncation and padding, which a fast tokenizer keeps: the cache key depends on them.
-    probe = tokenizer("one two", "one two" if paired else None, return_special_tokens_mask=True)
+    probe = _probe(tokenizer, dataset, paired)
     if max_length is None:
         max_length = min(int(tokenizer.model_max_length), 512)
+    if not isinstance(max_length, Integral):
+        raise fail("tokenize_texts", "max_length", "a whole number", repr(max_length))
     least = sum(probe["special_tokens_mask"]) + 1 + paired
     if max_length < least:
         raise fail("tokenize_texts", "max_length", f">= {least}, the special tokens and one of each text", max_length)
@@ -70,8 +72,9 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     types |= {"unit_ids": "int32"} if whole_word else {}
     features = Features({name: ListOf(Value(kind)) for name, kind in types.items()} | {"start": Value("int8")})
     special = probe["special_tokens_mask"]
+    around = ((*special, 0).index(0), (*special[::-1], 0).index(0))  # without a 0 there, no text leaves a token
     options = {"tokenizer": tokenizer, "max_length": max_length, "types": types, "special": sum(special),
-               "around": (special.index(0), special[::-1].index(0)), "encoding": _ENCODING}  # fmt: skip
+               "around": around, "encoding": _ENCODING}  # fmt: skip
     encoded = dataset.map(_encode, batched=True, batch_size=rows_at_once(dataset, 1000), fn_kwargs=options, features=features,
                           num_proc=num_proc, remove_columns=dataset.column_names, desc="Tokenising")  # fmt: skip
     if len(encoded) == 0:
@@ -82,6 +85,17 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     if cut := np.count_nonzero(start == _CUT):
         logger.warning("%d of %d pairs were longer than max_length = %d and were cut", cut, len(dataset), max_length)
     return encoded.remove_columns("start").add_column("sample_id", np.arange(len(encoded), dtype=np.int64))
+
+
+def _probe(tokenizer: Any, dataset: Dataset, paired: bool) -> Any:
+    """Two words (and two more) with the special tokens around them, of the data where the tokenizer cannot spell English ones;
+    special tokens alone where it can spell none."""
+    found = [dataset[name] for name in ("text", "text_pair") if name in dataset.column_names]
+    for words in chain(["one two"], (f"{text} {text}" for text in chain(*found) if text)):
+        probe = tokenizer(words, words if paired else None, return_special_tokens_mask=True, verbose=False)
+        if not all(probe["special_tokens_mask"]):
+            break
+    return probe
 
 
 def rows_at_once(dataset: Dataset, most: int) -> int:
@@ -137,7 +151,7 @@ def _chunks(values: list[int], max_length: int, head: int, tail: int) -> list[li
 
 
 def _unit_ids(words: list[int | None], texts: list[int | None]) -> list[int]:
-    """0 at special tokens, else 1 + word; the tokenizer starts anew at 0 in a second text, these ids count on."""
+    """0 at special tokens that were added, else 1 + word; the tokenizer starts anew at 0 in a second text, these count on."""
     known = list(zip(words, texts, strict=True))
     second = 1 + max((word for word, text in known if word is not None and text == 0), default=-1)
     return [0 if word is None else 1 + word + (second if text == 1 else 0) for word, text in known]
