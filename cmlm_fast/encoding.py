@@ -24,7 +24,7 @@ def encode_padded(encoder: Any, view1: Tensor, view2: Tensor, attention_mask: Te
         view1, view2, attention_mask, token_type_ids, jitter: as `CMLMModel.forward` takes them.
         first: the id of the first position; None lets the encoder count positions.
     """
-    inputs: dict[str, Tensor] = {"attention_mask": attention_mask.repeat(2, 1)}
+    inputs: dict[str, Any] = {"attention_mask": attention_mask.repeat(2, 1), "return_dict": True}  # whatever its config says
     if token_type_ids is not None:
         inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
     if first is not None:
@@ -68,7 +68,7 @@ def encode_row(encoder: Any, input_ids: Tensor, cu_seqlens: Tensor, lengths: Len
         inputs = {name: F.pad(value, (0, rest)) for name, value in inputs.items()}
         lengths, cu_seqlens = (*lengths, rest), torch.cat([cu_seqlens, cu_seqlens[-1:] + rest])
     inputs = {name: value[None] for name, value in inputs.items()}
-    states: Tensor = encoder(packing=packing_of(lengths, cu_seqlens), **inputs).last_hidden_state
+    states: Tensor = encoder(packing=packing_of(lengths, cu_seqlens), return_dict=True, **inputs).last_hidden_state
     return states.squeeze(0)
 
 

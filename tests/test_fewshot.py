@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cmlm_fast.demo import run_demo
 from cmlm_fast.demo_assets import demo_texts
 from cmlm_fast.fewshot import draw, fine_tune
+from cmlm_fast.fewshot.contrast import ContrastTrainer
+from cmlm_fast.fewshot.methods import Contrast
 
 LABELS = ["b", "a", "a", "b", "a", "b", "b"]
 
@@ -31,6 +35,32 @@ def test_fine_tuning_learns_what_can_be_learned_and_repeats_itself(tiny_checkpoi
     assert score.accuracy > 0.9 and score.macro_f1 > 0.9 and score.seconds > 0
     again = fine_tune(tiny_checkpoint, texts[:60], labels[:60], texts[60:], labels[60:], **options)
     assert again[:2] == score[:2]
+
+
+def with_settings(checkpoint, file, **settings):
+    path = Path(checkpoint) / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+
+@pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_what_a_configuration_returns_besides_is_no_prediction(settings, tiny_checkpoint):
+    with_settings(tiny_checkpoint, "config.json", **settings)
+    for contrast in (None, Contrast()):
+        score = fine_tune(tiny_checkpoint, ["a", "b"], [0, 1], ["a", "the b"], [0, 1], epochs=1, contrast=contrast)
+        assert 0 <= score.accuracy <= 1
+
+
+def test_the_side_on_which_a_tokenizer_pads_changes_no_score(tiny_checkpoint, sentences, monkeypatch):
+    def logits(side, *more):
+        with_settings(tiny_checkpoint, "tokenizer_config.json", padding_side=side)
+        tested, labels = ["a fox", *more], [0, 1][: 1 + len(more)]
+        fine_tune(tiny_checkpoint, ["a", "the rain came", "b"], [0, 1, 1], tested, labels, epochs=3, learning_rate=1e-2)
+        return found[-1].predictions[found[-1].label_ids == 0]
+
+    found, predict = [], ContrastTrainer.predict
+    monkeypatch.setattr(ContrastTrainer, "predict", lambda *given: found.append(predict(*given)) or found[-1])
+    beside = logits("right", sentences[0])
+    assert np.array_equal(logits("left", sentences[0]), beside) and np.allclose(logits("left"), beside, atol=1e-5)
 
 
 @pytest.mark.parametrize(("changes", "words"), [

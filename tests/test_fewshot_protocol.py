@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_lm
+from conftest import make_lm, make_tokenizer
 from datasets import Dataset
+from test_fewshot import with_settings
 from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
+from transformers import AutoTokenizer
 
+from cmlm_fast import CMLMModel
+from cmlm_fast.data import CMLMDataCollator
+from cmlm_fast.demo_assets import demo_model_path
 from cmlm_fast.fewshot import draw, grid, post_training, starting
 from cmlm_fast.fewshot.finetune import FewShotScore
 from cmlm_fast.fewshot.methods import METHODS, find_method
 from cmlm_fast.fewshot.tables import rows_of
 from cmlm_fast.fewshot.task import hold_out
+from cmlm_fast.masking import Masker
 
 
 def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
@@ -39,6 +46,56 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
     names = ("seed", "warmup_steps", "learning_rate", "per_device_train_batch_size", "bf16", "max_steps")
     rest = (0.3, 1e-4, 9, True, math.ceil(0.1 * math.ceil(len(checked.texts) / 9)))
     assert [tuple(options[name] for name in names) for options in trained] == [(7, *rest), (8, *rest)]
+
+
+@pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])
+def test_a_start_whose_configuration_returns_more_or_else_is_a_start(settings, tiny_checkpoint, files, tmp_path):  # noqa: F811
+    with_settings(tiny_checkpoint, "config.json", **settings)
+    methods = ("ft", "tapt", "seq-eda")
+    cells = experiment(tiny_checkpoint, files, tmp_path / "out", methods=methods, shots=(2,), draws=1, max_steps=1).run()
+    assert [cell["method"] for cell in cells] == list(methods)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_encoder_that_returns_tuples_is_post_trained(packed, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(make_lm(return_dict=False))
+    batch = CMLMDataCollator(tiny_tokenizer, packed=packed)([tiny_rows[i] for i in range(4)])
+    assert model(**Masker(tiny_tokenizer)(batch, model, seed=0, step=0)).loss.isfinite()
+
+
+def test_a_start_is_the_same_one_whatever_is_done_with_it(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    tokenizer = make_tokenizer()
+    tokenizer(["a text"], truncation=True, max_length=64, padding=True)  # stands in tokenizer.json from now on
+    tokenizer.save_pretrained(tiny_checkpoint)
+    found = {experiment(tiny_checkpoint, files, tmp_path / "out", methods=methods).check().start.id
+             for methods in (("ft",), ("ft", "cmlm-whole-word"))}  # fmt: skip
+    assert len(found) == 1
+
+
+def test_what_a_tokenizer_does_beside_its_file_is_of_the_start_where_it_is_unusual(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    found = set()
+    for settings in ({}, {"mask_token": "[UNK]"}, {"model_input_names": ["input_ids", "attention_mask"]}):
+        copy = shutil.copytree(tiny_checkpoint, tmp_path / str(len(found)))
+        with_settings(copy, "tokenizer_config.json", **settings)
+        found.add(experiment(str(copy), files, tmp_path / "out").check().start.id)
+    assert len(found) == 3
+    assert starting._unusual(AutoTokenizer.from_pretrained(demo_model_path())) == []  # as of the cells in benchmarks/results
+
+
+def test_a_paraphrase_of_a_repeat_is_taken_and_one_of_a_blank_text_is_not(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    heading, *lines = [line.split("\t") for line in Path(files["train"]).read_text().splitlines()]
+    rows = [[text, label, ""] for text, label, _ in lines]
+
+    def checked(*more):
+        Path(files["train"]).write_text("\n".join(map("\t".join, [heading, *rows, *more])) + "\n")
+        options = {"methods": ("cssl",), "text_column": "text", "paraphrase_column": "turned"}
+        return experiment(tiny_checkpoint, files, tmp_path / "out", **options).check()
+
+    with pytest.raises(ValueError, match="expected paraphrase_column to be a column with a text beside one of train, got '"):
+        checked(["", rows[0][1], "a paraphrase"])
+    (pair,) = checked([*rows[3][:2], "a paraphrase"], [*rows[3][:2], "another"])._unlabelled.paraphrases
+    tokenizer = make_tokenizer()
+    assert [pair["input_ids"], pair["partner_input_ids"]] == tokenizer([rows[3][0], "a paraphrase"])["input_ids"]
 
 
 @pytest.mark.parametrize(("rows", "rule"), [(2, "so large that"), (10, "so large that"), (98, "so small that")])

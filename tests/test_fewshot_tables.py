@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cmlm_fast.fewshot.cells import append_cell, read_cells
-from cmlm_fast.fewshot.tables import interval, markdown, rows_of, write_tables
+from cmlm_fast.fewshot.tables import interval, markdown, rows_of, tables_of, write_tables
 
 
 def made_up(accuracy, method, d, dataset="a", shots=4):
@@ -46,6 +46,13 @@ def test_differences_are_paired_and_have_their_interval():
     tapt, cmlm = ({**made_up(0.9, name, 0), "schedule": {"epochs": n}} for n, name in enumerate(("tapt", "cmlm")))
     assert [row.method for row in rows_of([cells[0], tapt, cmlm])] == ["ft", "tapt #tapt", "cmlm #cmlm"]
     assert [row.dataset for row in rows_of([cells[0], {**cells[0], "setup_id": "t"}, cells[10]])] == ["a", "a", "b"]
+
+
+def test_a_method_without_a_draw_that_all_conditions_have_is_in_no_mean_over_all():
+    cells = [made_up(0.5, "ft", d, name) for name in "ab" for d in range(2)]
+    rows = rows_of([*cells, made_up(0.6, "cmlm", 0), made_up(0.7, "cmlm", 1, "b")])
+    assert [(row.method, row.accuracy) for row in rows if row.dataset == "all"] == [("ft", 0.5)]
+    assert "nan" not in markdown(rows, "ft")
 
 
 def test_a_baseline_that_was_not_run_is_told(tmp_path, caplog):
@@ -98,16 +105,25 @@ def test_every_heading_of_a_data_set_with_several_setups_carries_its_own(tmp_pat
                         "### a, 8 labels per class (setup a)", "### b, 4 labels per class"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tail", "kept"), [('{"key": "2', ["1", "3"]), ('{"key": "2"}', ["1", "2", "3"])])
-def test_a_torn_line_costs_that_line_alone(tail, kept, tmp_path, caplog):
-    path = tmp_path / "cells.jsonl"
-    append_cell(path, {"key": "1"})
+@pytest.mark.parametrize(("cut", "kept"), [(1, ["1", "3"]), (0, ["1", "2", "3"])])
+def test_a_torn_line_costs_that_line_alone(cut, kept, tmp_path, caplog):
+    path, (one, two, three) = tmp_path / "cells.jsonl", ({"key": key, **made_up(0.5, "ft", 0)} for key in "123")
+    append_cell(path, one)
     with path.open("a") as file:
-        file.write(tail)
+        file.write(json.dumps(two)[: -cut or None])
     assert [cell["key"] for cell in read_cells(path)] == kept[:-1]
-    assert ("line 2 is no JSON" in caplog.text) == (len(kept) == 2)
-    append_cell(path, {"key": "3"})
+    assert ("line 2 is no cell" in caplog.text) == (len(kept) == 2)
+    append_cell(path, three)
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == kept  # whoever reads it
+
+
+def test_a_line_that_is_no_cell_is_skipped_and_named(tmp_path, caplog):
+    path = tmp_path / "cells.jsonl"
+    append_cell(path, {"key": "1", **made_up(0.5, "ft", 0)})
+    with path.open("a") as file:
+        file.write('{"a": 1}\n5\nnull\n')
+    assert [row.method for row in tables_of(tmp_path)] == ["ft"]
+    assert all(f"line {number} is no cell and was skipped" in caplog.text for number in (2, 3, 4))
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

@@ -18,6 +18,10 @@ Cell = dict[str, Any]
 #: The file's name.
 CELLS = "cells.jsonl"
 
+# What is read of each.
+_FIELDS = {"key", "dataset", "method", "shots", "draw", "accuracy", "macro_f1", "fine_tune_seconds", "post_train_seconds",
+           "encoder_tokens", "setup_id", "method_id"}  # fmt: skip
+
 
 def fingerprint(facts: Any) -> str:
     """16 hexadecimal digits of plain values; equal values, whatever their order in a mapping, give equal digits."""
@@ -33,15 +37,16 @@ def fingerprint_rows(rows: Iterable[Any]) -> str:
 
 
 def read_cells(path: Path) -> list[Cell]:
-    """The cells of a file, in its order; a line that a crash cut short is skipped and named in a warning."""
+    """The cells of a file, in its order; a line that is none, or that a crash cut short, is skipped and named in a warning."""
     if not path.exists():
         return []
     cells = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if _is_json(line.encode()):
-            cells.append(json.loads(line))
+        cell = json.loads(line) if _is_json(line.encode()) else None
+        if isinstance(cell, dict) and cell.keys() >= _FIELDS:
+            cells.append(cell)
         elif line.strip():
-            logger.warning("%s: line %d is no JSON and was skipped", path, number)
+            logger.warning("%s: line %d is no cell and was skipped", path, number)
     return cells
 
 

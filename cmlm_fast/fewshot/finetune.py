@@ -43,7 +43,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     """Fine-tune a fresh classification head and the whole encoder, then score the test texts.
 
     Deterministic for a seed on one machine: it sets the head, the dropout and the order of the texts. Linear decay
-    without warm-up; texts of like length share a batch, padded to its longest.
+    without warm-up; texts of like length share a batch, padded to its longest, on the right whatever the tokenizer's side.
 
     Args:
         model_path: folder or hub id of a checkpoint that AutoModelForSequenceClassification loads, with its tokenizer.
@@ -75,10 +75,12 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     classes = _check(train_texts, train_labels, test_texts, test_labels)
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer.padding_side = "right"  # on the left a text's positions, and what the head reads, would hang on its batch
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
-        model_path, num_labels=len(classes), problem_type="single_label_classification", dtype=torch.float32
-    )
+        model_path, num_labels=len(classes), problem_type="single_label_classification", dtype=torch.float32,
+        return_dict=True, output_hidden_states=False, output_attentions=False,  # predictions are the logits alone
+    )  # fmt: skip
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
     # Test texts of one length together, so that little is padded; the scores do not depend on the order.
     test = sorted(_encode(tokenizer, test_texts, test_labels, classes, max_length), key=lambda row: len(row["input_ids"]))

@@ -50,6 +50,7 @@ class UnlabelledTexts:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.dataset, _ = clean_texts(dataset)
+        self._all = dataset
 
     @cached_property
     def plain(self) -> Dataset:
@@ -63,8 +64,11 @@ class UnlabelledTexts:
 
     @cached_property
     def paraphrases(self) -> Dataset:
-        """A row for each text that has a paraphrase, cut where it is too long; columns partner_* hold the paraphrase."""
-        pairs = self.dataset.filter(lambda row: bool((row["paraphrase"] or "").strip()))
+        """A row for each text that has a paraphrase, cut where it is too long; columns partner_* hold the paraphrase.
+
+        A text that is repeated has the first one that any of its rows has.
+        """
+        pairs, _ = clean_texts(self._all.filter(lambda row: bool((row["paraphrase"] or "").strip())))
         cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
         texts = [[text or "" for text in pairs[name]] for name in ("text", "text_pair") if name in pairs.column_names]
         rows = self.tokenizer(*texts, **cut)

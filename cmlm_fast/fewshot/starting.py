@@ -37,23 +37,35 @@ def load_start(experiment: FewShotExperiment, methods: Mapping[str, Method]) -> 
     tokenizer = load_tokenizer(experiment.model)
     set_seed(experiment.seed)
     model = load_model(experiment.model, CMLMConfig())
+    # What a checkpoint returns besides is of no use here, and one that returns attentions cannot be saved with packed ones.
+    model.config.update({"return_dict": True, "output_hidden_states": False, "output_attentions": False})
     check_vocabulary(model, tokenizer)
     objectives = [method.objective for method in methods.values() if method.objective]
     jitter = max((each.position_jitter for each in objectives), default=0)
     model.check_jitter(jitter)
     length = sequence_length(model, tokenizer, experiment.max_length, jitter)
-    if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
-        from ..data import tokenize_texts
-
-        tokenize_texts(["a text"], tokenizer, whole_word=True)
     # Of the tokenizer all that it does, of the configuration all but where it comes from.
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    side = getattr(tokenizer, "truncation_side", "right")
-    settings = json.dumps([config, words, *([side] if side != "right" else [])], sort_keys=True, default=str)
+    settings = json.dumps([config, words, *_unusual(tokenizer)], sort_keys=True, default=str)
+    if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
+        from ..data import tokenize_texts
+
+        tokenize_texts(["a text"], tokenizer, whole_word=True)  # resets what `words` holds of truncation and padding
     check_dropout(experiment.model, model.lm, methods)
     return Start(tokenizer, model, length, fingerprint_of_weights(model, settings))
+
+
+def _unusual(tokenizer: Any) -> list[Any]:
+    """What tokenizer.json does not say, where it is another than usual: most starts have nothing of it in their fingerprint."""
+    side, names = getattr(tokenizer, "truncation_side", "right"), list(tokenizer.model_input_names)
+    found: list[Any] = [side] if side != "right" else []
+    if tokenizer.mask_token != ("[MASK]" if "[MASK]" in tokenizer.get_vocab() else "<mask>"):
+        found.append({"mask_token": tokenizer.mask_token})
+    if names != list(type(tokenizer).model_input_names):
+        found.append({"model_input_names": names})
+    return found
 
 
 def check_dropout(name: str, lm: Any, methods: Mapping[str, Method]) -> None:

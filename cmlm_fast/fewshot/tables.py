@@ -70,7 +70,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def rows_of(cells: Iterable[Cell], baseline: str = "ft") -> list[Row]:
-    """A row for each condition and method, then, where there are several conditions, one "all" for each method that has all.
+    """A row for each condition and method, then, where there are several conditions, one "all" for each method that has a draw
+    in all of them.
 
     A method that was run with more than one objective has a row for each, told apart by its fingerprint; so has each that is
     post-trained, where schedules differ. There is no "all" where a data set and number of shots were run with several setups.
@@ -80,8 +81,8 @@ def rows_of(cells: Iterable[Cell], baseline: str = "ft") -> list[Row]:
             for condition, methods in found.items() for name, draws in methods.items()]  # fmt: skip
     if len(found) > 1 and len({condition[:2] for condition in found}) == len(found):
         for name in dict.fromkeys(name for methods in found.values() for name in methods):
-            if all(name in methods for methods in found.values()):
-                own, base = [m[name] for m in found.values()], [m.get(baseline, {}) for m in found.values()]
+            own, base = ([methods.get(one, {}) for methods in found.values()] for one in (name, baseline))
+            if set.intersection(*map(set, own)):
                 rows.append(_row(("all", 0, ""), name, own, base, name == baseline))
     return rows
 
@@ -244,7 +245,7 @@ def _kind(cell: Cell) -> tuple[str, str]:
 
 def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], base: Sequence[Mapping[int, Cell]],
          is_baseline: bool) -> Row:  # fmt: skip
-    """A row of the draws that every part of `own` has; the difference is over those that `base` has too."""
+    """A row of the draws that every part of `own` has, at least one; the difference is over those that `base` has too."""
     draws = sorted(set.intersection(*(set(part) for part in own)))
 
     def mean(parts: Sequence[Mapping[int, Cell]], field: str) -> list[float]:
@@ -258,13 +259,11 @@ def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], b
     apart = [float(np.mean([one[d]["accuracy"] - two[d]["accuracy"] for one, two in zip(own, base, strict=True)]))
              for d in shared] if not is_baseline else []  # fmt: skip
     low, high = interval(apart) or (None, None)
-    nan = float("nan")
     return Row(
-        condition[0], condition[1] or None, condition[2], method, len(draws), float(np.mean(accuracy)) if draws else nan,
-        sd(accuracy), float(np.mean(f1)) if draws else nan, sd(f1), float(np.mean(apart)) if apart else None, low, high,
+        condition[0], condition[1] or None, condition[2], method, len(draws), float(np.mean(accuracy)),
+        sd(accuracy), float(np.mean(f1)), sd(f1), float(np.mean(apart)) if apart else None, low, high,
         sum(value > 1e-9 for value in apart), len(apart),  # a mean over conditions is never equal to the last bit
-        *(float(np.mean(mean(own, field))) if draws else nan
-          for field in ("post_train_seconds", "fine_tune_seconds", "encoder_tokens")),
+        *(float(np.mean(mean(own, field))) for field in ("post_train_seconds", "fine_tune_seconds", "encoder_tokens")),
     )  # fmt: skip
 
 

@@ -51,8 +51,11 @@ class Task:
         expect(not unseen, "test", f"texts with labels among {', '.join(classes[:20])}", ", ".join(unseen[:5]))
         draw(self.labels, most, 0)  # a class with fewer texts is an error now
         if any(method.second == "paraphrase" for method in methods.values()):
-            filled = any((text or "").strip() for text in self.train["paraphrase"])
-            expect(filled, "paraphrase_column", "a column with a text", f"{experiment.paraphrase_column!r}, all blank")
+            column, rule = repr(experiment.paraphrase_column), "a column with a text"
+            rows = zip(self.texts, self.train["paraphrase"], strict=True)
+            texts = ["".join(text).strip() for text, other in rows if (other or "").strip()]  # of those that have one
+            expect(bool(texts), "paraphrase_column", rule, f"{column}, all blank")
+            expect(any(texts), "paraphrase_column", f"{rule} beside one of train", f"{column}, with texts beside blanks alone")
         self._look_for_repeats()
 
     def _read(self, which: str, paraphrase_column: str | None) -> Dataset:
