@@ -66,6 +66,7 @@ def use_packed_attention(lm: Any) -> bool:
     """Let a masked LM take packed batches; False where its attention cannot be replaced."""
     if not getattr(lm, "_supports_attention_backend", False) or not getattr(lm, "_supports_sdpa", False):
         return False
+    lm.config.output_attentions = False  # there are none, and transformers would not save a configuration that asks for them
     lm.set_attn_implementation(NAME)
     return True
 

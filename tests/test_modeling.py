@@ -396,3 +396,8 @@ def test_means_of_runs_and_their_gradient_are_those_written_out():
     torch.testing.assert_close(found.double(), expected.detach(), rtol=0.02, atol=0.02)
     expected.pow(2).sum().backward()
     torch.testing.assert_close(broken.grad.double(), rows.grad, rtol=0.03, atol=0.03)
+
+
+def test_an_encoder_that_returns_attentions_can_be_saved(tmp_path):
+    CMLMModel(make_lm(output_attentions=True)).save_pretrained(tmp_path)
+    assert CMLMModel.from_pretrained(tmp_path).takes_packed
