@@ -40,6 +40,7 @@ from cmlm_fast.memory import keep_freed_memory
 
 from .peers import Naive, Strong, to_device
 from .results import commit, describe
+from .timing import has_onednn, onednn
 
 PROVIDERS = ("ours", "strong", "naive")
 TIMED = ("ours", "strong", "strong kept", "naive")
@@ -209,8 +210,8 @@ def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
     """Operations a second of one product, by the faster of PyTorch's own and oneDNN's kernel."""
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     ways = [lambda: F.linear(a, b)]
-    if dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
+    if has_onednn(dtype):
+        ways.append(lambda: onednn(a, b))
     return 2 * m * k * n / min(map(best, ways))
 
 

@@ -85,10 +85,8 @@ def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
     source = torch.ones(128 * 1024**2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {name: lambda x=x: x @ x for name, x in rows.items()}
-    if device.type == "cpu":  # oneDNN's product may be twice as fast as PyTorch's own
-        onednn = {name: x for name, x in rows.items() if name == "float32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()}
-        calls |= {f"oneDNN {name}": lambda x=x: torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "")
-                  for name, x in onednn.items()}  # fmt: skip
+    if device.type == "cpu":
+        calls |= {f"oneDNN {name}": lambda x=x: onednn(x, x) for name, x in rows.items() if has_onednn(x.dtype)}
     calls["copy"] = lambda: target.copy_(source)
     for call in calls.values():
         call()
@@ -96,6 +94,19 @@ def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
     fastest = {name: min(best[name], best.get(f"oneDNN {name}", math.inf)) for name in sizes}
     return {f"{name} TFLOP/s": 2 * size**3 / fastest[name] / 1e12 for name, size in sizes.items()} | {
         "copy GB/s": 2 * source.numel() / best["copy"] / 1e9}  # fmt: skip
+
+
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether `onednn` multiplies such matrices here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a bᵀ by oneDNN, on a CPU: it may take half the time of PyTorch's own choice."""
+    product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
