@@ -94,8 +94,9 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
     wanted = [o for o in OPS if not ops or o.name in ops]
     plan = [(o, s) for o in wanted for s in o.chosen(suite, tuple(shapes or ()))]
     if not plan:
-        labels = "; ".join(dict.fromkeys(s.label for o in wanted for s in o.chosen("full")))
-        raise ValueError(f"bench: expected --shape to be a part of one of {labels}; got {', '.join(shapes or ())}")
+        labels, more = (list(dict.fromkeys(s.label for o in wanted for s in o.chosen(suite))) for suite in ("quick", "full"))
+        rest = f" (or of {len(more) - len(labels)} labels that --full adds)" * (len(more) > len(labels))
+        raise ValueError(f"bench: expected --shape to be a part of one of {'; '.join(labels)}{rest}, got {shapes}")
     return plan
 
 

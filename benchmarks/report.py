@@ -21,8 +21,9 @@ def write(found: Results, folder: Path) -> list[Path]:
     parts = [f"# {_title(found)}", _about(found)]
     for title, path in pictures.items():
         parts += [f"## {title}", f"![{title}]({path.name})"]
-    parts += ["## How cost grows, as exponents", _table(("op", "axis", "provider", "exponent", "sizes"), slope_rows(found)),
-              "## All rows"]  # fmt: skip
+    if slopes := slope_rows(found):
+        parts += ["## How cost grows, as exponents", _table(("op", "axis", "provider", "exponent", "sizes"), slopes)]
+    parts.append("## All rows")
     for (op, shape), group in found.groups().items():
         parts += [f"### {op}: {shape}", _table(run.HEADS, [run.cells(row, group) for row in group])]
     if found.absent:

@@ -109,6 +109,8 @@ class Results:
         """Read a file; `ValueError` where it is none of ours."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ValueError(f"expected a results file of `cmlm-fast bench`, got {path}, which does not exist") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: expected a results file of `cmlm-fast bench`, got no JSON: {error}") from None
         if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA:

@@ -123,6 +123,8 @@ def test_results_come_back_from_their_file_and_others_are_refused(tmp_path):
     other = replace(COMMITTED, commit="0123456789")
     with pytest.raises(ValueError, match="expected --update to go on with a file of the same commit"):
         COMMITTED.continued(other)
+    with pytest.raises(ValueError, match=r"expected a results file of `cmlm-fast bench`, got .*c\.json, which does not exist"):
+        Results.load(tmp_path / "c.json")
     (tmp_path / "b.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="expected a results file of `cmlm-fast bench` with schema 1"):
         Results.load(tmp_path / "b.json")
@@ -193,6 +195,7 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
     [
         (["--op", "softmax"], "expected --op to be one of complementary_mask, token_contrastive"),
         (["--shape", "bert-huge"], "expected --shape to be a part of one of 64x128"),
+        (["--op", "token_contrastive", "--shape", "N=7"], " labels that --full adds), got ['N=7']"),
         (["--shape", ""], "expected --shape to be a part of a shape's label, got ''"),
         (["--provider", "nobody"], "expected --provider to be a part of"),
         (["--output", "."], "expected --output to be a file"),
