@@ -53,7 +53,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Widths that are no multiple of a vector, three dimensions, a view that is not contiguous, nothing at all."""
+    """Widths that are no multiple of a vector, three dimensions, a view that is not contiguous, nothing at all, and what
+    float16 does not hold once it is divided by 1 - p."""
     shapes = (("wide", 3, 70, 0.1, 5), ("narrow", 9, 3, 0.5, -(2**40) - 7), ("whole", 4, 64, 0.25, 0),
               ("many-rows", 150, 6, 0.4, 2**62 + 1))  # fmt: skip
     for label, rows, width, p, seed in shapes:
@@ -62,6 +63,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "three-dimensions", (x.view(2, 3, 40), 0.3, 11)
     yield "non-contiguous", (x.T, 0.3, 11)
     yield "empty", (x[:0], 0.1, 0)
+    yield "too-large", (torch.linspace(3e4, 6.5e4, 80, device=device).to(dtype).view(2, 40), 0.3, 2)
 
 
 declare(_NAME, "(Tensor x, float p, SymInt seed) -> Tensor", _reference, _fake, _setup_context, _backward)
