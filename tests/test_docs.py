@@ -16,6 +16,7 @@ from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import tokenize_texts
 
 ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODULES = ("backends", "config", "data.budget", "data.share", "losses", "report",
            "fewshot.draws", "fewshot.methods", "fewshot.tables",
            "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
@@ -82,12 +83,21 @@ def test_the_loop_of_the_docs_computes_what_the_model_does(scope, tiny_checkpoin
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_readme_names_commands_that_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_commands_and_link_to_headings_that_exist(page):
+    text = page.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z-]+)", text)) <= targets
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / path).exists(), path
+    assert set(re.findall(r"(?:`|^)make\s([a-z-]+)", text, re.M)) <= targets
+    for path, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not heading or heading in headings(target), f"{path}#{heading}"
+
+
+def headings(page):
+    """As GitHub names them in links."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize(("mark", "folder"), [("few-shot", "fewshot"), ("few-shot mlm", "fewshot-mlm")])
