@@ -25,8 +25,8 @@ def encode_padded(encoder: Any, view1: Tensor, view2: Tensor, attention_mask: Te
         first: the id of the first position; None lets the encoder count positions.
     """
     inputs: dict[str, Any] = {"attention_mask": attention_mask.repeat(2, 1), "return_dict": True}  # whatever its config says
-    if token_type_ids is not None:
-        inputs["token_type_ids"] = token_type_ids.repeat(2, 1)
+    if (types := known_types(encoder, token_type_ids)) is not None:
+        inputs["token_type_ids"] = types.repeat(2, 1)
     if first is not None:
         position = (attention_mask.cumsum(1) - 1).clamp_min(0) + first
         inputs["position_ids"] = torch.cat([position, position if jitter is None else position + jitter[:, None]])
@@ -61,8 +61,8 @@ def encode_row(encoder: Any, input_ids: Tensor, cu_seqlens: Tensor, lengths: Len
     """
     rest = -input_ids.numel() % ROUND
     inputs = {"input_ids": input_ids, "position_ids": position_ids}
-    if token_type_ids is not None:
-        inputs["token_type_ids"] = token_type_ids
+    if (types := known_types(encoder, token_type_ids)) is not None:
+        inputs["token_type_ids"] = types
     lengths = tuple(map(int, lengths))
     if rest:
         inputs = {name: F.pad(value, (0, rest)) for name, value in inputs.items()}
@@ -70,6 +70,11 @@ def encode_row(encoder: Any, input_ids: Tensor, cu_seqlens: Tensor, lengths: Len
     inputs = {name: value[None] for name, value in inputs.items()}
     states: Tensor = encoder(packing=packing_of(lengths, cu_seqlens), return_dict=True, **inputs).last_hidden_state
     return states.squeeze(0)
+
+
+def known_types(encoder: Any, token_type_ids: Tensor | None) -> Tensor | None:
+    """None for an encoder of one type of token: a tokenizer of BERT's kind numbers the texts of a pair for it, too."""
+    return None if getattr(encoder.config, "type_vocab_size", 2) < 2 else token_type_ids
 
 
 def positions(cu_seqlens: Tensor, tokens: int) -> Tensor:

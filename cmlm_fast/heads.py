@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+#: Encoders whose pads change the other tokens' states, whatever the attention mask says.
+_PADS_LEAK = ("convbert", "nystromformer", "yoso")
+
 
 def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
     """What a masked LM's head does to hidden rows [n, D] before its decoder; without rows, only whether it is known."""
@@ -16,7 +19,8 @@ def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
     gelu = nn.functional.gelu
     steps: list[Any] | None
     known = hidden is not None or (  # looked up once, not in every step
-        hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters)
+        hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters
+        and lm.config.model_type not in _PADS_LEAK)
     if not known or (hasattr(predictions, "transform") and hasattr(predictions, "dense")):  # FNet and others, MobileBERT
         steps = None
     elif hasattr(predictions, "transform"):  # BERT and its kin

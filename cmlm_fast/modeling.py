@@ -166,7 +166,9 @@ class CMLMModel(PretrainedModel):
         return encode_packed(self.lm.base_model, view1, view2, cu_seqlens, lengths, token_type_ids, jitter, first)
 
     def _has_position_table(self) -> bool:
-        return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None) is not None
+        table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
+        # With more rows (MRA) its positions begin elsewhere than at 0, or behind a pad.
+        return table is not None and table.weight.shape[0] == self.config.max_position_embeddings
 
     def check_jitter(self, jitter: int) -> None:
         """Raise ValueError where the encoder has no position table that a shift of `jitter` would be one of."""

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+#: Settings of the encoder, by names of today and of earlier versions.
+_FILES = ("config_sentence_transformers.json", *(f"sentence_{kind}_config.json" for kind in (
+    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")))  # fmt: skip
+_OF_A_MODULE = ("config.json", "cnn_config.json", "lstm_config.json", "model.safetensors", "pytorch_model.bin")
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
@@ -41,7 +44,7 @@ def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
         if PurePosixPath(module).is_absolute() or ".." in PurePosixPath(module).parts:
             raise ValueError(f"expected modules.json of {model} to name folders below it, got {module}")
         found[f"{module}/"] = None
-        for name in ("config.json", "model.safetensors", "pytorch_model.bin"):
+        for name in _OF_A_MODULE:
             found[f"{module}/{name}"] = _read(model, f"{module}/{name}", options)
     return {name: contents for name, contents in found.items() if contents is not None or name.endswith("/")}
 

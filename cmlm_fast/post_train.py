@@ -103,6 +103,8 @@ def prepare(options: PostTrainOptions) -> Prepared:
         train, held = split_evaluation(texts, options.eval_share, options.seed)
     set_seed(options.seed)  # of a head that the checkpoint lacks, and the projection
     model = load_model(options.model, config, options.trust_remote_code)
+    known = not options.gradient_checkpointing or model.lm.supports_gradient_checkpointing
+    expect(known, "gradient_checkpointing", f"off for {type(model.lm).__name__}, which has none", "on")
     if options.freeze_encoder:
         model.freeze_encoder()
     length = sequence_length(model, tokenizer, options.max_length, config.position_jitter)

@@ -38,7 +38,8 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: CMLMConfig | None = None, **options: Any) -> Self:
-        """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings.
+        """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings
+        where its configuration ties them.
 
         Args:
             path: folder or hub id. Of what `save_pretrained` wrote also the projection and learned temperatures.
@@ -72,8 +73,9 @@ class PretrainedModel(nn.Module):
                 found += f", but with {', '.join(other[:3])}"
             raise ValueError(f"CMLMModel: expected path to be a checkpoint with all weights of the encoder, got {found}")
         if fresh:
-            tied = "its decoder tied to the embeddings" if lm.config.tie_word_embeddings else "its decoder random"
-            logger.warning("%s has no LM head: made one, %s (new: %s)", path, tied, ", ".join(fresh))
+            tied = getattr(lm.get_output_embeddings(), "weight", None) is lm.get_input_embeddings().weight
+            decoder = "its decoder tied to the embeddings" if tied else "its decoder random"
+            logger.warning("%s has no LM head: made one, %s (new: %s)", path, decoder, ", ".join(fresh))
         ours = [file for name in (OBJECTIVE, _CONTRAST) if (file := find_file(path, name, **options))]
         folder = ours[0].parent if ours else Path(path)
         saved = CMLMConfig.of_checkpoint(folder)

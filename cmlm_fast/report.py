@@ -52,7 +52,7 @@ def show(value: object) -> str:
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the logged values over the optimizer steps: lines for training, dots for the held-out texts (eval_*)."""
-    figure, pyplot = new_figure(1, len(_PANELS))
+    figure = new_figure(1, len(_PANELS))
     for axes, (title, label, names) in zip(figure.axes, _PANELS, strict=True):
         for number, name in enumerate(names):
             colour = f"C{number}"
@@ -68,18 +68,15 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
-def new_figure(rows: int, columns: int, width: float = 4.6, height: float = 4.0) -> tuple[Any, Any]:
-    """A figure of rows × columns axes, inches each, and pyplot, without a display."""
-    import matplotlib
+def new_figure(rows: int, columns: int, width: float = 4.6, height: float = 4.0) -> Any:
+    """A figure of rows × columns axes, inches each. Not by pyplot, whose window system is the user's."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")  # no display is needed, and none may be there
-    from matplotlib import pyplot
-
-    figure, _ = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained")
-    return figure, pyplot
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    figure.subplots(rows, columns)
+    return figure
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -100,7 +97,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path) -> None:
     """Draw what the demo's table says: three scores on held-out text, and the few-shot accuracies, before and after."""
-    figure, pyplot = new_figure(1, 4, width=3.2)
+    figure = new_figure(1, 4, width=3.2)
     scores = result["held_out_before_after"]
     panels = (("MLM perplexity", "perplexity"), ("Masked-token retrieval", "token_retrieval"),
               ("Sequence retrieval", "sequence_retrieval"))  # fmt: skip
@@ -117,4 +114,3 @@ def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path)
     axes.set_xticklabels(list(accuracy))
     figure.suptitle(f"{summary['steps']} steps of post-training, {summary['train_seconds']:.0f} s")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -112,7 +112,7 @@ class CMLMTrainer(ScoringTrainer):
         """A model that this trainer can train, its layers compiled where that is asked for."""
         if not isinstance(model, CMLMModel):
             raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
-        rows, ids = model.lm.get_input_embeddings().num_embeddings, self._masker.settings["vocab_size"]
+        rows, ids = len(model.lm.get_input_embeddings().weight), self._masker.settings["vocab_size"]
         if ids > rows:
             rule = f"of at most {rows} ids, the rows of the model's embedding"
             raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")

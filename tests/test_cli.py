@@ -30,6 +30,7 @@ from cmlm_fast.config import PRESETS
 from cmlm_fast.errors import DiskError, Stopped
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.output import finished_run
+from cmlm_fast.pooling import read_pooling, write_pooling
 from cmlm_fast.post_train import prepare, run
 from cmlm_fast.same_run import check_settings, fingerprint_of_tokens, fingerprint_of_weights, settings_of
 
@@ -101,7 +102,7 @@ def test_curves_draw_single_points_and_the_scores_before_training(tiny_checkpoin
     drawn, new = [], report.new_figure
     monkeypatch.setattr(report, "new_figure", lambda *a, **k: (drawn.append(new(*a, **k)), drawn[-1])[1])
     assert post_train(tiny_checkpoint, sentence_file, tmp_path / "out", "--logging-steps", "4").exit_code == 0
-    found = {line.get_label(): line for axes in drawn[0][0].axes for line in axes.get_lines()}
+    found = {line.get_label(): line for axes in drawn[0].axes for line in axes.get_lines()}
     assert list(found["token retrieval, held out"].get_xdata()) == [0, 4]
     single = [line for line in found.values() if len(line.get_xdata()) == 1]
     assert single and all(line.get_marker() == "o" for line in single)
@@ -452,6 +453,18 @@ def test_pooling_files_come_along(sentence_file, tmp_path):
     model = SentenceTransformer(str(folder), device="cpu")
     assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Normalize"]
     assert Path(folder / "1_Pooling" / "config.json").exists() and model.encode("a film").shape == (384,)
+
+
+def test_pooling_files_of_earlier_names_and_other_modules_come_along(tmp_path):
+    files = {"sentence_roberta_config.json": b"{}", "1_CNN/cnn_config.json": b"[]", "2_Dense/config.json": b"{}"}
+    modules = json.dumps([{"path": path} for path in ("", "1_CNN", "2_Dense", "3_Normalize")]).encode()
+    for name, contents in {**files, "modules.json": modules}.items():
+        (tmp_path / "start" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "start" / name).write_bytes(contents)
+    (tmp_path / "out").mkdir()
+    write_pooling(read_pooling(tmp_path / "start"), tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+    assert (tmp_path / "out" / "3_Normalize").is_dir()
 
 
 def test_a_seed_decides_also_what_the_checkpoint_lacks(tmp_path, tiny_tokenizer, sentence_file):

@@ -257,7 +257,7 @@ def test_full_disk_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow further, as on a full disk
     try:
-        with pytest.raises(OSError, match=r"load_texts: .*full\.txt could not be cached: File too large"):
+        with pytest.raises(OSError, match=r"load_texts: .*full\.txt could not be cached in .*: File too large"):
             load_texts(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -420,6 +420,21 @@ def words_of(tokenizer: Any, row: dict[str, list[int]]) -> list[str]:
         assert (unit == 0) == (token in ("[CLS]", "[SEP]"))
         groups.setdefault(unit, []).append(token.removeprefix("##"))
     return ["".join(tokens) for unit, tokens in groups.items() if unit]
+
+
+def test_the_tokenizer_is_afterwards_what_it_was(tiny_tokenizer: Any) -> None:
+    backend, pair = tiny_tokenizer.backend_tokenizer, Dataset.from_dict({"text": ["a b c d e f"], "text_pair": ["g h i"]})
+    tokenize_texts(pair, tiny_tokenizer, max_length=8)  # cut, by the tokenizer
+    assert backend.truncation is None and backend.padding is None
+    backend.enable_truncation(12, stride=2, strategy="only_first")
+    backend.enable_padding(length=20, pad_id=0, pad_token="[PAD]")
+    try:
+        before = backend.to_str()
+        rows = tokenize_texts(pair, tiny_tokenizer, max_length=24)  # neither cut to 12 nor padded to 20
+        assert backend.to_str() == before and len(rows[0]["input_ids"]) == 12 and 0 not in rows[0]["input_ids"]
+    finally:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def test_whole_words_share_a_unit(tiny_tokenizer: Any, sentences: list[str]) -> None:

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_lm
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_trainer import make_trainer
 
-from cmlm_fast import CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
+from cmlm_fast.data import CMLMDataCollator, tokenize_texts
+from cmlm_fast.masking import Masker
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.post_train import prepare
 
@@ -54,12 +57,28 @@ def test_a_damaged_start_is_one_line(tiny_checkpoint, sentence_file, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder that can be loaded, got "):
         prepare(options)
+    file.unlink()
+    (Path(tiny_checkpoint) / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "intermediate_size": 64}))
+    with pytest.raises(ValueError, match="expected model to be a masked LM or an encoder that can be loaded, got "):
+        prepare(options)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": "abc"}))
+    with pytest.raises(ValueError, match="expected model to be "):
+        prepare(options)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["mobilebert", "fnet"])
+def test_checkpointing_that_the_encoder_lacks_is_refused_before_all_else(tmp_path, tiny_tokenizer, sentence_file):
+    make_lm("albert").save_pretrained(tmp_path / "albert")
+    tiny_tokenizer.save_pretrained(tmp_path / "albert")
+    options = PostTrainOptions(str(tmp_path / "albert"), sentence_file, str(tmp_path / "out"), gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="expected gradient_checkpointing to be off for AlbertForMaskedLM, which has none"):
+        prepare(options)
+
+
+@pytest.mark.parametrize("kind", ["mobilebert", "fnet", "nystromformer", "convbert"])
 def test_kinds_that_would_be_wrong_are_refused(kind):
-    lm = make_lm(kind, embedding_size=32) if kind == "mobilebert" else make_lm(kind)
+    lm = make_lm(kind, embedding_size=32) if kind in ("mobilebert", "convbert") else make_lm(kind)
     with pytest.raises(ValueError, match="expected lm to be a masked LM of the kind of BERT, RoBERTa"):
         CMLMModel(lm)
 
@@ -168,3 +187,19 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path, tiny_rows, tiny_toke
     with pytest.raises(ValueError, match="expected optimizers to be None where model_init makes the model"):
         CMLMTrainer(args=trainer.args, train_dataset=tiny_rows, processing_class=tiny_tokenizer,
                     model_init=lambda: CMLMModel(make_lm()), optimizers=(optimizer, None))  # fmt: skip
+
+
+def test_positions_that_begin_elsewhere_are_not_shifted():
+    with pytest.raises(ValueError, match="position_jitter to be 0 for an encoder without a position table"):
+        CMLMModel(make_lm("mra"), CMLMConfig(position_jitter=3))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_encoder_of_one_type_takes_pairs_of_a_tokenizer_of_two(packed, tiny_tokenizer):
+    texts = Dataset.from_dict({"text": ["to be", "or not"], "text_pair": ["that is", "the question"]})
+    rows = tokenize_texts(texts, tiny_tokenizer, max_length=16)
+    assert max(rows[0]["token_type_ids"]) == 1
+    model = CMLMModel(make_lm("roberta", type_vocab_size=1)).eval()
+    batch = Masker(tiny_tokenizer)(CMLMDataCollator(tiny_tokenizer, packed=packed)(list(rows)), model, seed=0, step=0)
+    same = {**batch, "token_type_ids": torch.zeros_like(batch["token_type_ids"])}
+    assert torch.equal(model(**batch).loss, model(**same).loss)

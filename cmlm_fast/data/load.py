@@ -14,6 +14,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError
@@ -203,7 +204,8 @@ def _named(path: Path) -> Iterator[None]:
     except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # the last of JSON nested too deep
         cause = error.__cause__ or error
         if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
-            raise OSError(cause.errno, f"load_texts: {path} could not be cached: {cause.strerror}") from error
+            where = f"{datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another folder)"
+            raise OSError(cause.errno, f"load_texts: {path} could not be cached in {where}: {cause.strerror}") from error
         found = f"{path}: {' '.join(str(cause).split())}"
         rule = f"a valid {path.suffix.lower()} file"
         if isinstance(cause, ColumnError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from numbers import Integral
 from typing import Any
@@ -37,6 +38,8 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
         whole_word: add unit_ids; needs a fast tokenizer that splits words.
         num_proc: processes; without them a fast tokenizer still uses its own threads.
 
+    The tokenizer is afterwards what it was.
+
     Returns:
         Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
         tokenizer makes them, sample_id int64 (the row; of data sets that are concatenated, number the rows anew: it decides
@@ -53,7 +56,26 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
         [[2, 70, 71, 3], [2, 72, 73, 3]]
     """
     check_tokenizer(tokenizer, "tokenize_texts")
-    dataset = texts_of(dataset, "tokenize_texts").with_format(None)
+    with _limits_kept(tokenizer):
+        return _tokenize(texts_of(dataset, "tokenize_texts").with_format(None), tokenizer, max_length, whole_word, num_proc)
+
+
+@contextmanager
+def _limits_kept(tokenizer: Any) -> Iterator[None]:
+    """A fast tokenizer keeps the truncation and padding of its last call, and `save_pretrained` would write them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        yield
+        return
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
+def _tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None, whole_word: bool, num_proc: int | None) -> Dataset:
     paired = "text_pair" in dataset.column_names
     # A first call also resets truncation and padding, which a fast tokenizer keeps: the cache key depends on them.
     probe = _probe(tokenizer, dataset, paired)

@@ -81,6 +81,8 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
         model_path, num_labels=len(classes), problem_type="single_label_classification", dtype=torch.float32,
         return_dict=True, output_hidden_states=False, output_attentions=False,  # predictions are the logits alone
     )  # fmt: skip
+    if getattr(model.config, "type_vocab_size", 2) < 2:  # a tokenizer of BERT's kind numbers the texts of a pair for it, too
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
     # Test texts of one length together, so that little is padded; the scores do not depend on the order.
     test = sorted(_encode(tokenizer, test_texts, test_labels, classes, max_length), key=lambda row: len(row["input_ids"]))

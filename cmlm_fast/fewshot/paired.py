@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..attention import Lengths
 from ..data import CMLMDataCollator
-from ..encoding import encode_row, positions, row_bounds
+from ..encoding import encode_row, known_types, positions, row_bounds
 from ..losses import CMLMLoss, Views
 from ..modeling import CMLMModel, CMLMOutput
 from ..ops._roles import can_be_masked
@@ -69,7 +69,8 @@ class PairedModel(CMLMModel):
             first = cu_seqlens[:-1].long()
         elif attention_mask is not None:
             can = can & attention_mask.bool()
-            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            known = known_types(self.lm.base_model, token_type_ids)
+            types = {} if known is None else {"token_type_ids": known}
             hidden = self.lm.base_model(input_ids, attention_mask=attention_mask, **types).last_hidden_state.flatten(0, 1)
             cu_seqlens, first = row_bounds(attention_mask)
         else:

@@ -23,7 +23,7 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path, with_setup:
     columns = min(_COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     longest = max(map(len, methods), default=0)
-    figure, pyplot = new_figure(lines, columns, width=3.0 + 0.06 * longest, height=1.4 + 0.28 * max(1, len(methods)))
+    figure = new_figure(lines, columns, width=3.0 + 0.06 * longest, height=1.4 + 0.28 * max(1, len(methods)))
     for axes, panel in zip(figure.axes, panels, strict=False):
         found = {row.method: row for row in rows if row[:3] == panel}
         for place, name in enumerate(methods):
@@ -44,4 +44,3 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path, with_setup:
     for axes in figure.axes[len(panels) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
