@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "cmlm_fast"
@@ -33,6 +34,23 @@ def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 def tool(name: str) -> str | None:
     """Path of a program: beside this Python first, since a virtual environment need not be active."""
     return shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]))
+
+
+class FreshPackage(build_py):
+    """Copies the Python files to where nothing of an earlier build is left."""
+
+    def run(self) -> None:
+        if not getattr(self, "editable_mode", False):
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
+        elif not native:
+            remove_libraries(ROOT / PACKAGE)
+        super().run()
+
+
+def remove_libraries(package: Path) -> None:
+    """Those of an earlier build, which may have made one that this one does not."""
+    for library in (*package.glob("_C*.so"), package / f"_build{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        library.unlink(missing_ok=True)
 
 
 class CMakeBuild(build_ext):
@@ -60,6 +78,7 @@ class CMakeBuild(build_ext):
         subprocess.run([cmake, "-S", str(ROOT), "-B", str(build), *generator, *options], check=True)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run([cmake, "--build", str(build), "--parallel", jobs], check=True)
+        remove_libraries(package)
         strip = [] if sanitize else ["--strip"]
         subprocess.run([cmake, "--install", str(build), "--prefix", str(package), *strip], check=True)
         manifest = (build / "install_manifest.txt").read_text().splitlines()
@@ -101,5 +120,5 @@ native = choice("CMLM_FAST_NATIVE", "1", ("0", "1")) == "1"
 setup(
     # Named so that the wheel is tagged for this platform; CMakeLists.txt knows the sources.
     ext_modules=[Extension(f"{PACKAGE}._build", sources=[])] if native else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackage},
 )

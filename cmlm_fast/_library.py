@@ -13,6 +13,7 @@ rounding.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,6 +25,9 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LIBRARY = torch.library.Library("cmlm_fast", "DEF")
+
+#: Raised with every change of an op's schema, here and in csrc/module.cpp: a library of others would read other arguments.
+SCHEMAS = 1
 
 #: Why a compiled library is absent, by name ("_C", "_C_cuda"); a loaded library has no entry.
 load_errors: dict[str, str] = {}
@@ -177,7 +181,8 @@ def load_kernels() -> None:
     if os.environ.get("CMLM_FAST_NATIVE") == "0":
         load_errors.update(dict.fromkeys(("_C", "_C_cuda"), "CMLM_FAST_NATIVE=0 is set"))
     else:
-        _load("_C", Path(os.environ.get("CMLM_FAST_LIBRARY") or folder / "_C.so"))
+        own = os.environ.get("CMLM_FAST_LIBRARY")
+        _load("_C", Path(own) if own else folder / "_C.so", checked=not own)
         if torch.version.cuda is None:
             load_errors["_C_cuda"] = "this PyTorch is built without CUDA"
         else:
@@ -188,11 +193,25 @@ def load_kernels() -> None:
                 native_kernels.add((name, key))
 
 
-def _load(name: str, path: Path) -> None:
+def _load(name: str, path: Path, checked: bool = True) -> None:
     if not path.exists():
         load_errors[name] = f"{path.name} was not built (a pure-Python install, or no compiler was there)"
         return
+    if checked and _schemas_built() != SCHEMAS:
+        load_errors[name] = f"{path.name} is of another version of the package: install it again"
+    else:
+        try:
+            torch.ops.load_library(str(path))
+            return
+        except OSError as error:
+            load_errors[name] = f"{path.name} does not load: {error.__cause__ or error}"
+    warnings.warn(f"cmlm_fast: {load_errors[name]}; without it ops are slower", stacklevel=2)
+
+
+def _schemas_built() -> int | None:
+    """The number of the schemas that the libraries in this folder were built for."""
     try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        load_errors[name] = f"{path.name} does not load: {error}"
+        from ._build import build_info
+    except ImportError:  # built without Python's headers, which nothing can ask
+        return SCHEMAS
+    return dict(build_info()).get("schemas")

@@ -14,6 +14,7 @@ from enum import Enum
 from functools import partial
 from importlib import import_module
 from inspect import getdoc
+from io import TextIOWrapper
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated, Any
@@ -33,7 +34,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 class Preset(str, Enum):
-    """The presets of CMLMConfig: weights of the three parts of the loss."""
+    """The presets of CMLMConfig: the objective."""
 
     balanced = "balanced"
     paper = "paper"
@@ -95,8 +96,8 @@ def post_train_command(
     backend: Annotated[
         str | None, _option("kernels: auto, reference, cpp, cuda, triton; default: CMLM_FAST_BACKEND, or auto")
     ] = None,
-    rate: Annotated[float | None, _option("share masked in view 1", panel=_OBJECTIVE)] = None,
-    complement_rate: Annotated[float | None, _option("share of the rest masked in view 2", panel=_OBJECTIVE)] = None,
+    rate: Annotated[float | None, _option("share masked in view 1 (mlm_probability)", panel=_OBJECTIVE)] = None,
+    complement_rate: Annotated[float | None, _option("of the rest in view 2 (cl_probability)", panel=_OBJECTIVE)] = None,
     complementary: Annotated[bool | None, _option("masks that never overlap, or drawn apart", panel=_OBJECTIVE)] = None,
     sampling: Annotated[str | None, _option("exact or bernoulli", panel=_OBJECTIVE)] = None,
     mask_share: Annotated[float | None, _option("share of masked tokens made the mask (0.8)", panel=_OBJECTIVE)] = None,
@@ -185,6 +186,8 @@ for _command in app.registered_commands:  # of which plain help would show the f
 
 def main() -> None:
     """The console script. Of several processes that get the same wrong arguments, one says so."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no τ
     if ranks.is_main():
         app()
     else:

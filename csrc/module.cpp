@@ -19,6 +19,7 @@ std::vector<std::string> split(const std::string& list) {
 pybind11::dict build_info() {
   pybind11::dict info;
   info["version"] = CMLM_VERSION;
+  info["schemas"] = 1;  // as in cmlm_fast/_library.py
   info["compiler"] = CMLM_COMPILER;
   info["torch"] = CMLM_TORCH_VERSION;
   info["torch_target"] = CMLM_TORCH_TARGET;
@@ -33,6 +34,6 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_build, m) {
   m.doc() = "What the native libraries of cmlm_fast were compiled with.";
   m.def("build_info", &build_info,
-        "Version of the package, compiler, torch built against, libtorch ABI target, CPU instruction sets, CUDA version\n"
+        "Version of the package, number of the ops' schemas, compiler, torch built against, libtorch ABI target, CPU instruction sets, CUDA version\n"
         "(None: built without CUDA) and CUDA architectures, as a dict.");
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -164,10 +165,30 @@ def test_packed_attention_is_pytorchs_where_no_kernel_is():
 
 def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path):
     (tmp_path / "broken.so").write_text("not a library")
-    reason = python(
-        "import cmlm_fast; print(cmlm_fast.available('info_nce')['cpp'])", CMLM_FAST_LIBRARY=str(tmp_path / "broken.so")
-    )
-    assert "broken.so does not load" in reason
+    code = ("import warnings; warnings.showwarning = lambda message, *_: print(message); "
+            "import cmlm_fast; print(cmlm_fast.available('info_nce')['cpp'])")  # fmt: skip
+    warned, reason = python(code, CMLM_FAST_LIBRARY=str(tmp_path / "broken.so")).splitlines()
+    assert reason.startswith("broken.so does not load: ") and warned == f"cmlm_fast: {reason}; without it ops are slower"
+    assert "file too short" in reason  # what the loader says
+
+
+def test_a_library_of_other_schemas_is_not_loaded(monkeypatch):
+    for name in ("SCHEMAS", "load_errors"):
+        monkeypatch.setattr(_library, name, getattr(_library, name))
+    monkeypatch.setattr(_library, "load_errors", {})
+    monkeypatch.setattr(_library, "SCHEMAS", _library.SCHEMAS + 1)
+    with pytest.warns(UserWarning, match=r"_C\.so is of another version of the package: install it again"):
+        _library.load_kernels()
+
+
+def test_a_changed_schema_has_another_number():
+    from cmlm_fast._build import build_info
+
+    compiled = sorted(name for name in _library.registered if not name.endswith(("_reference", "_triton")))
+    schemas = "\n".join(str(op(name)._schema) for name in compiled)
+    digest = hashlib.sha256(schemas.encode()).hexdigest()[:12]
+    assert digest == "d4ebfae2f17a", "raise SCHEMAS in _library.py and in csrc/module.cpp, then write the new digest here"
+    assert build_info()["schemas"] == _library.SCHEMAS
 
 
 def test_import_is_light():
