@@ -126,14 +126,6 @@ def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str, new: Ca
     return {"strong": Strong, "naive": Naive}[kind](lm, tokenizer, CMLMConfig(), dtype)
 
 
-def build(provider: str, dtype: torch.dtype) -> Callable[[], None]:
-    """A call that takes one optimizer step of a provider ("ours", "strong", "naive"), each on the next batch."""
-    tokenizer, rows = load()
-    folder = tempfile.mkdtemp()
-    one, work, at = make(provider, dtype, tokenizer, folder), batches(rows, provider), iter(range(10**9))
-    return lambda: one.step(work[next(at) % BATCHES])
-
-
 def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
     """Largest relative difference of loss and gradients from naive's in this dtype; same masks, no dropout."""
     trainer = providers["ours"].trainer

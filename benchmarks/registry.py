@@ -20,7 +20,6 @@ from cmlm_fast.machine import bfloat16_hardware
 from .memory import free_bytes
 
 Call = Callable[[], Any]
-SUITES = ("smoke", "quick", "full")
 
 
 class Wrong(Exception):

@@ -96,7 +96,7 @@ def warm_head_command(
     eval_share: Annotated[float, typer.Option(help="share of texts held out for scores; 0: none")] = 0.005,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast; default: where the hardware is fast in it")] = None,
     seed: Annotated[int, typer.Option(help="of everything random")] = _default("seed"),
-    save_steps: Annotated[int, typer.Option(help="steps from checkpoint to checkpoint; 0: none")] = _default("save_steps"),
+    save_steps: Annotated[int, typer.Option(help="steps between checkpoints; 0: at a signal")] = _default("save_steps"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew in a folder that is not empty")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")] = False,
 ) -> None:

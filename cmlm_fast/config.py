@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-#: Presets: the fields that differ from the defaults. `paper` is the published command line (alpha 0.5).
+#: Presets: the fields that differ from the defaults. `paper` is the published command line's objective (alpha 0.5).
 PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {},
     "paper": {"mlm_weight": 0.5, "token_weight": 0.5, "sequence_weight": 0.5, "complement_rate": 0.7,

@@ -36,7 +36,7 @@ class PostTrainOptions:
         fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as the Trainer has them.
         torch_compile, low_precision_layer_norm: compile the encoder's layers, layer norms in 16 bits; see
             `CMLMTrainingArguments`.
-        save_steps: steps from checkpoint to checkpoint; 0 makes none.
+        save_steps: steps from checkpoint to checkpoint; 0: only where a signal comes.
         resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
         trust_remote_code: run code that the checkpoint brings along.
         backend: which kernels run; see `cmlm_fast.use_backend`. None: what is chosen outside, by CMLM_FAST_BACKEND say.

@@ -1,7 +1,8 @@
 """What tests and benchmarks share: the eager formulas of the ops, errors against float64, poisoned memory.
 
 The eager formulas are what a user would write in PyTorch, with autograd, in the inputs' own dtype. In float64 they are the
-truth; in a lower dtype their error is the yardstick: a kernel may err at most twice as much.
+truth; in a lower dtype their error is the yardstick: a kernel may err at most twice as much. They share no line with the ops'
+references, which are judged by them too.
 """
 
 from __future__ import annotations

@@ -277,3 +277,22 @@ def test_position_shift_is_uniform_and_bounded():
     counts = shift.bincount(minlength=4)
     assert ((counts - 10_000).abs() < 4 * math.sqrt(40_000 * 0.25 * 0.75)).all()
     assert not position_shift(torch.arange(100), jitter=0, seed=5, step=1).any()
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_units_of_one_random_word_are_in_the_order_of_their_ids(backend):
+    tied = 370055, 381083  # whose first words are equal for seed 0, step 0, sample 0
+    assert len({philox(unit, 0, 0, 0, 0, 0)[0] for unit in tied}) == 1
+    for order, roles in ((tied, [1, 0]), (tied[::-1], [0, 1])):
+        masked = complementary_mask(torch.tensor([[5, 6]]), unit_ids=torch.tensor([order], dtype=torch.int32), rate=0.5,
+                                    complement_rate=0.0, backend=backend, **VOCABULARY)  # fmt: skip
+        assert masked.role[0].tolist() == roles
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_sequences_are_numbered_from_0_where_nothing_else_is_said(backend):
+    ids, bounds = random_ids(4, 20), torch.tensor([0, 20, 40, 60, 80], dtype=torch.int32)
+    for args in ((ids,), (ids.flatten(), bounds)):
+        own, given = (complementary_mask(*args, backend=backend, **more, **VOCABULARY)
+                      for more in ({}, {"sample_ids": torch.arange(4)}))  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True)) and own.role.any()

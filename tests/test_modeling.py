@@ -95,6 +95,16 @@ def test_options_of_the_objective(changes, tiny_lm, tiny_rows, tiny_tokenizer):
     compare(model, batch_of(tiny_rows, tiny_tokenizer, model.cmlm))
 
 
+@pytest.mark.parametrize("views", ["both", "first"])
+def test_the_head_sees_masked_tokens_alone(views, tiny_lm, tiny_rows, tiny_tokenizer, monkeypatch):
+    model, seen = CMLMModel(tiny_lm(), CMLMConfig(mlm_views=views)), []
+    batch, mlm_sum = batch_of(tiny_rows, tiny_tokenizer, model.cmlm), model.mlm_sum
+    monkeypatch.setattr(model, "mlm_sum", lambda *rows, **more: (seen.append(rows[1]), mlm_sum(*rows, **more))[1])
+    model(**batch)
+    masked = [batch["input_ids"][batch["role"] == role] for role in (1, 2)]
+    assert torch.equal(seen[0], torch.cat(masked if views == "both" else masked[:1])) and len(seen) == 1
+
+
 def test_presets_are_those_published(tiny_lm, tiny_rows, tiny_tokenizer):
     paper = CMLMConfig.from_preset("paper")
     assert (paper.rate, paper.complement_rate, paper.mlm_views) == (0.15, 0.7, "first")
@@ -103,6 +113,10 @@ def test_presets_are_those_published(tiny_lm, tiny_rows, tiny_tokenizer):
     balanced = CMLMConfig.from_preset("balanced")
     assert (balanced.mlm_weight, balanced.token_weight, balanced.sequence_weight) == (1.0, 0.3, 0.1)
     assert balanced.complement_rate == pytest.approx(0.15 / 0.85)
+    others = {name: CMLMConfig.from_preset(name) for name in ("tapt", "seq", "simcse")}
+    weights = {name: (of.mlm_weight, of.token_weight, of.sequence_weight) for name, of in others.items()}
+    assert weights == {"tapt": (1, 0, 0), "seq": (0, 0, 1), "simcse": (0, 0, 1)}
+    assert others["simcse"].rate == others["simcse"].complement_rate == 0
     for preset in PRESETS:
         model = CMLMModel(tiny_lm(), CMLMConfig.from_preset(preset))
         output = model(**batch_of(tiny_rows, tiny_tokenizer, model.cmlm))

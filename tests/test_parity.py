@@ -47,7 +47,8 @@ def test_only_wanted_gradients_are_made(name, suffix, device, dtype, label):
             assert torch.equal(part, whole) if flag else part.shape == (0,)
 
 
-SCORES = [case for case in cases((torch.float32,), GRADIENTS) if case.values[0] in ("token_similarity", "info_nce")]
+SCORES = [case for case in cases((torch.float32, torch.bfloat16, torch.float16), GRADIENTS)
+          if case.values[0] in ("token_similarity", "info_nce")]  # fmt: skip
 
 
 @pytest.mark.parametrize(EVERY, SCORES)

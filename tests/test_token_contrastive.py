@@ -24,24 +24,38 @@ def rows(n, d, dtype=torch.float32, seed=0):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), n=st.integers(0, 70), m=st.integers(1, 90), d=st.integers(2, 40),
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
-       ranges=st.booleans(), tokens=st.booleans(), normalize=st.booleans(),
+       given=st.sets(st.sampled_from(["start", "end", "query_token", "key_token"])),
+       token=st.sampled_from([torch.int32, torch.int64]), normalize=st.booleans(),
        reduction=st.sampled_from(["mean", "sum", "none"]), tau=st.sampled_from([0.01, 0.05, 1.0]))  # fmt: skip
-def test_any_shape_and_options(backend, data, n, m, d, dtype, ranges, tokens, normalize, reduction, tau):
+def test_any_shape_and_options(backend, data, n, m, d, dtype, given, token, normalize, reduction, tau):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
 
     def integers(low, high, size, kind):
         return torch.randint(low, high, (size,), generator=generator).to(kind)
 
     target = torch.where(integers(0, 4, n, torch.int64) == 0, -100, integers(0, m, n, torch.int64))
-    start = integers(0, m, n, torch.int32) if ranges else None
-    end = integers(0, m + 1, n, torch.int32) if ranges else None
-    query_token = integers(0, 5, n, torch.int64) if tokens else None
-    key_token = integers(-1, 5, m, torch.int64) if tokens else None
+    start = integers(0, m, n, torch.int32) if "start" in given else None
+    end = integers(0, m + 1, n, torch.int32) if "end" in given else None
+    query_token = integers(0, 5, n, token) if "query_token" in given else None
+    key_token = integers(-1, 5, m, token) if given & {"query_token", "key_token"} else None
     scale = 1.0 if normalize else d**-0.5 * tau
     temperature = torch.tensor(tau, dtype=loss_dtype(dtype))
     args = (rows(n, d, dtype) * scale, rows(m, d, dtype, 7), target, temperature, start, end, query_token, key_token,
             normalize, reduction, True, True)  # fmt: skip
     assert_no_worse_than_eager("token_contrastive", _SUFFIX[backend], args)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@pytest.mark.parametrize("alone", ["key_start", "key_end", "key_token"])
+def test_each_option_may_come_alone(backend, alone):
+    values = {"key_start": torch.tensor([3, 0, 5], dtype=torch.int32), "key_end": torch.tensor([2, 7, 1], dtype=torch.int32),
+              "key_token": torch.tensor([-1, 4, -1, 4, 4, 4, -1], dtype=torch.int32)}  # fmt: skip
+    query, key, target, column = rows(3, 8), rows(7, 8), torch.tensor([0, 2, 6]), torch.arange(7)
+    can = {"key_start": column >= values["key_start"][:, None], "key_end": column < values["key_end"][:, None],
+           "key_token": (values["key_token"] >= 0).expand(3, 7)}[alone] | (column == target[:, None])  # fmt: skip
+    scores = (F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / 0.05).masked_fill(~can, float("-inf"))
+    got = token_contrastive(query, key, target, backend=backend, **{alone: values[alone]})
+    torch.testing.assert_close(got, F.cross_entropy(scores, target))
 
 
 @pytest.mark.parametrize("backend", HERE)

@@ -109,10 +109,11 @@ def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Sc
 
     `passing` stands in them: the folder is to go when its cells are done, also by a later run.
 
-    Raises `output.DivergedError` where the loss is not finite.
-
     A method sees 2 · epochs · texts.tokens tokens of its encoder: each text in two views, or, where the second view is
     another text, both of them. Paraphrases that are longer or shorter than their texts get fewer or more steps for it.
+
+    Raises:
+        errors.DivergedError: the loss is not finite.
     """
     begin = time.perf_counter()
     steps = schedule.max_steps
