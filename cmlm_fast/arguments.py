@@ -34,6 +34,13 @@ class CMLMTrainingArguments(TrainingArguments):
         torch_compile: compile the encoder's layers, not the whole model, once for batches of any size; with
             torch_compile_backend and torch_compile_mode. Dropout draws other numbers than without it, from the same generator:
             a seed and a resumed run repeat themselves. As in the Trainer, float32 products then run in TF32 on a GPU.
+
+    Raises:
+        ValueError: a value that breaks its rule, or an option of the Trainer's that nothing here would heed.
+
+    >>> CMLMTrainingArguments("run", max_tokens=4096, contrastive_batch_size=64, report_to="none")
+    Traceback (most recent call last):
+    ValueError: CMLMTrainingArguments: expected contrastive_batch_size to be None with max_tokens, got 64
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})

@@ -98,6 +98,9 @@ _blocks: list[list[str | None]] = [[_current]]  # what the blocks of use_backend
 def available(name: str, device: str | torch.device = "cpu") -> dict[str, str | None]:
     """Each backend of op `name` on `device`: None where it can run, else the reason why it cannot.
 
+    Raises:
+        ValueError: there is no such op.
+
     >>> available("token_contrastive", "cpu")["reference"] is None
     True
     """
@@ -246,6 +249,9 @@ def check_backend(backend: str | None, ops: Sequence[str] = (), device: str | to
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
     """Run the ops of a block with one backend (`None` or "auto" restores the automatic choice), in all threads of the process.
+
+    Raises:
+        ValueError: there is no such backend.
 
     >>> with use_backend("reference"):
     ...     pass  # every op in here runs its PyTorch reference

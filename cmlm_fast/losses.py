@@ -152,10 +152,18 @@ def _places(mask: Tensor, size: int | None) -> Tensor:
 
 
 class CMLMLoss(nn.Module):
-    """The parts of the objective, each as a sum over what it is a mean of.
+    """The parts of the objective, each as a sum over what it is a mean of (the formula stands at the head of this module).
 
     Args:
         config: weights, temperatures, scope, scheme.
+
+    >>> config, rows = CMLMConfig.from_preset("seq", sequence_temperature=0.5), torch.zeros(4, 3)
+    >>> role, bounds = torch.zeros(4, dtype=torch.uint8), torch.tensor([0, 2, 4], dtype=torch.int32)  # two sequences
+    >>> views = Views(rows, rows, torch.eye(2), torch.eye(2), torch.arange(4), role, role == 0, bounds)
+    >>> loss = CMLMLoss(config)
+    >>> sums, counts = loss(views, mlm_sum=lambda hidden, target: hidden.sum()), loss.counts(role, sequences=2)
+    >>> round(loss.total(sums, counts).item(), 4)  # log(1 + exp(-1 / 0.5))
+    0.1269
     """
 
     def __init__(self, config: CMLMConfig) -> None:

@@ -52,6 +52,8 @@ class CMLMModel(PretrainedModel):
             one whose positions are relative.
 
     Example:
+        >>> from cmlm_fast.data import CMLMDataCollator
+        >>> from cmlm_fast.masking import Masker
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
         >>> masker, collate = Masker(tokenizer), CMLMDataCollator(tokenizer, packed=model.takes_packed)
         >>> batch = masker(collate(rows), model, seed=0, step=step)  # rates, sampling, jitter, ...: as model.cmlm says

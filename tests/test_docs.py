@@ -17,7 +17,7 @@ from cmlm_fast.data import tokenize_texts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = ("backends", "config", "data.budget", "data.share", "losses", "report",
+MODULES = ("arguments", "backends", "config", "data.budget", "data.share", "losses", "report",
            "fewshot.draws", "fewshot.methods", "fewshot.tables",
            "ops.complementary_mask", "ops.info_nce", "ops.mlm_cross_entropy", "ops.token_contrastive", "ops.token_similarity",
            "ops.varlen_attention")  # fmt: skip

@@ -27,6 +27,8 @@ def mlm_cross_entropy(
 ) -> Tensor:
     """Cross entropy of the LM head's decoder at the rows whose target is not -100.
 
+    Equivalent eager code: `F.cross_entropy(F.linear(hidden, weight, bias), target)`.
+
     Args:
         hidden: [N, D] rows that go into the decoder (after the head's transform).
         weight: [V, D] decoder weight, hidden's dtype (under autocast PyTorch casts all three).
