@@ -456,7 +456,8 @@ def test_pooling_files_come_along(sentence_file, tmp_path):
 
 
 def test_pooling_files_of_earlier_names_and_other_modules_come_along(tmp_path):
-    files = {"sentence_roberta_config.json": b"{}", "1_CNN/cnn_config.json": b"[]", "2_Dense/config.json": b"{}"}
+    files = {"sentence_roberta_config.json": b"{}", "1_CNN/cnn_config.json": b"[]",
+             "2_Dense/config.json": b"{}", "2_Dense/pytorch_model.bin": b"weights"}  # fmt: skip
     modules = json.dumps([{"path": path} for path in ("", "1_CNN", "2_Dense", "3_Normalize")]).encode()
     for name, contents in {**files, "modules.json": modules}.items():
         (tmp_path / "start" / name).parent.mkdir(parents=True, exist_ok=True)

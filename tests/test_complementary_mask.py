@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cmlm_fast import available, complementary_mask
 from cmlm_fast.backends import BACKENDS
 from cmlm_fast.ops._philox import position_shift
+from cmlm_fast.ops._roles import exact_counts
 
 HERE = [backend for backend in BACKENDS if available("complementary_mask")[backend] is None]
 SPECIAL = (0, 1, 2, 3)
@@ -296,3 +297,17 @@ def test_sequences_are_numbered_from_0_where_nothing_else_is_said(backend):
         own, given = (complementary_mask(*args, backend=backend, **more, **VOCABULARY)
                       for more in ({}, {"sample_ids": torch.arange(4)}))  # fmt: skip
         assert all(torch.equal(a, b) for a, b in zip(own, given, strict=True)) and own.role.any()
+
+
+def test_the_host_counts_what_the_op_masks():
+    for rate, complement in ((0.15, 0.15 / 0.85), (0.5, 0.5), (0.0, 0.3), (1.0, 0.5), (0.3, 0.0)):
+        for length in range(1, 40):
+            role = complementary_mask(torch.full((1, length), 7), rate=rate, complement_rate=complement, **VOCABULARY).role
+            assert exact_counts([length], rate, complement) == ((role == 1).sum(), (role == 2).sum()), (rate, length)
+
+
+def test_pads_are_never_masked_where_other_tokens_are_ineligible_too():
+    ids, attention = torch.full((2, 10), 7), torch.tensor([[1] * 10, [1] * 4 + [0] * 6])
+    role = complementary_mask(ids, attention_mask=attention, eligible=torch.ones_like(ids, dtype=torch.bool), rate=0.5,
+                              complement_rate=1.0, **VOCABULARY).role  # fmt: skip
+    assert not role[attention == 0].any() and (role[attention == 1] > 0).all()

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from forks import fork, wait
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cmlm_fast import checkpoints
 from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
@@ -352,3 +353,16 @@ def test_the_best_checkpoint_is_kept_after_a_resume_elsewhere(how, tmp_path, tin
     assert again.state.best_model_checkpoint == str(folder / "checkpoint-1")
     scores = [entry["eval_mlm"] for entry in again.state.log_history if "eval_mlm" in entry]
     assert again.evaluate()["eval_mlm"] == pytest.approx(scores[0]) != scores[-1]
+
+
+def test_seconds_are_those_of_the_training():
+    spent = TrainingTime(None)
+    spent._begin -= 100.0
+    spent.on_train_begin(None, None, None)
+    assert spent.seconds() < 50
+
+
+def test_what_is_saved_is_logged(tmp_path):
+    control = TrainerControl(should_save=True)
+    MetricsFile(tmp_path / "metrics.jsonl", None).on_step_end(None, TrainerState(), control)
+    assert control.should_log

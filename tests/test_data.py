@@ -618,3 +618,31 @@ def test_demo_model() -> None:
     config = json.loads((demo_assets.demo_model_path() / "config.json").read_text())
     assert config["num_hidden_layers"] == 6
     assert config["vocab_size"] == 30522
+
+
+def test_a_vocabulary_with_gaps_is_as_long_as_its_largest_id(tiny_tokenizer: Any) -> None:
+    gappy, words = copy.deepcopy(tiny_tokenizer), tiny_tokenizer.get_vocab()
+    gappy.get_vocab = lambda: {**words, "later": 300}
+    assert mask_settings(gappy)["vocab_size"] == 301
+
+
+def test_a_pair_of_which_one_text_is_blank_is_kept() -> None:
+    kept, counts = clean_texts(Dataset.from_dict({"text": ["a", " ", " "], "text_pair": ["", "b", ""]}))
+    assert kept["text"][:] == ["a", " "] and counts.empty == 1
+
+
+def test_a_pair_without_tokens_is_dropped(tiny_tokenizer: Any) -> None:
+    pairs = Dataset.from_dict({"text": ["\x00", "a fox"], "text_pair": ["\x01", "a clever fox"]})
+    assert len(tokenize_texts(pairs, tiny_tokenizer)) == 1
+
+
+def test_sequences_of_one_text_have_ids_of_their_own(tiny_tokenizer: Any) -> None:
+    rows = tokenize_texts(["a clever fox " * 20, "the night watchman"], tiny_tokenizer, max_length=16)
+    assert len(rows) > 2 and rows["sample_id"][:] == list(range(len(rows)))
+
+
+def test_the_column_text_comes_before_sentence_and_numbers_may_stand_first(tmp_path: Path) -> None:
+    (tmp_path / "both.csv").write_text("sentence,text\ns,t\n")
+    assert load_texts(tmp_path / "both.csv")["text"][:] == ["t"]
+    (tmp_path / "number.csv").write_text("label,text\n0,007\n1,a text\n")
+    assert load_texts(tmp_path / "number.csv")["text"][:] == ["007", "a text"]

@@ -104,3 +104,18 @@ def test_every_measure_is_the_one_written_out(rows, tiny_rows, tiny_tokenizer, t
                 "sequence_retrieval": retrieved, "alignment": (z1 - z2).square().sum(1).mean().item(),
                 "uniformity_kernel": torch.exp(-2 * torch.pdist(z1).square()).mean().item()}  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_sequence_retrieval_looks_among_the_second_views(tiny_rows, tiny_tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig(rate=0.5, complement_rate=0.9))
+    model, differ = trainer.model.eval(), 0
+    for begin in range(28):
+        batch = trainer.mask(trainer.data_collator([tiny_rows[i] for i in range(begin, 420, 30)]), 0)
+        with torch.no_grad():
+            z1, z2 = (F.normalize(z, dim=-1) for z in model(**batch, vectors_only=True))
+            found = model(**batch, measured=True).measures["sequence_retrieval"]
+        own = torch.arange(len(z1))
+        there, back = (((z1 @ z2.T).argmax(axis) == own).sum().item() for axis in (1, 0))
+        differ += there != back
+        assert found[0] == there
+    assert differ

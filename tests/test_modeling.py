@@ -415,3 +415,50 @@ def test_means_of_runs_and_their_gradient_are_those_written_out():
 def test_an_encoder_that_returns_attentions_can_be_saved(tmp_path):
     CMLMModel(make_lm(output_attentions=True)).save_pretrained(tmp_path)
     assert CMLMModel.from_pretrained(tmp_path).takes_packed
+
+
+def test_the_last_position_is_taken_and_none_behind_it(tiny_lm):
+    bert, roberta = CMLMModel(tiny_lm()), CMLMModel(tiny_lm("roberta"))
+    pad = roberta.config.pad_token_id
+    assert bert._first_position(140) == 0 and roberta._first_position(139 - pad) == pad + 1
+    with pytest.raises(ValueError, match="expected sequences to be of at most"):
+        roberta._first_position(140 - pad)
+    jittered = CMLMModel(tiny_lm(), CMLMConfig(position_jitter=10))
+    assert jittered._first_position(130) == 0
+    with pytest.raises(ValueError, match="expected position_jitter to be <= 9"):
+        jittered._first_position(131)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "mpnet"])
+def test_heads_are_exact_where_gelu_bends(kind, tiny_lm):
+    lm = tiny_lm(kind).eval()
+    with torch.no_grad():
+        lm.lm_head.dense.weight.mul_(40)
+    hidden = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(CMLMModel(lm).logits(hidden), lm.lm_head(hidden), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_of_padded_batches_has_dropout(tiny_lm, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig.from_preset("seq")
+    model = CMLMModel(tiny_lm(attention_probs_dropout_prob=0.5), config).train()
+    batch = batch_of(tiny_rows, tiny_tokenizer, config)
+    first, second = (model(**batch, vectors_only=True)[0] for _ in range(2))
+    assert (first - second).abs().max() > 1e-4
+    model.eval()
+    assert torch.equal(*(model(**batch, vectors_only=True)[0] for _ in range(2)))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_pads_on_the_left_change_nothing(kind, tiny_lm, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig(position_jitter=4)
+    model, batch = CMLMModel(tiny_lm(kind), config).eval(), batch_of(tiny_rows, tiny_tokenizer, config)
+    batch["jitter"] = torch.tensor([0, 1, 3, 4])
+    lengths = batch["attention_mask"].sum(1).tolist()
+    assert min(lengths) < batch["attention_mask"].shape[1]
+
+    def on_the_left(value):
+        rolled = [row.roll(len(row) - length) for row, length in zip(value, lengths, strict=True)]
+        return torch.stack(rolled)
+
+    left = {name: on_the_left(value) if torch.is_tensor(value) and value.dim() == 2 else value for name, value in batch.items()}
+    torch.testing.assert_close(model(**left).loss, model(**batch).loss, rtol=1e-5, atol=1e-5)

@@ -277,3 +277,31 @@ def test_split_batches_are_refused_where_ranks_would_share_them(make):
     args = SimpleNamespace(world_size=2, accelerator_config=SimpleNamespace(split_batches=True))
     with pytest.raises(ValueError, match="expected accelerator_config to be one without split_batches"):
         share_loader(make("run").get_train_dataloader(), args)
+
+
+def test_the_best_at_an_epochs_last_step_is_saved(make, tmp_path):
+    trainer = make("run", save_strategy="best", eval_strategy="steps", eval_steps=1, max_steps=-1, num_train_epochs=2,
+                   metric_for_best_model="loss", learning_rate=1e-3)  # fmt: skip
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = [step for step in losses if all(losses[step] < losses[before] for before in losses if before < step)]
+    assert 3 in best  # an epoch's last
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "run")] == best
+
+
+def test_a_training_may_follow_one_that_diverged(tmp_path, tiny_rows, tiny_tokenizer, monkeypatch):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "compute_loss", lambda model, *rest, **_: torch.nan * sum(p.sum() for p in model.parameters()))
+        with pytest.raises(DivergedError):
+            trainer.train()
+    trainer.model.load_state_dict(CMLMModel(make_lm()).state_dict())
+    assert torch.isfinite(torch.tensor(trainer.train().training_loss))
+
+
+def test_the_first_log_of_a_resumed_run_is_that_of_the_uncut_one(tmp_path, tiny_rows, tiny_tokenizer):
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "logging_steps": 4, "logging_first_step": True}
+    whole, resumed = (make_trainer(tmp_path, tiny_rows, tiny_tokenizer, **options) for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert history(whole, "alignment")[1:] == history(resumed, "alignment")[1:]

@@ -396,3 +396,13 @@ def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny
     assert history(trainer, "loss") == pytest.approx(losses, rel=1e-6)
     for a, b in zip(trainer.model.lm.parameters(), lm.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # Adam divides a gradient by its size, be it only rounding
+
+
+def test_a_cached_contrast_is_in_the_dtype_of_the_batch(tmp_path, tiny_rows, tiny_tokenizer):
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "contrastive_batch_size": 16}
+    losses = []
+    for batches in ({"per_device_train_batch_size": 16}, parts):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, bf16=True, max_steps=1, **batches)
+        trainer.train()
+        losses.append(history(trainer, "sequence"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

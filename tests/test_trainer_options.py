@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from cmlm_fast.errors import DivergedError
 from cmlm_fast.layers import LowPrecisionLayerNorm
 from cmlm_fast.options import PostTrainOptions
 from cmlm_fast.post_train import _arguments
+from cmlm_fast.same_run import settings_of
 
 
 @pytest.fixture
@@ -425,3 +427,56 @@ def test_an_entry_an_epoch_has_the_measures_of_its_step(steps, changes, tmp_path
     for entry in logged:
         for name in ("masked_accuracy", "token_retrieval", "alignment"):
             assert entry[name] == by_step[entry["step"]][name]
+
+
+def test_a_mask_seed_of_0_is_one(tmp_path, tiny_rows, tiny_tokenizer):
+    roles = []
+    for seed, mask_seed in ((5, 0), (0, None), (5, None)):
+        trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, seed=seed, mask_seed=mask_seed)
+        roles.append(trainer.mask(trainer.data_collator([tiny_rows[i] for i in range(8)]), 0)["role"])
+    assert torch.equal(roles[0], roles[1]) and not torch.equal(roles[0], roles[2])
+
+
+def test_samples_per_second_are_of_each_training(tmp_path, tiny_rows, tiny_tokenizer):
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
+    for _ in range(2):
+        metrics = trainer.train().metrics
+        assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(4 * 8, rel=0.01)
+
+
+def test_model_init_makes_the_same_model_whatever_was_drawn_before(tmp_path, tiny_rows, tiny_tokenizer):
+    def projected():
+        state = torch.get_rng_state()
+        lm = make_lm()  # which seeds PyTorch for itself
+        torch.set_rng_state(state)
+        return CMLMModel(lm, CMLMConfig(projection=8))
+
+    found = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        arguments = CMLMTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", seed=3)
+        trainer = CMLMTrainer(args=arguments, processing_class=tiny_tokenizer, model_init=projected, train_dataset=tiny_rows)
+        found.append(trainer.model.projection[0].weight)
+    assert torch.equal(*found)
+
+
+def test_each_temperature_is_logged_under_its_name(tmp_path, tiny_rows, tiny_tokenizer):
+    config = CMLMConfig(learn_temperature=True, token_temperature=0.2, sequence_temperature=0.05)
+    trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=config, max_steps=1, learning_rate=1e-6)
+    trainer.train()
+    for name, value in (("token_temperature", 0.2), ("sequence_temperature", 0.05)):
+        assert history(trainer, name) == [pytest.approx(value, rel=1e-3)]
+
+
+@pytest.mark.parametrize("name", ["uniformity", "negative_similarity", "eval_news_uniformity"])
+def test_what_is_better_small_is_known(name, tmp_path):
+    arguments = CMLMTrainingArguments(str(tmp_path), report_to="none", metric_for_best_model=name)
+    assert arguments.greater_is_better is False
+
+
+def test_a_run_of_fp16_is_none_of_float32():
+    def settings(**precision):
+        arguments = SimpleNamespace(world_size=1, gradient_accumulation_steps=1, **{"bf16": False, "fp16": False, **precision})
+        return settings_of(PostTrainOptions("model", "texts.txt", "out"), CMLMConfig(), arguments)
+
+    assert settings() != settings(fp16=True) != settings(bf16=True) != settings()
