@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -86,3 +89,24 @@ def test_equals_one_process_on_the_joined_batch(world, tmp_path):
     for rank in ranks:
         assert torch.equal(*rank["learned"])
     torch.testing.assert_close(sum(rank["learned"][0] for rank in ranks), learned(*batch()[:2], None))
+
+
+COMPILED = """
+import sys, torch, torch.distributed as dist
+from cmlm_fast import info_nce
+
+dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{sys.argv[1]}")
+z1, z2 = torch.randn(30, 8, requires_grad=True), torch.randn(30, 8)
+for _ in range(3):
+    torch._dynamo.reset()
+    loss = torch.compile(lambda a, b: info_nce(a, b, group=dist.group.WORLD), backend="aot_eager")(z1, z2)
+    loss.backward()
+    torch.testing.assert_close(loss, info_nce(z1, z2))
+print("done")
+"""
+
+
+def test_torch_compile_does_not_wait_for_a_collective_that_it_traces(tmp_path):
+    command = [sys.executable, "-c", COMPILED, str(tmp_path / "meeting")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0 and "done" in run.stdout, run.stderr

@@ -196,5 +196,5 @@ def test_all_stand_on_one_device():
 
 
 def test_what_is_no_tensor_says_so():
-    with pytest.raises(TypeError, match="cmlm_fast::token_contrastive: expected query to be a tensor, got ndarray"):
+    with pytest.raises(ValueError, match="cmlm_fast::token_contrastive: expected query to be a tensor, got ndarray"):
         token_contrastive(torch.randn(2, 4).numpy(), torch.randn(3, 4).numpy(), torch.tensor([0, 1]))

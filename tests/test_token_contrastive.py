@@ -97,6 +97,18 @@ def test_same_token_elsewhere_is_no_negative_but_the_positive_stays(backend):
     torch.testing.assert_close(losses, F.cross_entropy(scores, target, reduction="none"), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", [backend for backend in HERE if backend != "triton"])  # whose products are of all rows
+def test_what_an_ignored_row_holds_reaches_nothing(backend):
+    query, key, target = rows(5, 8), rows(7, 8).requires_grad_(), torch.tensor([0, 1, -100, 3, 4])
+    found = []
+    for rest in (0.0, float("nan")):
+        given = query.clone()
+        given[2] = rest
+        loss = token_contrastive(given.requires_grad_(), key, target, backend=backend)
+        found.append((loss, *torch.autograd.grad(loss, (given, key))))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("backend", HERE)
 def test_target_outside_its_range_is_a_candidate(backend):
     query, key = rows(2, 8), rows(5, 8)

@@ -58,7 +58,8 @@ def info_nce_across_ranks(
     expect("info_nce", reduction != "none", "reduction", "'mean' or 'sum' when group is given", repr(reduction))
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     expect("info_nce", rank >= 0, "group", "a process group that this rank is a member of", group)
-    count = torch.tensor([z1.shape[0]], device=z1.device)
+    # `torch.tensor` would be a constant under torch.compile, which then runs what waits for the collective, and waits forever.
+    count = torch.full((1,), z1.shape[0], dtype=torch.int64, device=z1.device)
     counts = [torch.empty_like(count) for _ in range(world)]
     dist.all_gather(counts, count, group=group)
     sizes: list[int] = torch.cat(counts).tolist()  # the device is waited for once

@@ -72,6 +72,8 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
         least = torch.finfo(dtype).tiny  # below, its inverse is none
         expect(op, temperature >= least, "temperature", f"a number >= {least:.2g}", temperature)
+        most = torch.finfo(dtype).max
+        expect(op, temperature <= most, "temperature", f"a number <= {most:.2g}", temperature)
         return torch.full((), temperature, dtype=dtype, device=rows.device)
     expect(op, temperature.numel() == 1, "temperature", "a number or a tensor of one element", list(temperature.shape))
     expect(op, rows.is_meta or not temperature.is_meta, "temperature", f"on {rows.device} like the rows", temperature.device)
@@ -149,8 +151,8 @@ def _no_tangent(op: str, name: str, given: Tensor) -> None:
 def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
     for name, given in rows.items():
-        if not isinstance(given, Tensor):
-            raise TypeError(f"cmlm_fast::{op}: expected {name} to be a tensor, got {type(given).__name__}")
+        expect(op, isinstance(given, Tensor), name, "a tensor", type(given).__name__)
+        expect(op, given.layout is torch.strided, name, "a dense tensor", given.layout)
         _no_tangent(op, name, given)
     tensors = tuple(rows.values())
     device_type = tensors[0].device.type

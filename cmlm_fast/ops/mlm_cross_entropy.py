@@ -52,9 +52,11 @@ def mlm_cross_entropy(
     given = {"hidden": hidden, **parameters, "target": target}
     for name, tensor in given.items():
         expect(_NAME, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
+        expect(_NAME, tensor.layout is torch.strided, name, "a dense tensor", tensor.layout)
     expect(_NAME, hidden.dim() == 2, "hidden", "of shape [N, D]", list(hidden.shape))
     n, d = hidden.shape
-    expect(_NAME, weight.dim() == 2 and weight.shape[1] == d, "weight", f"of shape [V, D = {d}]", list(weight.shape))
+    fits = weight.dim() == 2 and weight.shape[1] == d and weight.shape[0] >= 1
+    expect(_NAME, fits, "weight", f"of shape [V >= 1, D = {d}]", list(weight.shape))
     expect(_NAME, hidden.dtype in FLOATING, "hidden", "float32, bfloat16, float16 or float64", hidden.dtype)
     if bias is not None:
         expect(_NAME, bias.shape == weight.shape[:1], "bias", f"of shape [V = {weight.shape[0]}]", list(bias.shape))

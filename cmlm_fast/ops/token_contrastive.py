@@ -79,9 +79,9 @@ def _gradients(weight: Tensor, query: Tensor, key: Tensor, target: Tensor, tempe
                key_end: Tensor | None, query_token: Tensor | None, key_token: Tensor | None, normalize: bool,
                query_grad: bool, key_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss [N] and the gradients of Σ weight_i·loss_i."""
-    q, q_norm = unit_rows(query, normalize)
-    k, k_norm = unit_rows(key, normalize)
     valid = (target != IGNORE)[:, None]
+    q, q_norm = unit_rows(torch.where(valid, query, 0.0), normalize)  # what an ignored row holds, NaN say, reaches no key
+    k, k_norm = unit_rows(key, normalize)
     mask = candidates(query, key, target, key_start, key_end, query_token, key_token) & valid
     positive = (torch.arange(key.shape[0], device=query.device) == target[:, None]).to(q.dtype)
     s = (q @ k.T / temperature).masked_fill(~mask, float("-inf"))
