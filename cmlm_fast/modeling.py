@@ -158,7 +158,7 @@ class CMLMModel(PretrainedModel):
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
         # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
-        first = self._first_position(attention_mask.shape[1]) if self._has_position_table() else 0
+        first = self._first_position(attention_mask.shape[1]) if self._position_table() is not None else 0
         given = first if jitter is not None or self.pad_of_positions() is not None else None
         return encode_padded(self.lm.base_model, view1, view2, attention_mask, token_type_ids, jitter, given)
 
@@ -167,15 +167,16 @@ class CMLMModel(PretrainedModel):
         first = self._first_position(int(max(lengths, default=0)))
         return encode_packed(self.lm.base_model, view1, view2, cu_seqlens, lengths, token_type_ids, jitter, first)
 
-    def _has_position_table(self) -> bool:
-        table = getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
-        # With more rows (MRA) its positions begin elsewhere than at 0, or behind a pad.
-        return table is not None and table.weight.shape[0] == self.config.max_position_embeddings
+    def _position_table(self) -> Any:
+        return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
 
     def check_jitter(self, jitter: int) -> None:
         """Raise ValueError where the encoder has no position table that a shift of `jitter` would be one of."""
-        if jitter and not self._has_position_table():
-            rule = "0 for an encoder without a position table, which a shift does not change"
+        table = self._position_table()
+        # With more rows (MRA) positions begin where nothing here knows.
+        known = table is not None and table.weight.shape[0] == self.config.max_position_embeddings
+        if jitter and not known:
+            rule = "0 for an encoder without a position table of max_position_embeddings rows"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {jitter}")
 
     def _first_position(self, length: int) -> int:
