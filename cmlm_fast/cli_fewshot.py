@@ -85,7 +85,7 @@ def few_shot_table_command(
 def warm_head_command(
     model: Annotated[str, typer.Option(help="folder or hub id of the encoder")],
     output_dir: Annotated[str, typer.Option(help="new or empty folder")],
-    train_file: Annotated[str, typer.Option(help="general text; default: 25,000 IMDb reviews, of the extra \\[demo]")] = "",
+    train_file: Annotated[str, typer.Option(help="general text; default: 25,000 IMDb reviews, of the extra demo")] = "",
     text_column: Annotated[str | None, typer.Option(help="column of the texts")] = None,
     train_encoder: Annotated[bool, typer.Option("--train-encoder", help="train the whole masked LM")] = False,
     epochs: Annotated[float, typer.Option(help="times through the texts")] = 1.0,
