@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from cmlm_fast.report import new_figure
+
 from . import run
 from .results import Results, Row, automatic, best_other
 
@@ -29,24 +31,16 @@ COLOURS = {
 }
 
 
-def _figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Any, list[Any], Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False
-    )
-    for panel in axes.flat:
+def _figure(columns: int, width: float, height: float, rows: int = 1) -> tuple[Any, list[Any]]:
+    figure = new_figure(rows, columns, width, height)
+    for panel in figure.axes:
         panel.grid(alpha=0.25, which="both", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes.flat), pyplot
+    return figure, list(figure.axes)
 
 
-def _save(figure: Any, pyplot: Any, path: Path) -> Path:
+def _save(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
     return path
 
 
@@ -71,7 +65,7 @@ def sweeps(found: Results, path: Path) -> Path | None:
     if not groups:
         return None
     exponents = {(op, axis, name): exponent for op, axis, name, exponent, _ in found.slopes()}
-    figure, panels, pyplot = _figure(2, 6.4, 4.4, -(-len(groups) // 2))
+    figure, panels = _figure(2, 6.4, 4.4, -(-len(groups) // 2))
     for panel, ((op, axis), lines) in zip(panels, groups.items(), strict=False):
         for provider, rows in lines.items():
             rows = sorted(rows, key=lambda r: r.sizes[axis])
@@ -92,7 +86,7 @@ def sweeps(found: Results, path: Path) -> Path | None:
         panel.legend(fontsize=8, frameon=False)
     for panel in panels[len(groups) :]:
         panel.set_visible(False)
-    return _save(figure, pyplot, path)
+    return _save(figure, path)
 
 
 def roofline(found: Results, path: Path) -> Path | None:
@@ -103,7 +97,7 @@ def roofline(found: Results, path: Path) -> Path | None:
     dense = [(ours, min(others, key=lambda r: r.p50)) for _, _, ours, others in groups if ours.unit == "TFLOP/s"]
     if not dense:
         return None
-    figure, panels, pyplot = _figure(2, 7.4, max(5.0, 0.27 * len(groups)))
+    figure, panels = _figure(2, 7.4, max(5.0, 0.27 * len(groups)))
     copy = found.ceilings["copy GB/s"]
     low = min(r.work / r.traffic for pair in dense for r in pair) / 3
     high = max(r.work / r.traffic for pair in dense for r in pair) * 3
@@ -145,7 +139,7 @@ def roofline(found: Results, path: Path) -> Path | None:
     panels[1].set_yticks(range(len(shown)), [label for label, *_ in reversed(shown)], fontsize=7)
     panels[1].set(title="Share of the row's ceiling: products alone, or a copy", xlabel="share", xlim=(0, None))
     panels[1].legend(fontsize=8, frameon=False)
-    return _save(figure, pyplot, path)
+    return _save(figure, path)
 
 
 def memory(found: Results, path: Path) -> Path | None:
@@ -157,7 +151,7 @@ def memory(found: Results, path: Path) -> Path | None:
             largest[op] = sorted(rows, key=lambda r: -(r.peak_bytes or 0))
     if not largest:
         return None
-    figure, panels, pyplot = _figure(3, 4.8, 3.3, -(-len(largest) // 3))
+    figure, panels = _figure(3, 4.8, 3.3, -(-len(largest) // 3))
     for panel, (op, rows) in zip(panels, largest.items(), strict=False):
         mine = _thick(r.provider for r in rows)
         colours = [OURS if r.provider in mine else OTHER for r in rows]
@@ -170,7 +164,7 @@ def memory(found: Results, path: Path) -> Path | None:
         panel.grid(visible=False, axis="y", which="both")
     for panel in panels[len(largest) :]:
         panel.set_visible(False)
-    return _save(figure, pyplot, path)
+    return _save(figure, path)
 
 
 def ratios(found: Results, path: Path) -> Path | None:
@@ -183,7 +177,7 @@ def ratios(found: Results, path: Path) -> Path | None:
             shown.append((f"{op}  {shape}", other.p50 / ours.p50, other.provider))
     if not shown:
         return None
-    figure, (panel,), pyplot = _figure(1, 11, max(3.0, 0.3 * len(shown) + 1))
+    figure, (panel,) = _figure(1, 11, max(3.0, 0.3 * len(shown) + 1))
     shown.reverse()
     values = [ratio for _, ratio, _ in shown]
     panel.barh(range(len(shown)), [r - 1 for r in values], left=1, color=[OURS if r >= 1 else OTHER for r in values])
@@ -195,7 +189,7 @@ def ratios(found: Results, path: Path) -> Path | None:
     panel.set_xlabel("time of the fastest other ÷ time of ours (right of 1: ours is faster)")
     panel.margins(y=0.02)
     panel.grid(visible=False, axis="y", which="both")
-    return _save(figure, pyplot, path)
+    return _save(figure, path)
 
 
 PICTURES: dict[str, Callable[[Results, Path], Path | None]] = {

@@ -71,8 +71,12 @@ def _limits_kept(tokenizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+        backend.no_truncation()
+        backend.no_padding()
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def _tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None, whole_word: bool, num_proc: int | None) -> Dataset:
