@@ -4,7 +4,8 @@
     nn.Dropout   the op `dropout`: threads draw in parallel, and no mask is kept
     nn.Embedding, where its weight is the LM head's too: its rows are added to the head's gradient, in place
 
-On a GPU or under torch.compile each is what it was; `Linear` in 16 bits and under autocast too.
+On a GPU or under torch.compile each is what it was; `Linear` in 16 bits and under autocast, `Dropout` in torch.func's
+transforms, forward mode and tracing, too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
-from ._library import no_second_derivative
+from ._library import is_traced, no_second_derivative
 from .backends import instead
 from .ops._linear import linear
 
@@ -36,11 +38,13 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and input.dim() > 0
-        drops = drops and not torch.compiler.is_compiling()
+        # A transform can read no seed, and the op has no forward mode: its derivative would be lost.
+        drops = drops and not is_traced() and torch._C._functorch.maybe_current_level() is None
+        drops = drops and unpack_dual(input).tangent is None
         own = instead("dropout", input.device) if drops else None
         if own is None:
             return super().forward(input)
-        out: Tensor = own(input, self.p, int(torch.randint(2**62, ())))
+        out: Tensor = own(input, self.p, int(torch.randint(2**62, (), device="cpu")))
         return out
 
 
@@ -122,4 +126,5 @@ def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:
     fast: dict[type, type] = {nn.Linear: Linear, nn.Dropout: Dropout}
     for module in model.modules():
         tied = type(module) is nn.Embedding and module.weight is head
+        tied = tied and module.max_norm is None and not module.scale_grad_by_freq  # not with a gradient of rows
         module.__class__ = TiedEmbedding if tied else fast.get(type(module), type(module))

@@ -12,6 +12,9 @@ from datasets import Dataset, concatenate_datasets
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_trainer import history, make_trainer, weights
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import SequentialSampler
 
@@ -336,6 +339,30 @@ def test_layers_take_what_torch_takes():
     one = torch.nn.Sequential(torch.nn.Dropout(0.5))
     use_fast_layers(one)
     assert one(torch.ones(())).item() in (0.0, 2.0)
+
+
+def test_dropout_is_torchs_where_a_seed_cannot_be_read_or_a_derivative_would_be_lost():
+    layer, rows = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5)), torch.randn(3, 4)
+    use_fast_layers(layer)
+    forward = torch.func.jvp(layer, (rows,), (torch.ones(3, 4),))[1]
+    assert 0.2 < (forward != 0).float().mean() < 0.8
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(layer(forward_ad.make_dual(rows, rows))).tangent.count_nonzero() > 0
+    one_by_one = torch.func.vmap(layer, randomness="different")(torch.ones(2, 3, 4))
+    assert ((one_by_one[0] == 0) != (one_by_one[1] == 0)).any()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.ones(3, 4)).shape == (3, 64)
+    graph = make_fx(layer)(rows)
+    assert not torch.equal(graph(rows), graph(rows))  # no seed became a constant
+    with torch.device("meta"):
+        assert layer(rows).count_nonzero() > 0
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_embeddings_whose_gradient_is_not_one_of_rows_stay(options):
+    tied = torch.nn.Embedding(5, 3, **options)
+    use_fast_layers(torch.nn.Sequential(tied), tied.weight)
+    assert type(tied) is torch.nn.Embedding
 
 
 @pytest.mark.skipif(("dropout", "CPU") not in native_kernels, reason="no compiled kernels")

@@ -1,7 +1,7 @@
 // Token-level scores, CPU: one product, then each row scaled and masked in place by token_scores (token_contrastive_kernel.cpp).
 //
 // Memory: the product is written into the output, N·M numbers, which are read and written once more; 4 bytes per key beside them.
-// Accumulation: float32 (float64 for float64). Determinism: a score depends on its row and its key alone.
+// Accumulation: float32 (float64 for float64). Determinism: what torch's product does is its own.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
