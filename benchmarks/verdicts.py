@@ -83,8 +83,8 @@ def page(found: Results) -> str:
         wins = sum(r > EVEN for r in ratios)
         parts += [
             f"## {op.name}",
-            f"{op.summary[0].upper()}{op.summary[1:]}. Ours wins {wins} of {len(rows)} sizes: {min(ratios):.2f} × to "
-            f"{max(ratios):.2f} ×, geometric mean {geometric_mean(ratios):.2f} ×.",
+            f"{op.summary[0].upper()}{op.summary[1:]}. Ours wins {wins} of {len(rows)} sizes; over all of them it is "
+            f"{min(ratios):.2f} to {max(ratios):.2f} times as fast, geometric mean {geometric_mean(ratios):.2f} ×.",
             "| size | ours | other | verdict | what limits ours |\n|---|---|---|---|---|\n"
             + "\n".join(
                 f"| {shape} | {run.seconds(ours.p50)} {ours.provider} | {run.seconds(other.p50)} {other.provider} | "

@@ -70,7 +70,7 @@ OPS = (
             Provider("naive", partial(_steps, "naive")),
         ),
         partial(_steps, "ours"),
-        "the encoder's matrix products, which all three share",
+        "matrix products, which all three share, and in 16 bits as much the passes between them",
         cpu_only="this benchmark steps on the CPU",
     ),
 )  # fmt: skip
