@@ -18,8 +18,8 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from cmlm_fast import checkpoints
 from cmlm_fast.callbacks import MetricsFile, StopOnSignal, TrainingTime
-from cmlm_fast.errors import Stopped
-from cmlm_fast.output import check_output, finished_run, open_output, staged, what_is_kept
+from cmlm_fast.errors import DiskError, Stopped
+from cmlm_fast.output import REPORTS, SUMMARY, check_output, finished_run, open_output, staged, what_is_kept
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +211,24 @@ def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_mode
     assert left == {"settings.json", "metrics.jsonl", "model.safetensors", *own}
     assert (tmp_path / "1_raw_data" / "inside").read_text() == "old"
     assert (tmp_path / "model.safetensors").read_text() == "new"
+
+
+def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_folder(tmp_path):
+    for name in ("settings.json", "metrics.jsonl", SUMMARY):
+        (tmp_path / name).write_text('{"token_weight": 0.3}')
+    (tmp_path / REPORTS).mkdir()
+    with pytest.raises(ValueError, match="new or empty"):  # a finished run
+        check_output(tmp_path, overwrite=False, resume=False)
+    with open_output(tmp_path, 1, fresh=False):
+        assert (tmp_path / SUMMARY).exists()
+    with open_output(tmp_path, 1, fresh=True):
+        assert {path.name for path in tmp_path.iterdir()} == {REPORTS}
+    (tmp_path / "settings.json").write_text('{"token_weight": 0.3}')
+    assert check_output(tmp_path, overwrite=False, resume=False) is None  # one that was only begun, with its reports
+    new = tmp_path / "a" / "b"
+    with pytest.raises(DiskError, match=r"room for 1000000000000 MB"), open_output(new, 10**18, fresh=True):
+        pass
+    assert not new.parent.exists()
 
 
 def test_a_folder_is_of_one_run_at_a_time(tmp_path, monkeypatch):

@@ -37,6 +37,21 @@ def test_fine_tuning_learns_what_can_be_learned_and_repeats_itself(tiny_checkpoi
     assert again[:2] == score[:2]
 
 
+def test_fine_tuning_is_by_the_settings_that_are_given(tiny_checkpoint, monkeypatch):
+    seen, begin = [], ContrastTrainer.__init__
+
+    def noted(self, contrast, model, arguments, **others):
+        seen.append(arguments)
+        begin(self, contrast, model, arguments, **others)
+
+    monkeypatch.setattr(ContrastTrainer, "__init__", noted)
+    given = {"epochs": 3.0, "learning_rate": 3e-4, "batch_size": 5, "seed": 7, "bf16": True}
+    fine_tune(tiny_checkpoint, ["a", "b"], [0, 1], ["a"], [0], **given)
+    names = ("num_train_epochs", "learning_rate", "per_device_train_batch_size", "seed", "bf16")
+    assert [getattr(seen[0], name) for name in names] == list(given.values())
+    assert (seen[0].warmup_steps, seen[0].train_sampling_strategy) == (0, "group_by_length")
+
+
 def with_settings(checkpoint, file, **settings):
     path = Path(checkpoint) / file
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))

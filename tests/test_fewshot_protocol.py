@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from test_fewshot import with_settings
 from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
 
-from cmlm_fast import CMLMModel
+from cmlm_fast import CMLMConfig, CMLMModel
+from cmlm_fast.backends import chosen
 from cmlm_fast.data import CMLMDataCollator
 from cmlm_fast.demo_assets import demo_model_path
 from cmlm_fast.fewshot import draw, grid, post_training, starting
@@ -46,6 +49,37 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
     names = ("seed", "warmup_steps", "learning_rate", "per_device_train_batch_size", "bf16", "max_steps")
     rest = (0.3, 1e-4, 9, True, math.ceil(0.1 * math.ceil(len(checked.texts) / 9)))
     assert [tuple(options[name] for name in names) for options in trained] == [(7, *rest), (8, *rest)]
+
+
+def test_a_cell_holds_what_was_scored_and_done(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
+    said, backends = [], []
+    score = FewShotScore(0.75, 0.5, 3.0)
+    monkeypatch.setattr(grid, "fine_tune", lambda *args, **options: backends.append(chosen()) or score)
+    made = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "tapt"), shots=(2,), draws=1, seed=7,
+                      backend="reference", baseline="tapt", keep_models=True, cache_dir=str(tmp_path / "models"))  # fmt: skip
+    ft, tapt = made.run(said.append)
+    for cell in (ft, tapt):
+        assert (cell["accuracy"], cell["macro_f1"], cell["fine_tune_seconds"]) == score
+        assert (cell["setup"]["seed"], cell["setup"]["max_length"]) == (7, 32)
+    assert "texts, 2 a class, draw 0, tapt: accuracy 0.7500, macro-F1 0.5000, 3 s" in said
+    assert backends == ["reference"] * 2 and chosen() is None
+    assert "schedule" in tapt and "schedule" not in ft and not (tmp_path / "out" / "models").exists()
+    (kept,) = (folder for folder in (tmp_path / "models").iterdir() if not folder.name.startswith("start-"))
+    done = json.loads((kept / post_training.FACTS).read_text())
+    assert (tapt["post_train_seconds"], tapt["steps"], tapt["encoder_tokens"]) == tuple(
+        done[name] for name in ("seconds", "steps", "encoder_tokens"))  # fmt: skip
+    assert 0 < done["seconds"] < 60 and done["encoder_tokens"] > 100 * done["steps"] > 0
+    assert "against tapt" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_an_ablation_changes_what_it_says_and_nothing_else():
+    changes = {"no-token": {"token_weight": 0.0}, "no-sequence": {"sequence_weight": 0.0}, "no-mlm": {"mlm_weight": 0.0},
+               "independent": {"complementary": False}, "bernoulli": {"sampling": "bernoulli"}, "whole-word": {}}  # fmt: skip
+    for name, change in changes.items():
+        method = METHODS[f"cmlm-{name}"]
+        assert method.objective == replace(CMLMConfig.from_preset("balanced"), **change)
+        assert (method.whole_word, method.second, method.contrast) == (name == "whole-word", "masked", None)
+    assert METHODS["scl"].contrast.weight == 0.9  # of the paper
 
 
 @pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])

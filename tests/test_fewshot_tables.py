@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cmlm_fast.fewshot import picture
 from cmlm_fast.fewshot.cells import append_cell, read_cells
 from cmlm_fast.fewshot.tables import interval, markdown, rows_of, tables_of, write_tables
 
@@ -53,6 +54,33 @@ def test_a_method_without_a_draw_that_all_conditions_have_is_in_no_mean_over_all
     rows = rows_of([*cells, made_up(0.6, "cmlm", 0), made_up(0.7, "cmlm", 1, "b")])
     assert [(row.method, row.accuracy) for row in rows if row.dataset == "all"] == [("ft", 0.5)]
     assert "nan" not in markdown(rows, "ft")
+
+
+def test_the_picture_draws_points_in_percent_with_their_intervals(tmp_path, monkeypatch):
+    figures, new = [], picture.new_figure
+    monkeypatch.setattr(picture, "new_figure", lambda *args, **options: figures.append(new(*args, **options)) or figures[-1])
+    scores = {"ft": (0.5, 0.6, 0.7), "tapt": (0.54, 0.63, 0.75), "cmlm": (0.4, 0.5, 0.6)}
+    rows = rows_of([made_up(score, name, d) for name, three in scores.items() for d, score in enumerate(three)], "ft")
+    picture.plot_differences(rows, "ft", tmp_path / "out.png")
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["tapt", "cmlm"]
+    for place, (points, (low, high)) in enumerate(zip((4.0, -10.0), ((1.52, 6.48), (-10.0, -10.0)), strict=True)):
+        point, _, (bar,) = axes.containers[place]
+        assert point.get_xdata()[0] == pytest.approx(points) and point.get_ydata()[0] == place
+        assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([low, high], abs=0.01)
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_earlier_one_and_no_draft(tmp_path, monkeypatch):
+    def half(rows, baseline, path, with_setup):
+        path.write_text("half")
+        raise OSError("no space")
+
+    (tmp_path / "results.png").write_text("earlier")
+    monkeypatch.setattr(picture, "plot_differences", half)
+    with pytest.raises(OSError, match="no space"):
+        write_tables(tmp_path, [made_up(0.5, "ft", 0)], "ft")
+    assert {path.name for path in tmp_path.iterdir()} == {"results.md", "results.csv", "results.png"}
+    assert (tmp_path / "results.png").read_text() == "earlier"
 
 
 def test_a_baseline_that_was_not_run_is_told(tmp_path, caplog):
