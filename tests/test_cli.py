@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -24,7 +25,7 @@ from typer.testing import CliRunner
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, report, use_backend
 from cmlm_fast.backends import chosen
-from cmlm_fast.callbacks import StopOnSignal
+from cmlm_fast.callbacks import QuietProgress, StopOnSignal
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
 from cmlm_fast.errors import DiskError, Stopped
@@ -426,6 +427,25 @@ def test_a_fingerprint_of_tokens_says_where_a_sequence_ends():
 def test_brackets_in_a_folder_s_name_are_no_markup(capsys):
     report.print_table(Console(width=100), "Run", {"written to": "out/run[bold]/x[/y]:smile:"})
     assert "out/run[bold]/x[/y]:smile:" in capsys.readouterr().out
+
+
+def test_the_tables_of_a_run_name_each_number(capsys):
+    summary = {"texts": {"rows": 10, "empty": 1, "duplicates": 2}, "sequences": {"train": 6, "held_out": 3}, "steps": 4,
+               "train_seconds": 5.5, "options": {"output_dir": "out"},
+               "held_out_before_after": {"token_retrieval": (0.25, 0.75)}}  # fmt: skip
+    report.print_summary(summary)
+    lines = [" ".join(re.findall(r"[\w.]+", line)) for line in capsys.readouterr().out.splitlines()]
+    facts = ("texts read 10", "empty 1", "duplicates 2", "sequences trained on 6", "sequences held out 3", "optimizer steps 4",
+             "seconds 5.5", "written to out", "before after", "token retrieval 0.25 0.75")  # fmt: skip
+    assert [line for line in lines if line in facts] == list(facts)
+
+
+def test_the_bar_shows_the_newest_loss_and_its_parts():
+    progress, shown = QuietProgress(), []
+    progress.training_bar = SimpleNamespace(set_postfix=shown.append)
+    progress.on_log(None, None, None, {"loss": 1.5, "mlm": 1.0, "token": 0.25, "learning_rate": 9.0})
+    progress.on_log(None, None, None, {"eval_loss": 3.0})
+    assert shown == [{"loss": "1.500", "mlm": "1.000", "token": "0.250"}]
 
 
 def test_the_demo_draws_before_it_trains_or_writes(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_trainer import make_trainer
 
 from cmlm_fast import CMLMConfig, complementary_mask, info_nce
 from cmlm_fast.data import mask_settings, tokenize_texts
+from cmlm_fast.measures import Sums
 from cmlm_fast.ops._philox import position_shift
 
 
@@ -104,6 +106,14 @@ def test_every_measure_is_the_one_written_out(rows, tiny_rows, tiny_tokenizer, t
                 "sequence_retrieval": retrieved, "alignment": (z1 - z2).square().sum(1).mean().item(),
                 "uniformity_kernel": torch.exp(-2 * torch.pdist(z1).square()).mean().item()}  # fmt: skip
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
+def test_uniformity_is_the_logarithm_of_the_mean_kernel():
+    sums = Sums()
+    for kernel, pairs in ((0.5, 2.0), (0.7, 4.0)):
+        sums.add({"uniformity_kernel": torch.tensor([kernel, pairs])})
+    found = sums.read(lambda total: total, torch.device("cpu"))
+    assert found == {"uniformity": pytest.approx(math.log(1.2 / 6))} and sums.values == {}
 
 
 def test_sequence_retrieval_looks_among_the_second_views(tiny_rows, tiny_tokenizer, tmp_path):
