@@ -440,6 +440,23 @@ def test_the_tables_of_a_run_name_each_number(capsys):
     assert [line for line in lines if line in facts] == list(facts)
 
 
+def test_the_demo_does_as_it_is_told_and_its_picture_shows_before_and_after(tmp_path, monkeypatch):
+    told, figures, new = [], [], report.new_figure
+    monkeypatch.setattr("cmlm_fast.demo.run_demo", lambda folder, **options: told.append((folder, options)))
+    assert cli("demo", "--steps", 7, "--draws", 2, "--shots", 3, "--output-dir", tmp_path).exit_code == 0
+    assert told == [(tmp_path, {"steps": 7, "draws": 2, "shots": 3})]
+    monkeypatch.setattr(report, "new_figure", lambda *a, **o: figures.append(new(*a, **o)) or figures[-1])
+    scores = {"perplexity": [30.0, 10.0], "token_retrieval": [0.1, 0.2], "sequence_retrieval": [0.3, 0.4]}
+    accuracy = {"as it came": [0.5], "post-trained": [0.75]}
+    result = {"held_out_before_after": scores, "shots": 2, "few_shot": {"accuracy": accuracy}}
+    report.plot_demo({"steps": 2, "train_seconds": 1.0}, result, tmp_path / "demo.png")
+    *bars, last = figures[0].axes
+    assert [[bar.get_height() for bar in axes.patches] for axes in bars] == list(scores.values())
+    assert [list(line.get_ydata()) for line in last.get_lines()] == [[0.5, 0.75]]
+    report.plot_curves([{"step": 1, "token_retrieval": 0.0}, {"step": 2, "token_retrieval": 0.5}], tmp_path / "curves.png")
+    assert [list(line.get_ydata()) for axes in figures[1].axes for line in axes.get_lines()] == [[0.0, 0.5]]
+
+
 def test_the_bar_shows_the_newest_loss_and_its_parts():
     progress, shown = QuietProgress(), []
     progress.training_bar = SimpleNamespace(set_postfix=shown.append)

@@ -213,6 +213,14 @@ def test_an_output_folder_takes_what_was_begun_and_keeps_nothing_of_another_mode
     assert (tmp_path / "model.safetensors").read_text() == "new"
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_step():
+    with StopOnSignal() as stop:
+        stop.on_train_begin(SimpleNamespace(world_size=1), None, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_folder(tmp_path):
     for name in ("settings.json", "metrics.jsonl", SUMMARY):
         (tmp_path / name).write_text('{"token_weight": 0.3}')

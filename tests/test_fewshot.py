@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_lm
 
 from cmlm_fast.demo import run_demo
 from cmlm_fast.demo_assets import demo_texts
@@ -35,6 +36,14 @@ def test_fine_tuning_learns_what_can_be_learned_and_repeats_itself(tiny_checkpoi
     assert score.accuracy > 0.9 and score.macro_f1 > 0.9 and score.seconds > 0
     again = fine_tune(tiny_checkpoint, texts[:60], labels[:60], texts[60:], labels[60:], **options)
     assert again[:2] == score[:2]
+
+
+def test_pairs_go_to_an_encoder_of_one_type_of_token(tiny_tokenizer, sentences, tmp_path):
+    make_lm(type_vocab_size=1).save_pretrained(tmp_path)
+    tiny_tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tiny_tokenizer.save_pretrained(tmp_path)
+    pairs = list(zip(sentences[:6], sentences[6:12], strict=True))
+    assert 0 <= fine_tune(tmp_path, pairs[:4], [0, 1, 0, 1], pairs[4:], [0, 1], epochs=1).accuracy <= 1
 
 
 def test_fine_tuning_is_by_the_settings_that_are_given(tiny_checkpoint, monkeypatch):

@@ -400,7 +400,10 @@ def test_warm_head_trains_the_head_and_the_encoder_only_if_told(encoder, tiny_ch
     result = cli("warm-head", "--model", tiny_checkpoint, "--train-file", sentence_file, "--output-dir", out, "--max-steps",
                  "30", "--no-bf16", *more)  # fmt: skip
     assert result.exit_code == 0, (result.output, result.exception)
-    before, after = json.loads((Path(out) / "summary.json").read_text())["held_out_before_after"]["perplexity"]
+    summary = json.loads((out / "summary.json").read_text())
+    objective = summary["options"]["objective"]
+    assert (objective["mlm_weight"], objective["token_weight"], objective["sequence_weight"]) == (1.0, 0.0, 0.0)
+    before, after = summary["held_out_before_after"]["perplexity"]
     assert after < 0.97 * before and math.isfinite(after)
     old, new = (AutoModelForMaskedLM.from_pretrained(path).state_dict() for path in (tiny_checkpoint, out))
     same = {name for name in old if torch.equal(old[name], new[name])}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_lm, make_tokenizer
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from test_fewshot import with_settings
 from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
@@ -20,8 +20,9 @@ from cmlm_fast.backends import chosen
 from cmlm_fast.data import CMLMDataCollator
 from cmlm_fast.demo_assets import demo_model_path
 from cmlm_fast.fewshot import draw, grid, post_training, starting
+from cmlm_fast.fewshot.cells import read_cells
 from cmlm_fast.fewshot.finetune import FewShotScore
-from cmlm_fast.fewshot.methods import METHODS, find_method
+from cmlm_fast.fewshot.methods import METHODS, Contrast, find_method
 from cmlm_fast.fewshot.tables import rows_of
 from cmlm_fast.fewshot.task import hold_out
 from cmlm_fast.masking import Masker
@@ -72,14 +73,81 @@ def test_a_cell_holds_what_was_scored_and_done(tiny_checkpoint, files, tmp_path,
     assert "against tapt" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_an_ablation_changes_what_it_says_and_nothing_else():
-    changes = {"no-token": {"token_weight": 0.0}, "no-sequence": {"sequence_weight": 0.0}, "no-mlm": {"mlm_weight": 0.0},
-               "independent": {"complementary": False}, "bernoulli": {"sampling": "bernoulli"}, "whole-word": {}}  # fmt: skip
-    for name, change in changes.items():
-        method = METHODS[f"cmlm-{name}"]
-        assert method.objective == replace(CMLMConfig.from_preset("balanced"), **change)
-        assert (method.whole_word, method.second, method.contrast) == (name == "whole-word", "masked", None)
-    assert METHODS["scl"].contrast.weight == 0.9  # of the paper
+def test_methods_are_what_they_are_called():
+    objectives = {"ft": None, "scl": None, "tapt": CMLMConfig.from_preset("tapt"), "cmlm": CMLMConfig.from_preset("balanced"),
+                  "cmlm-paper": CMLMConfig.from_preset("paper"), "cmlm-no-token": CMLMConfig(token_weight=0.0),
+                  "cmlm-no-sequence": CMLMConfig(sequence_weight=0.0), "cmlm-no-mlm": CMLMConfig(mlm_weight=0.0),
+                  "cmlm-independent": CMLMConfig(complementary=False), "cmlm-bernoulli": CMLMConfig(sampling="bernoulli"),
+                  "cmlm-whole-word": CMLMConfig(),
+                  **dict.fromkeys(("simcse", "seq-eda", "cssl"), CMLMConfig.from_preset("simcse"))}  # fmt: skip
+    assert {name: method.objective for name, method in METHODS.items()} == objectives
+    assert {name: method.second for name, method in METHODS.items() if method.second != "masked"} == {
+        "seq-eda": "eda", "cssl": "paraphrase"}  # fmt: skip
+    assert [name for name, method in METHODS.items() if method.whole_word] == ["cmlm-whole-word"]
+    assert METHODS["scl"].contrast == Contrast(weight=0.9, temperature=0.3)  # of the paper
+
+
+def test_fine_tuning_alone_is_one_method_under_every_schedule(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(grid, "fine_tune", lambda *args, **options: FewShotScore(0.5, 0.5, 1.0))
+    for steps in (1, 2):
+        experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "tapt"), shots=(2,), draws=1, max_steps=steps).run()
+    rows = rows_of(read_cells(tmp_path / "out" / "cells.jsonl"))
+    assert [row.method.partition(" #")[0] for row in rows] == ["ft", "tapt", "tapt"] and rows[0].method == "ft"
+    assert [row.compared for row in rows] == [0, 1, 1]
+
+
+def test_each_setting_of_the_fine_tuning_is_another_setup(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    changes = ({}, {"seed": 1}, {"max_length": 30}, {"bf16": True}, {"fine_tune_epochs": 3.0})
+    setups = [experiment(tiny_checkpoint, files, tmp_path / "out", **change).check().setup for change in changes]
+    assert len({json.dumps(setup, sort_keys=True) for setup in setups}) == len(changes)
+
+
+def test_a_model_made_by_an_interrupted_run_is_kept_where_the_next_one_keeps_models(tiny_checkpoint, files, tmp_path):  # noqa: F811
+    def stop(line):
+        if "post-trained" in line:
+            raise KeyboardInterrupt
+
+    options = {"methods": ("tapt",), "shots": (2,), "draws": 1}
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tiny_checkpoint, files, tmp_path / "out", **options).run(stop)
+    experiment(tiny_checkpoint, files, tmp_path / "out", keep_models=True, **options).run()
+    assert len(list((tmp_path / "out" / "models").iterdir())) == 2
+
+
+def test_each_side_is_its_own_split_and_a_task_has_a_name(tiny_checkpoint, sentences, files, tmp_path):  # noqa: F811
+    def part(texts):
+        return Dataset.from_dict({"text": texts, "label": ["ab"[i % 2] for i in range(len(texts))]})
+
+    both = str(tmp_path / "both")
+    DatasetDict(train=part(sentences[:30]), test=part(sentences[30:50])).save_to_disk(both)
+    task = experiment(tiny_checkpoint, {"train": both, "test": both}, tmp_path / "out", shots=(2,)).check().task
+    assert task.texts == sentences[:30] and task.test_texts == sentences[30:50]
+    other = shutil.copy(files["train"], tmp_path / "trec.tsv")
+    for train, name in ((files["train"], tmp_path.name), (str(other), "trec")):
+        made = replace(experiment(tiny_checkpoint, {**files, "train": train}, tmp_path / "out"), name=None)
+        assert made.check().name == name
+
+
+def test_a_start_hangs_on_the_seed_of_its_head_and_the_side_of_truncation(tiny_tokenizer, files, tmp_path):  # noqa: F811
+    encoder = tmp_path / "encoder"
+    make_lm().base_model.save_pretrained(encoder)
+    tiny_tokenizer.save_pretrained(encoder)
+
+    def start(seed):
+        return experiment(str(encoder), files, tmp_path / "out", seed=seed).check().start.id
+
+    before = start(1)
+    assert before == start(1) != start(2)
+    with_settings(encoder, "tokenizer_config.json", truncation_side="left")
+    assert start(1) != before
+
+
+def test_second_texts_are_cut_and_changed_as_much_as_is_said(sentences, tiny_tokenizer):
+    rows = Dataset.from_dict({"text": sentences[:4], "paraphrase": [" ".join(sentences)] * 4})
+    texts = post_training.UnlabelledTexts(rows, tiny_tokenizer, max_length=32)
+    assert {len(ids) for ids in texts.paraphrases["partner_input_ids"]} == {32}
+    eda = post_training._partner(METHODS["seq-eda"], texts, CMLMModel(make_lm()), 0)
+    assert (eda.share, eda.max_length) == (0.1, 32)
 
 
 @pytest.mark.parametrize("settings", [{"return_dict": False}, {"output_hidden_states": True}, {"output_attentions": True}])

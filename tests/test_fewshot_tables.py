@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from cmlm_fast.cli import app
 from cmlm_fast.fewshot import picture
 from cmlm_fast.fewshot.cells import append_cell, read_cells
 from cmlm_fast.fewshot.tables import interval, markdown, rows_of, tables_of, write_tables
@@ -68,6 +70,15 @@ def test_the_picture_draws_points_in_percent_with_their_intervals(tmp_path, monk
         point, _, (bar,) = axes.containers[place]
         assert point.get_xdata()[0] == pytest.approx(points) and point.get_ydata()[0] == place
         assert bar.get_segments()[0][:, 0].tolist() == pytest.approx([low, high], abs=0.01)
+
+
+def test_no_difference_is_no_star_and_the_printed_table_names_the_baseline(tmp_path):
+    cells = [made_up(0.5, name, d, data) for name in ("ft", "tapt") for d in range(3) for data in "ab"]
+    assert "\\*" not in markdown(rows_of(cells), "ft")
+    for number, one in enumerate(cells):
+        append_cell(tmp_path / "cells.jsonl", {"key": str(number), **one})
+    printed = CliRunner().invoke(app, ["few-shot-table", str(tmp_path), "--baseline", "tapt"]).output
+    assert "against tapt" in printed and printed.rstrip() in (tmp_path / "results.md").read_text()
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_the_earlier_one_and_no_draft(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from sweep import EVERY, FEW, GRADIENTS, cases, sample
@@ -51,10 +53,19 @@ SCORES = [case for case in cases((torch.float32, torch.bfloat16, torch.float16),
           if case.values[0] in ("token_similarity", "info_nce")]  # fmt: skip
 
 
+@cache
+def reaches_the_row_before(dtype):
+    """Whether NaN in one row makes another row of torch's own product NaN: oneDNN's with AMX, where the depth is odd."""
+    rows = torch.ones(130, 33, dtype=dtype)
+    rows[65, 0] = float("nan")
+    return (rows @ torch.ones(257, 33, dtype=dtype).T)[:65].isnan().any().item()
+
+
 @pytest.mark.parametrize(EVERY, SCORES)
 def test_what_is_no_number_stays_none(name, suffix, device, dtype, label):
     args = sample(name, dtype, device, label)
     rows = args[0].clone()
     rows[len(rows) // 2 :][:1, 0] = float("nan")
     got, expected = (value_and_gradients(op(name, kind), name, (rows, *args[1:])) for kind in (suffix, "_reference"))
-    assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(got[:3], expected[:3], strict=True))
+    for ours, none in zip((x.isnan() for x in got[:3]), (x.isnan() for x in expected[:3]), strict=True):
+        assert torch.equal(ours | none, ours) if reaches_the_row_before(dtype) else torch.equal(ours, none)
