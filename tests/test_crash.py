@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -221,7 +222,10 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_folder(tmp_path):
+def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_folder(tmp_path, monkeypatch):
+    def full(file, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     for name in ("settings.json", "metrics.jsonl", SUMMARY):
         (tmp_path / name).write_text('{"token_weight": 0.3}')
     (tmp_path / REPORTS).mkdir()
@@ -233,8 +237,9 @@ def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_fol
         assert {path.name for path in tmp_path.iterdir()} == {REPORTS}
     (tmp_path / "settings.json").write_text('{"token_weight": 0.3}')
     assert check_output(tmp_path, overwrite=False, resume=False) is None  # one that was only begun, with its reports
+    monkeypatch.setattr("cmlm_fast.output._fill", full)
     new = tmp_path / "a" / "b"
-    with pytest.raises(DiskError, match=r"room for 1000000000000 MB"), open_output(new, 10**18, fresh=True):
+    with pytest.raises(DiskError, match="room for 3 MB, got No space"), open_output(new, 3_000_000, fresh=True):
         pass
     assert not new.parent.exists()
 
