@@ -39,7 +39,8 @@ def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduct
     args = (rows(b, d, dtype, seed), rows(b, d, dtype, seed + 1), torch.tensor(tau, dtype=loss_dtype(dtype)), labels,
             "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, reduction, True, True)  # fmt: skip
     # At τ = 0.01 scores are 100 times as large as what they are rounded to: 8 draws found too low a floor for 1 input in 300.
-    times = 3.0 if backend == "triton" else 2.0  # interpreted, its sums are NumPy's, whose order is the machine's
+    # Where every pair is a positive the gradient by τ cancels; eager errs there by 1.09e-6 with AVX2 and 0.87e-6 with AVX-512.
+    times = 3.0 if backend == "triton" and kind == "labels" and classes == 1 else 2.0
     assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args, nudges=32, times=times)
 
 
