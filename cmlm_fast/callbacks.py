@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .checkpoints import step_of
+from .checkpoints import replacing, step_of
 from .errors import Stopped
 
 
@@ -85,9 +85,8 @@ class MetricsFile(TrainerCallback):
                     kept.append(_line(entry))
                 if "train_runtime" in entry:  # a training's last line, before the scores after it
                     ended = entry["step"]
-            new = path.with_name(".saving-metrics")
-            new.write_text("".join(kept), encoding="utf-8")
-            os.replace(new, path)
+            with replacing(path) as draft:
+                draft.write_text("".join(kept), encoding="utf-8")
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines, also those of before a resume."""

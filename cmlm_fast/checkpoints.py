@@ -10,6 +10,7 @@ hidden rubbish; and what a disk damaged later is noticed before it is used.
     newest_whole(folder)         the newest checkpoint-N without damage
     rotate(folder, limit)        all but the newest `limit` go
     in_use(folder)               a lock that others see
+    replacing(path)              the same for one file: whole or as it was
 
 Which is newer is a number in the manifest, not N: a run that began anew in a folder of another is behind that at first.
 """
@@ -93,6 +94,18 @@ def discard(folder: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(folder, hidden)
         shutil.rmtree(hidden)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden path to write to, which takes the place of `path` when the block ends without an error. Each process has its
+    own, so that several may write the same file."""
+    draft = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager

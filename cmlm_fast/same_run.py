@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checkpoints import replacing
 from .config import CMLMConfig
 from .options import PostTrainOptions
-from .output import STAGING
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,9 +30,8 @@ _CONTENTS = ("model", "train_file", "held-out texts")  # whose values are finger
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a run that begins, whole or not at all."""
-    new = folder / f"{STAGING}settings"
-    new.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, folder / _NAME)
+    with replacing(folder / _NAME) as draft:
+        draft.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:

