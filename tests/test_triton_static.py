@@ -27,6 +27,8 @@ INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen
                "gfx942": "v_mfma"}
 #: Of these calls, which between them launch every kernel.
 SOME = r"bfloat16 D=768 scope|B=64 D=768 cross|similarity|_mask .* L=128|softmax|attention.* bfloat16"
+#: What Triton before 3.8 makes of the smallest info_nce for Blackwell: 32 rows at most, too few for its tensor memory.
+OLD_BLACKWELL = ("sm_100", "info_nce_small") if triton.__version__ < "3.8" else ()
 MATRIX_KERNELS = ("statistics", "weights", "products", "scores", "info_nce_small")
 
 
@@ -54,21 +56,26 @@ def compiled(tmp_path_factory):
     return tables
 
 
+def kernel_of(name):
+    return name.split(": ")[1].removesuffix(" again")
+
+
 def test_what_is_compiled_each_time_holds_every_kernel():
-    kernels = [(name, name.split(": ")[1].removesuffix(" again")) for name in committed()["chips"]["sm_90"]]
+    kernels = [(name, kernel_of(name)) for name in committed()["chips"]["sm_90"]]
     assert {kernel for name, kernel in kernels if re.search(SOME, name)} == {kernel for _, kernel in kernels}
 
 
 @pytest.mark.parametrize("chip", NVIDIA)
 def test_no_kernel_spills_and_each_fits(compiled, chip):
     for name, row in compiled[chip].items():
-        assert row["spills"] == 0, name
+        allowed = 2 if (chip, kernel_of(name)) == OLD_BLACKWELL else 0  # instructions: one register
+        assert row["spills"] <= allowed, name
         assert row["shared"] + 1024 <= LIMITS[chip]["shared"] and row["blocks"] >= 1, name
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_matrix_units_do_the_products(compiled, chip):
-    rows = {name: row for name, row in compiled[chip].items() if name.split(": ")[1] in MATRIX_KERNELS}
+    rows = {name: row for name, row in compiled[chip].items() if kernel_of(name) in MATRIX_KERNELS}
     assert len(rows) >= 10
     for name, row in rows.items():
         if "float32" in name:
@@ -76,14 +83,14 @@ def test_matrix_units_do_the_products(compiled, chip):
         elif "float64" in name:
             expected = ["mma.sync"] if chip != "sm_120" else []  # whose float64 units are few
         else:
-            expected = [INSTRUCTION[chip]]
+            expected = ["mma.sync" if (chip, kernel_of(name)) == OLD_BLACKWELL else INSTRUCTION[chip]]
         assert row["matrix"] == expected, name
 
 
 @pytest.mark.parametrize("chip", NVIDIA)
 def test_global_accesses_are_16_bytes_wide(compiled, chip):
     for name, row in compiled[chip].items():
-        kernel = name.split(": ")[1]
+        kernel = kernel_of(name)
         if "D=333" in name or (kernel in ("exact", "bounds", "merge", "finish")):
             continue  # rows at any address, sequences at any place, a few numbers per row
         assert row["loads"] == 16, name
