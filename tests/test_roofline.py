@@ -45,7 +45,8 @@ def test_the_model_counts_the_launches_that_are_made(made):
         for shape in SHAPES:
             counts = next(found)
             for launch in launches(shape, CHIPS[chip]):
-                if launch.kernel == "info_nce_small" and chip == "B200" and triton.__version__ < "3.8":
+                rows = shape.n * (2 if shape.scheme == "nt_xent" else 1)
+                if launch.kernel == "info_nce_small" and rows > 32 and chip == "B200" and triton.__version__ < "3.8":
                     assert launch.kernel not in counts  # that Triton compiles it for fewer rows: kernels/info_nce.py
                     continue
                 assert counts[launch.kernel] == launch.count, (chip, shape.name, launch.kernel)
