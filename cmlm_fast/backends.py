@@ -75,7 +75,7 @@ def _from_environment() -> str | None:
 
 
 #: What `resolve` found before, so that a call costs two look-ups.
-_resolved: dict[tuple[str, str, str | None, torch.dtype | None, int], Any] = {}
+_resolved: dict[tuple[str, torch.device, str | None, torch.dtype | None, int], Any] = {}
 
 
 def _find_changes() -> dict[tuple[str, str, torch.dtype | None], tuple[int, ...]]:
@@ -106,8 +106,7 @@ def available(name: str, device: str | torch.device = "cpu") -> dict[str, str | 
     """
     if name not in contracts:
         raise ValueError(f"cmlm_fast.backends: expected op to be one of {', '.join(sorted(contracts))}, got {name!r}")
-    device_type = torch.device(device).type
-    return {backend: _absence(name, device_type, backend) for backend in BACKENDS}
+    return {backend: _absence(name, torch.device(device), backend) for backend in BACKENDS}
 
 
 @cache
@@ -115,7 +114,7 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _absence(name: str, device_type: str, backend: str) -> str | None:
+def _absence(name: str, on: torch.device, backend: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "triton":
@@ -125,17 +124,17 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
             return "the package triton is not installed"
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
-        if device_type == "cuda":
-            return _other_device("Triton", ("80",))
-        return f"Triton kernels run on GPU tensors, not on {device_type} (or interpreted, with TRITON_INTERPRET=1)"
+        if on.type == "cuda":
+            return _other_device("Triton", ("80",), on)
+        return f"Triton kernels run on GPU tensors, not on {on.type} (or interpreted, with TRITON_INTERPRET=1)"
     device, key, library = _DISPATCH_KEY[backend]
     if library in load_errors:
         return load_errors[library]
-    if device_type != device:
-        return f"{backend} kernels run on {device} tensors, not on {device_type}"
+    if on.type != device:
+        return f"{backend} kernels run on {device} tensors, not on {on.type}"
     if (name, key) not in native_kernels:
         return f"this op has no {backend} kernel"
-    return _other_device("CUDA", _built_for()) if backend == "cuda" else None
+    return _other_device("CUDA", _built_for(), on) if backend == "cuda" else None
 
 
 # For torch.compile, which cannot look into build_info and need not: what torch.compiler.assume_constant_result sets, without
@@ -143,10 +142,10 @@ def _absence(name: str, device_type: str, backend: str) -> str | None:
 _absence._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _other_device(kernels: str, archs: Sequence[str]) -> str | None:
+def _other_device(kernels: str, archs: Sequence[str], on: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return None
-    have = torch.cuda.get_device_capability()
+    have = torch.cuda.get_device_capability(on)  # a machine may have GPUs of several kinds
     if any(runs_on(arch, have) for arch in archs):
         return None
     return f"{kernels} kernels are there for {', '.join(archs)}, not for compute capability {have[0]}.{have[1]}"
@@ -184,7 +183,7 @@ def resolve(
     for least in _changes.get((device.type, name, dtype), ()):  # compiled, sizes are guarded on here alone
         if size >= least:
             band = least
-    key = (name, device.type, choice, dtype, band)
+    key = (name, device, choice, dtype, band)
     if torch.compiler.is_compiling():  # compiled code would be made anew with the first change of what was found
         return _resolve(*key)
     found = _resolved.get(key)
@@ -208,7 +207,7 @@ def instead(name: str, device: torch.device) -> Any:
     _check_name(name, choice)
     if choice == "reference" and device.type != "cpu":
         return None
-    return None if _absence(name, device.type, choice) is not None else op(name, _SUFFIX[choice])
+    return None if _absence(name, device, choice) is not None else op(name, _SUFFIX[choice])
 
 
 def preference(name: str, device_type: str, dtype: torch.dtype | None = None, size: int = 0) -> tuple[str, ...]:
@@ -219,13 +218,13 @@ def preference(name: str, device_type: str, dtype: torch.dtype | None = None, si
     return ("reference",)
 
 
-def _resolve(name: str, device_type: str, asked: str | None, dtype: torch.dtype | None, band: int) -> Any:
+def _resolve(name: str, device: torch.device, asked: str | None, dtype: torch.dtype | None, band: int) -> Any:
     choice = asked
     if choice is None or choice == "auto":
-        order = preference(name, device_type, dtype, band)
-        choice = next(backend for backend in order if _absence(name, device_type, backend) is None)
+        order = preference(name, device.type, dtype, band)
+        choice = next(backend for backend in order if _absence(name, device, backend) is None)
     _check_name(name, choice)
-    reason = _absence(name, device_type, choice)
+    reason = _absence(name, device, choice)
     if reason is not None:
         raise RuntimeError(f"cmlm_fast::{name}: expected backend to be available, got {choice!r}: {reason}")
     return op(name, _SUFFIX[choice])

@@ -73,12 +73,26 @@ def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
     monkeypatch.setattr(backends, "_built_for", lambda: ("80-real", "90a-real", "120"))
     cases = {(7, 5): (False, False), (8, 6): (True, True), (9, 0): (True, True), (11, 0): (False, True), (12, 1): (True, True)}
     for capability, expected in cases.items():
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda have=capability: have)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on, have=capability: have)
         reasons = cmlm_fast.available("info_nce", "cuda")
         assert (reasons["cuda"] is None, reasons["triton"] is None) == expected, capability
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (7, 5))
     reason = "Triton kernels are there for 80, not for compute capability 7.5"
     assert cmlm_fast.available("info_nce", "cuda")["triton"] == reason
+
+
+def test_gpus_of_two_kinds_in_one_machine_are_told_apart(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (7, 5) if on.index == 1 else (9, 0))
+    monkeypatch.setattr(backends, "load_errors", {})
+    monkeypatch.setattr(backends, "native_kernels", {("info_nce", "CUDA")})
+    monkeypatch.setattr(backends, "_built_for", lambda: ("90a-real",))
+    monkeypatch.setattr(backends, "_resolved", {})
+    for _ in range(2):  # found, and remembered
+        names = [str(resolve("info_nce", torch.device("cuda", i))).split(".")[1] for i in (0, 1)]
+        assert names == ["info_nce", "info_nce_reference"]
+    assert [backends.available("info_nce", f"cuda:{i}")["cuda"] is None for i in (0, 1)] == [True, False]
 
 
 @pytest.mark.parametrize("name", contracts)
