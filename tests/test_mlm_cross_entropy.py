@@ -68,6 +68,18 @@ def test_a_slope_is_rounded_once(name, suffix, device, dtype, label):
     torch.testing.assert_close(slopes.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize(EVERY, SMALL)
+def test_logits_at_the_end_of_their_range(name, suffix, device, dtype, label):
+    logits = torch.full((2, 100), torch.finfo(dtype).min, dtype=dtype, device=device)  # as attention masks are filled
+    logits[1, 7] = 0
+    losses, slopes = op(name, suffix)(logits, torch.tensor([3, 7], device=device))
+    expected = F.cross_entropy(logits.double(), torch.tensor([3, 7], device=device), reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    wanted = torch.softmax(logits.double(), 1)
+    wanted[0, 3], wanted[1, 7] = wanted[0, 3] - 1, 0
+    torch.testing.assert_close(slopes.double(), wanted, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
 @pytest.mark.parametrize(EVERY, [case for case in SMALL if case.values[2:4] == ("cpu", torch.float32)])
 @pytest.mark.parametrize("column", [-1, 100])
 def test_the_op_itself_refuses_what_is_no_column(name, suffix, device, dtype, label, column):

@@ -8,6 +8,7 @@ sums   float32 (float64 for float64), in the order of the blocks; deterministic:
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,12 +21,13 @@ _BLOCK = 4096
 
 
 @triton.jit
-def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
     """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is no column."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target + row)
     logits, slopes = logits + row * V, slopes + row * V
-    largest, total = tl.full((), -1e30, ACC), tl.zeros((), ACC)
+    largest, total = tl.full((), LOWEST, ACC), tl.zeros((), ACC)
     for begin in range(0, V, BLOCK):
         at = begin + tl.arange(0, BLOCK)
         x = tl.load(logits + at, mask=at < V, other=float("-inf")).to(ACC)
@@ -54,6 +56,6 @@ def softmax_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     losses, slopes = logits.new_empty(rows, dtype=dtype), logits.new_empty(rows, vocabulary)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(vocabulary))
-        row_loss[(rows,)](logits, target.contiguous(), losses, slopes, vocabulary, IGNORED=IGNORE, BLOCK=block,
-                          ACC=getattr(tl, str(dtype)[6:]), num_warps=8)  # fmt: skip
+        row_loss[(rows,)](logits, target.contiguous(), losses, slopes, vocabulary, IGNORED=IGNORE,
+                          LOWEST=torch.finfo(dtype).min, BLOCK=block, ACC=getattr(tl, str(dtype)[6:]), num_warps=8)  # fmt: skip
     return losses, slopes
