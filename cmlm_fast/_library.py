@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.forward_ad import unpack_dual
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LIBRARY = torch.library.Library("cmlm_fast", "DEF")
@@ -93,6 +94,13 @@ def expect_flag(op: str, argument: str, value: object) -> None:
 def is_traced() -> bool:
     """Whether tensors are traced now, or fake: they hold no values, and what is made of them is of no use to later calls."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+
+
+def is_transformed(*tensors: torch.Tensor | None) -> bool:
+    """Whether a trace, a transform of torch.func or forward mode sees these tensors: what has a backward pass alone would
+    fail there, or lose a derivative without a word."""
+    dual = any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
+    return dual or is_traced() or torch._C._functorch.maybe_current_level() is not None
 
 
 def declare(

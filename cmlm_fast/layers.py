@@ -4,8 +4,8 @@
     nn.Dropout   the op `dropout`: threads draw in parallel, and no mask is kept
     nn.Embedding, where its weight is the LM head's too: its rows are added to the head's gradient, in place
 
-On a GPU or under torch.compile each is what it was; `Linear` in 16 bits and under autocast, `Dropout` in torch.func's
-transforms, forward mode and tracing, too.
+On a GPU or under torch.compile each is what it was; `Linear` and `Dropout` are in torch.func's transforms, forward mode
+and tracing, too, and `Linear` in 16 bits and under autocast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.forward_ad import unpack_dual
 
-from ._library import is_traced, no_second_derivative
+from ._library import is_transformed, no_second_derivative
 from .backends import instead
 from .ops._linear import linear
 
@@ -38,9 +37,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and input.dim() > 0
-        # A transform can read no seed, and the op has no forward mode: its derivative would be lost.
-        drops = drops and not is_traced() and torch._C._functorch.maybe_current_level() is None
-        drops = drops and unpack_dual(input).tangent is None
+        drops = drops and not is_transformed(input)  # no transform can read a seed
         own = instead("dropout", input.device) if drops else None
         if own is None:
             return super().forward(input)

@@ -255,7 +255,7 @@ def test_batches_wait_on_the_host_for_their_masks(options, streamed, tmp_path, t
 
 
 def test_linear_layers_of_the_faster_library_are_linear_layers(monkeypatch):
-    monkeypatch.setattr(_linear, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+    monkeypatch.setattr(_linear, "onednn_is_faster", torch.backends.mkldnn.is_available)
     generator = torch.Generator().manual_seed(0)
     for shape in ((7, 24), (2, 5, 24), (1, 24)):
         x, weight, bias = (torch.randn(size, generator=generator, requires_grad=True) for size in (shape, (16, 24), (16,)))
@@ -341,13 +341,19 @@ def test_layers_take_what_torch_takes():
     assert one(torch.ones(())).item() in (0.0, 2.0)
 
 
-def test_dropout_is_torchs_where_a_seed_cannot_be_read_or_a_derivative_would_be_lost():
+def test_layers_are_torchs_where_a_seed_cannot_be_read_or_a_derivative_would_be_lost(monkeypatch):
+    monkeypatch.setattr(_linear, "onednn_is_faster", torch.backends.mkldnn.is_available)
     layer, rows = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Dropout(0.5)), torch.randn(3, 4)
     use_fast_layers(layer)
     forward = torch.func.jvp(layer, (rows,), (torch.ones(3, 4),))[1]
     assert 0.2 < (forward != 0).float().mean() < 0.8
     with forward_ad.dual_level():
         assert forward_ad.unpack_dual(layer(forward_ad.make_dual(rows, rows))).tangent.count_nonzero() > 0
+        weight = forward_ad.make_dual(layer[0].weight.detach(), torch.ones(64, 4))
+        by_weight = forward_ad.unpack_dual(torch.func.functional_call(layer[0], {"weight": weight}, rows)).tangent
+        torch.testing.assert_close(by_weight, rows.sum(1, keepdim=True).expand(3, 64))
+    torch.testing.assert_close(torch.func.hessian(lambda x: layer[0](x).square().sum())(rows[0]),
+                               2 * layer[0].weight.T @ layer[0].weight)  # fmt: skip
     one_by_one = torch.func.vmap(layer, randomness="different")(torch.ones(2, 3, 4))
     assert ((one_by_one[0] == 0) != (one_by_one[1] == 0)).any()
     with FakeTensorMode(allow_non_fake_inputs=True):

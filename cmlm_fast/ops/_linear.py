@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._library import no_second_derivative
+from .._library import is_transformed, no_second_derivative
 
 
 @cache
@@ -54,7 +54,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `F.linear`."""
-    own = not torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() >= 2
+    own = x.device.type == "cpu" and x.dtype == torch.float32 and x.dim() >= 2 and not is_transformed(x, weight, bias)
     fits = bias is None or (bias.dtype, bias.shape) == (x.dtype, weight.shape[:1])
     own = own and fits and x.shape[-1] == weight.shape[1] > 0
     if not own or torch.is_autocast_enabled("cpu") or not onednn_is_faster():
