@@ -48,6 +48,24 @@ def test_gradcheck_in_double(name, suffix, device, dtype, label):
     assert torch.autograd.gradcheck(output, leaves, fast_mode=True, eps=1e-7, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["info_nce", "token_contrastive"])
+def test_a_gradient_belongs_to_who_asked_for_it(name, dtype):
+    """The forward pass has made it: changed in place, it must not be what the kept graph gives next."""
+    one, two = (torch.randn(6, 32, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_() for i in (0, 1))
+    rest = () if name == "info_nce" else (torch.arange(6),)
+    once = torch.autograd.grad(getattr(cmlm_fast, name)(one, two, *rest), (one, two))
+    loss = getattr(cmlm_fast, name)(one, two, *rest)
+    for gradient in torch.autograd.grad(loss, (one, two), retain_graph=True):
+        gradient.zero_()
+    loss.backward(retain_graph=True)
+    one.grad.zero_()
+    loss.backward()
+    assert torch.equal(one.grad, once[0]) and torch.equal(two.grad, 2 * once[1])
+    twice = torch.autograd.grad(2 * getattr(cmlm_fast, name)(one, two, *rest), (one, two))
+    assert all(torch.equal(b, 2 * a) for a, b in zip(once, twice, strict=True))
+
+
 @pytest.mark.parametrize(EVERY, FORMS)
 def test_compiles_without_graph_break(name, suffix, device, dtype, label):
     args = sample(name, dtype, device, label)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .._library import expect, expect_values, is_number
+from .._library import expect, expect_values, is_number, is_transformed
 
 IGNORE = -100
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,10 +38,14 @@ def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: to
 
 def scaled(rows: Tensor, factor: Tensor) -> Tensor:
     """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows; on the CPU
-    only where it comes first."""
+    only where it comes first. There a factor of 1, that of `loss.backward()`, costs no pass over the rows."""
+    batched = torch._C._functorch.is_legacy_batchedtensor(factor)  # of is_grads_batched, which knows no `out`
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # then the rows are needed again, as they are
+    if rows.device.type == "cpu" and not (kept or batched or is_transformed(factor)) and factor.item() == 1.0:
+        return rows
     if rows.dtype == factor.dtype or rows.device.type == "cpu":
         return rows * factor
-    if torch._C._functorch.is_legacy_batchedtensor(factor):  # of is_grads_batched, which knows no `out`
+    if batched:
         return (rows * factor.reshape(1)).to(rows.dtype)
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
 

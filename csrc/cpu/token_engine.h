@@ -7,7 +7,8 @@
 //                        e_ij = exp(s_ij − shift_i), 0 where j is no candidate or is the target, times 1/‖k_j‖
 //   Z_i = Σ_j e_ij + e_i,target → loss; the target's score is a dot product of its own, wherever the target lies
 //   dQ  = Sᵀᵀ·K          rows scaled by w_i/(Z_i·τ), the target's part and the normalisation added: finished at once
-//   dK += Sᵀ·(Q·w/(Zτ))  in float32 over all chunks; the targets' part and the normalisation follow at the end
+//   dK += Sᵀ·(Q·w/(Zτ))  in float32 over all chunks; the targets' part and the normalisation follow at the end: where the last
+//                        chunk meets all keys, inside it, 64 at a time while they are in L2
 //
 // so 6·N·M·D operations make loss and gradients, and only one chunk of the N×M matrix exists at a time. Every score is read and
 // written once: with unit vectors and τ >= 1/32 the shift is the bound 1/τ; otherwise the maximum is found first.
@@ -30,22 +31,25 @@ namespace cmlm {
 
 using torch::stable::parallel_for;
 
+constexpr int64_t kStrip = 64;  // keys that are finished at a time
+
 // Memory of one chunk at a time; `threads` of them work on it.
 template <class T>
 struct TokenWorkspace {
   using O = math_t<T>;
   int64_t threads, block_keys;
-  Tensor scores, rows, sums, products;
+  Tensor scores, rows, sums, products, key_sums;
   std::vector<O> scale, shift, inverse, target_score, factor, target_factor, partial;
   std::vector<int32_t> hidden, start, length, token;
 
-  TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
+  TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad, bool alone)
       : threads(threads),
         block_keys(keys_per_block(plan.most_keys)),
         scores(empty<T>({plan.most_keys, plan.most_rows})),
         rows(empty<T>({plan.most_rows, d})),
         sums(empty<T>({plan.most_rows, d})),
-        products(empty<T>({key_grad && !std::is_same_v<T, O> ? threads * block_keys : 0, d})) {
+        products(empty<T>({key_grad && !std::is_same_v<T, O> ? threads * block_keys : 0, d})),
+        key_sums(empty<O>({key_grad && !std::is_same_v<T, O> && alone ? threads * kStrip : 0, d})) {
     for (auto* v : {&scale, &shift, &inverse, &target_score, &factor, &target_factor}) v->resize(plan.most_rows);
     for (auto* v : {&hidden, &start, &length, &token}) v->resize(plan.most_rows);
     partial.resize(2 * plan.most_rows * blocks(plan.most_keys));
@@ -84,13 +88,13 @@ class TokenEngine {
   Gradients run();
 
  private:
-  void run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh);
+  void run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last);
   void load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const;
   void score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const;
   void finish_row(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i);
   void query_gradient(const Chunk& chunk, TokenWorkspace<T>& w) const;
-  void key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) const;
-  void finish_keys(T* out) const;
+  void key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last) const;
+  void finish_keys(int64_t begin, int64_t end, O* sums) const;
 
   const TokenPairs& pairs_;
   const T *query_, *key_;
@@ -100,8 +104,8 @@ class TokenEngine {
   const O* weight_;
   O* loss_;
   Plan plan_;
-  T* query_out_ = nullptr;
-  O* key_sums_ = nullptr;                           // [M, D] the key's gradient in O
+  T *query_out_ = nullptr, *key_out_ = nullptr;
+  O* key_sums_ = nullptr;  // [M, D] the key's gradient in O; empty where T is not O and one chunk meets all keys
   std::vector<O> key_inverse_, key_factor_, tau_part_;  // 1/‖k‖; the query's share in its target's gradient; in temperature's
 };
 
@@ -198,7 +202,7 @@ void TokenEngine<T>::query_gradient(const Chunk& chunk, TokenWorkspace<T>& w) co
 }
 
 template <class T>
-void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) const {
+void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last) const {
   const int64_t columns = round_up(chunk.rows, kPad);
   parallel_for(0, chunk.rows, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
@@ -207,29 +211,34 @@ void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool
   const Tensor rows = matrix(data<T>(w.rows), columns, d_);
   w.for_blocks(chunk.keys, [&](int64_t, int64_t first, int64_t keys, int64_t thread) {
     const Tensor weights = matrix(data<T>(w.scores) + first * columns, keys, columns);
-    O* sums = key_sums_ + (chunk.key + first) * d_;
+    first += chunk.key;
     if constexpr (std::is_same_v<T, O>) {
+      O* sums = key_sums_ + first * d_;
       fresh ? multiply(matrix(sums, keys, d_), weights, rows) : multiply_add(matrix(sums, keys, d_), weights, rows);
+      if (last) finish_keys(first, first + keys, sums);
     } else {
       T* product = data<T>(w.products) + thread * w.block_keys * d_;
       multiply(matrix(product, keys, d_), weights, rows);
-      CMLM_KERNEL(token_add<T>)(product, keys * d_, fresh, sums);
+      for (int64_t j = 0; j < keys; j += kStrip) {
+        const int64_t count = std::min(kStrip, keys - j);
+        O* sums = fresh && last ? data<O>(w.key_sums) + thread * kStrip * d_ : key_sums_ + (first + j) * d_;
+        CMLM_KERNEL(token_add<T>)(product + j * d_, count * d_, fresh, sums);
+        if (last) finish_keys(first + j, first + j + count, sums);
+      }
     }
   });
 }
 
-// Adds the targets' parts to key_sums, then takes it through the normalisation.
+// From the sums [end - begin, D] of these keys: adds the targets' parts, then goes through the normalisation.
 template <class T>
-void TokenEngine<T>::finish_keys(T* out) const {
-  parallel_for(0, pairs_.m, 64, [&](int64_t begin, int64_t end) {
-    for (const int64_t row : plan_.order) {
-      const int64_t t = target_[row];
-      if (begin <= t && t < end)
-        CMLM_KERNEL(token_add_scaled<T>)(query_ + row * d_, d_, key_factor_[row] * key_inverse_[t], key_sums_ + t * d_);
-    }
-    for (int64_t j = begin; j < end; ++j)
-      CMLM_KERNEL(token_finish_key<T>)(key_sums_ + j * d_, key_ + j * d_, d_, normalize_, key_inverse_[j], out + j * d_);
-  });
+void TokenEngine<T>::finish_keys(int64_t begin, int64_t end, O* sums) const {
+  for (const int64_t row : plan_.order) {
+    const int64_t t = target_[row];
+    if (begin <= t && t < end)
+      CMLM_KERNEL(token_add_scaled<T>)(query_ + row * d_, d_, key_factor_[row] * key_inverse_[t], sums + (t - begin) * d_);
+  }
+  for (int64_t j = begin; j < end; ++j)
+    CMLM_KERNEL(token_finish_key<T>)(sums + (j - begin) * d_, key_ + j * d_, d_, normalize_, key_inverse_[j], key_out_ + j * d_);
 }
 
 template <class T>
@@ -247,37 +256,43 @@ typename TokenEngine<T>::Gradients TokenEngine<T>::run() {
     if (static_cast<int64_t>(plan_.order.size()) < pairs_.n) std::fill_n(query_out_, pairs_.n * d_, baseline::narrow<T>(0));
   }
   const bool fresh = !plan_.chunks.empty() && plan_.chunks[0].keys == pairs_.m;  // its product needs no zeros to be added to
+  const bool grouped = groups >= 2 * threads, last = !grouped && groups > 0 && plan_.chunks.back().keys == pairs_.m;
+  const bool alone = fresh && last && plan_.chunks.size() == 1;
   if (key_grad_) {
-    key_sums = empty<O>({pairs_.m, d_});
+    result.key = empty<T>({pairs_.m, d_});
+    key_out_ = data<T>(result.key);
+    if constexpr (std::is_same_v<T, O>)
+      key_sums = result.key;
+    else
+      key_sums = empty<O>({alone ? 0 : pairs_.m, d_});
     key_sums_ = data<O>(key_sums);
     if (!fresh) std::fill_n(key_sums_, pairs_.m * d_, O(0));
   }
-  if (groups >= 2 * threads) {
+  if (grouped) {
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      TokenWorkspace<T> w(1, plan_, d_, key_grad_);
-      for (int64_t c = plan_.groups[begin]; c < plan_.groups[end]; ++c) run_chunk(plan_.chunks[c], w, false);
+      TokenWorkspace<T> w(1, plan_, d_, key_grad_, false);
+      for (int64_t c = plan_.groups[begin]; c < plan_.groups[end]; ++c) run_chunk(plan_.chunks[c], w, false, false);
     });
   } else if (groups > 0) {
-    TokenWorkspace<T> w(threads, plan_, d_, key_grad_);
-    for (size_t c = 0; c < plan_.chunks.size(); ++c) run_chunk(plan_.chunks[c], w, c == 0 && fresh);
+    TokenWorkspace<T> w(threads, plan_, d_, key_grad_, alone);
+    const size_t count = plan_.chunks.size();
+    for (size_t c = 0; c < count; ++c) run_chunk(plan_.chunks[c], w, c == 0 && fresh, c == count - 1 && last);
   }
-  if (key_grad_) {
-    result.key = std::is_same_v<T, O> ? key_sums : empty<T>({pairs_.m, d_});
-    finish_keys(data<T>(result.key));
-  }
+  if (key_grad_ && !last)
+    parallel_for(0, pairs_.m, kStrip, [&](int64_t begin, int64_t end) { finish_keys(begin, end, key_sums_ + begin * d_); });
   result.temperature = std::accumulate(tau_part_.begin(), tau_part_.end(), 0.0);
   return result;
 }
 
 template <class T>
-void TokenEngine<T>::run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh) {
+void TokenEngine<T>::run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last) {
   parallel_for(0, round_up(chunk.rows, kPad), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) load_query(chunk, w, i);
   });
   score_keys(chunk, w);
   for (int64_t i = 0; i < chunk.rows; ++i) finish_row(chunk, w, i);
   if (weight_ && query_grad_) query_gradient(chunk, w);
-  if (weight_ && key_grad_) key_gradient(chunk, w, fresh);
+  if (weight_ && key_grad_) key_gradient(chunk, w, fresh, last);
 }
 
 }  // namespace cmlm
