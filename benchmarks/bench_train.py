@@ -181,15 +181,17 @@ class Floor:
 def operations(ours: Ours, work: Sequence[Sequence[Any]]) -> float:
     """Of the matrix products of a step, the mean over batches."""
     # Of real tokens alone. Each weight of a linear layer: two operations a row forward and four backward; attention: six
-    # products of a sequence with itself; token contrast: three products of masked and other tokens in each direction.
+    # products of a sequence with itself; token contrast: three products of masked tokens and candidates in each direction.
     config, flops, encoder = ours.lm.config, 0.0, linear_weights(ours.lm.base_model)
     head = linear_weights(ours.lm) - encoder
     for rows in work:
         lengths = [len(row["input_ids"]) for row in rows]
-        masked = int((ours.trainer.mask(ours.trainer.data_collator(rows), 0)["role"] > 0).sum())
+        batch = ours.trainer.mask(ours.trainer.data_collator(rows), 0)
+        masked = int((batch["role"] > 0).sum())
+        candidates = int((~torch.isin(batch["input_ids"], batch["special_ids"])).sum())
         flops += 6 * (encoder * 2 * sum(lengths) + head * masked)
         flops += 12 * config.hidden_size * config.num_hidden_layers * sum(2 * n * n for n in lengths)
-        flops += 6 * config.hidden_size * masked * sum(lengths)
+        flops += 6 * config.hidden_size * masked * candidates
     return flops / len(work)
 
 

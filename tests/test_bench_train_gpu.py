@@ -42,10 +42,15 @@ def test_rows_and_report(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
+    monkeypatch.setattr(bench_train_gpu, "operations", lambda ours, work: 1e7 * sum(map(len, work)) / len(work))
     (first,), *_, (row, larger) = measure("small", 1e6, 2, until=0.0)
     assert first["ms"].keys() == row["ms"].keys() == {"ours", "strong", "naive"} and larger["ms"].keys() == {"ours", "strong"}
     assert row["case"] == "small 8 sentences bfloat16" and larger["case"] == "small 12 sentences bfloat16"
-    assert row["best"] == "ours" and row["MFU"] > 0 and larger["MFU"] > 0
+    for one, sentences in ((row, 8), (larger, 12)):
+        assert one["best"] == "ours" and one["TFLOP"] == 0.0 and one["peak GB"].keys() == one["ms"].keys()
+        assert one["MFU"] == pytest.approx(1e7 * sentences / (one["ms"]["ours"] / 1e3) / 1e6, rel=1e-3)
+        long = {name: ms / one["tokens"][name] for name, ms in one["ms"].items()}
+        assert one["speedup"] == {name: pytest.approx(long[name] / long["ours"], abs=0.03) for name in long if name != "ours"}
     assert row["difference from naive"].keys() == {"ours", "strong"} and max(row["difference from naive"].values()) < 0.05
     assert set(row["absent"].values()) == {"TimeoutError: no time was left to compile it"}
     assert row["train ms"] > 0
@@ -58,6 +63,8 @@ def test_steps_are_timed_behind_one_that_is_not(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     taken: list[str] = []
     assert 0 <= seconds(taken.append, ["a", "b"]) < 1 and taken == ["b", "a", "b"]
+    monkeypatch.setattr(Event, "elapsed_time", lambda begin, end: 500.0)  # milliseconds
+    assert seconds(taken.append, ["a", "b"]) == 0.25
 
 
 def test_batches_have_the_lengths_of_the_sentences():

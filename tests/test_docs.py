@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -126,3 +127,36 @@ def test_scale_table_is_what_its_formulas_give():
     assert one["ddp_sent"] == one["fsdp_sent"] == one["contrast_sent"] == 0
     assert many["ddp_sent"] == pytest.approx(8 * sizes.parameters, rel=1e-2)
     assert many["contrast_memory"] == 2 * 1024 * 32 * 768 * 6
+
+
+def table(page, head):
+    """The rows of the table whose first line begins so: lists of cells."""
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n{head}")[2].splitlines()[2:]
+    rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_steps_on_cpus_are_those_of_the_results():
+    rows, path = table("speed.md", "| 2 cores | step"), None
+    for name, *cells in rows:
+        path = re.findall(r"\]\((.*?)\)", name)[0] if "](" in name else path
+        (found,) = (row for row in json.loads((ROOT / "docs" / path).read_text())["rows"] if row["case"].split()[-1] in name)
+        ms, times = found["ms"]["ours"], found["speedup"]
+        assert cells == [f"{ms:.0f} ms" if ms < 1000 else f"{ms / 1e3:.2f} s", f"{times['naive']:.1f} ×",
+                         f"{times['strong']:.2f} ×", f"{times['strong kept']:.2f} ×",
+                         f"{found['share of floor'] * 100:.0f} %"]  # fmt: skip
+    files = {path.name for path in (ROOT / "benchmarks" / "results").glob("train*.json")}
+    assert files == set(re.findall(r"results/(train.*?\.json)", str(rows)))
+
+
+def test_steps_on_a_gpu_are_those_of_the_results():
+    rows = table("tuning.md", "| | naive | strong |")
+    found = json.loads((ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.json").read_text())["train"]
+    order = ("naive", "strong", "strong compiled", "ours", "ours compiled", "ours compiled low")
+    for (name, *cells), row in zip(rows, found, strict=True):
+        case, size = row["case"].split()[:2]
+        assert f"{int(size):,}" in name and (case in name) == (size == "512")
+        assert cells[:6] == [f"{row['ms'][p]:#.3g} ms".replace(". ", " ") if p in row["ms"] else "" for p in order]
+        others = [f"{row['speedup'][p]:.2f}" if p in row["speedup"] else "–" for p in order[:3]]
+        assert cells[6] == ("" if set(others) == {"–"} else ", ".join(others))
+        assert cells[7] in (f"{row['MFU'] * 100:.0f} %", f"{row['MFU'] * 100:.1f} %")
