@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +18,7 @@ from benchmarks import compare, report, run, verdicts
 from benchmarks.cli import app, chosen
 from benchmarks.ops import OPS
 from benchmarks.registry import Provider, Wrong
-from benchmarks.results import Absent, Results, automatic
+from benchmarks.results import Absent, Results, automatic, commit
 from benchmarks.timing import ceilings
 from cmlm_fast.backends import preference
 from cmlm_fast.cli import app as cmlm_fast
@@ -127,9 +129,50 @@ def test_results_come_back_from_their_file_and_others_are_refused(tmp_path):
         COMMITTED.continued(other)
     with pytest.raises(ValueError, match=r"expected a results file of `cmlm-fast bench`, got .*c\.json, which does not exist"):
         Results.load(tmp_path / "c.json")
+    moved = replace(COMMITTED, machine={**COMMITTED.machine, "threads": 64})
+    with pytest.raises(ValueError, match="expected --update to go on with a file of this machine"):
+        COMMITTED.continued(moved)
+    assert COMMITTED.continued(replace(COMMITTED, machine={**COMMITTED.machine, "load": 9.0})) is COMMITTED
     (tmp_path / "b.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="expected a results file of `cmlm-fast bench` with schema 1"):
         Results.load(tmp_path / "b.json")
+
+
+def test_an_exponent_has_three_sizes():
+    rows = [row for row in COMMITTED.rows if (row.op, row.sweep, row.provider) == ("info_nce", "B", "eager")]
+    assert len(replace(COMMITTED, rows=rows[:3]).slopes()) == 1 and not replace(COMMITTED, rows=rows[:2]).slopes()
+
+
+def test_what_is_timed_is_named_by_its_commit_and_whether_files_differ(tmp_path):
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
+
+    code, page = tmp_path / "cmlm_fast" / "code.py", tmp_path / "page.md"
+    code.parent.mkdir()
+    git("init")
+    for path in (code, page):
+        path.write_text("1")
+        git("add", path)
+        git("commit", "-m", path.name)
+    name = commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{10}", name)
+    page.write_text("2")
+    git("commit", "-am", "no code")
+    assert commit(tmp_path) == name
+    code.write_text("2")
+    assert commit(tmp_path) == name + "+"
+    git("commit", "-am", "code")
+    assert commit(tmp_path) not in (name, name + "+")
+
+
+def test_what_does_not_fit_into_memory_is_not_tried(monkeypatch):
+    op = next(op for op in OPS if op.name == "info_nce")
+    problem = op.build(CPU, **op.chosen("smoke")[0].sizes)
+    eager = next(p for p in op.providers if p.name == "eager")
+    for free, reason in ((6 * problem.matrix, ""), (4 * problem.matrix, "would hold 0.0 GB at once, 0.0 GB are free")):
+        monkeypatch.setattr("benchmarks.registry.free_bytes", lambda device, free=free: free)
+        assert eager.absence(problem) == reason
 
 
 def test_report_is_whole_and_asks_the_network_for_nothing(tmp_path):

@@ -99,6 +99,9 @@ def test_a_row_is_made_of_the_samples_of_its_provider(monkeypatch):
     assert (slow.peak_bytes, fast.peak_bytes) == (7, 5)
     assert slow.work == 6 * 12 * 12 * 16 and slow.unit == "TFLOP/s" and slow.rate == pytest.approx(slow.work / 8 / 1e12)
     assert len(slow.samples) == 5 and 30 <= len(fast.samples) <= 40
+    shown = [dict(zip(run.HEADS, run.cells(row, [slow, fast]), strict=True)) for row in (slow, fast)]
+    assert [row["speed ÷ best other's"] for row in shown] == ["0.125 ×", "8 ×"]
+    assert [row["of ceiling"] for row in shown] == ["38%", "300%"] and shown[0]["p20 – p80"] == "4 s – 8 s"
     assert {name: scale for name, (scale, _) in run.UNITS.items()} == {"flop": 1e12, "byte": 1e9, "token": 1e6, "sequence": 1.0}
 
 
