@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import bench_train, memory, run, timing
 from benchmarks.bench_train import Floor, batches, operations
 from benchmarks.ops import OPS
-from benchmarks.registry import Provider
+from benchmarks.ops._losses import Check
+from benchmarks.registry import Provider, Wrong
 from cmlm_fast import CMLMConfig
 from cmlm_fast.testing import eager_token_contrastive
 
@@ -122,6 +123,38 @@ def test_the_work_of_a_task_is_what_its_ceiling_does(op):
             assert kind == "byte" and amount == problem.traffic == moved
 
 
+def test_answers_are_held_to_float64_ours_to_twice_the_error_of_eager():
+    def answer(loss, gradient):
+        return [torch.tensor(1 + loss), torch.full((4,), 1 + gradient)]
+
+    exact = [x.double() for x in answer(0.0, 0.0)]
+    check = Check(lambda: exact, lambda: answer(0.0, 1e-4), torch.float32)
+    for name, right, wrong in (("ours/cpp", 1.8e-4, 2.5e-4), ("peer", 8e-4, 2e-3)):
+        assert check(name, answer(0.0, right)) == pytest.approx((right, 1e-4), rel=1e-2)
+        for loss, gradient in ((wrong, 0.0), (0.0, wrong), (0.0, float("nan")), (float("nan"), 0.0)):
+            with pytest.raises(Wrong, match=f"{name}: error"):
+                check(name, answer(loss, gradient))
+
+
+def test_steps_of_the_suite_count_tokens_of_both_views_and_are_held_to_naive(monkeypatch):
+    class Rows(list):
+        def __getitem__(self, key):
+            return list(self) if key == "input_ids" else {"input_ids": list(self)[key]}
+
+    found = {"ours": 0.0009}
+    for name, value in {"load": lambda: (None, Rows([[0] * n for n in range(1, 21)])), "make": lambda name, *_: name,
+                        "check": lambda models, rows: found}.items():  # fmt: skip
+        monkeypatch.setattr(bench_train, name, value)
+    problem = BY_NAME["train_step"].build(CPU, 2, 4)
+    assert problem.work == (2.0 * (4 + 5 + 6 + 7 + 14 + 15 + 16 + 17), "token")
+    problem.check("ours/python", None)
+    problem.check("naive", None)
+    for difference in (0.0011, float("nan")):
+        found["strong"] = difference
+        with pytest.raises(Wrong, match="strong: loss and gradients differ from the naive step's"):
+            problem.check("strong", None)
+
+
 def test_a_call_is_charged_with_what_it_holds():
     size = 48 * 1024**2
     if (peak := memory.peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)) is not None:
@@ -170,8 +203,10 @@ def test_a_floor_is_products_and_adamw_at_the_best_rates_of_all_rounds(tmp_path,
 def test_the_fastest_of_some_calls_is_a_rate(monkeypatch):
     clock = Clock(monkeypatch, bench_train)
     assert bench_train.best(clock.call("a", [0.125, 3.0, 2.0, 5.0])) == 2.0  # the first warms
-    monkeypatch.setattr(bench_train, "best", lambda call: 0.5)
-    assert bench_train.gemm_rate(3, 5, 7, torch.float32) == 2 * 3 * 5 * 7 / 0.5
+    times = iter([0.5, 0.25])
+    monkeypatch.setattr(bench_train, "has_onednn", lambda dtype: True)
+    monkeypatch.setattr(bench_train, "best", lambda call: next(times))
+    assert bench_train.gemm_rate(3, 5, 7, torch.float32) == 2 * 3 * 5 * 7 / 0.25
 
 
 def test_a_step_is_compared_by_the_time_of_a_token(monkeypatch, tmp_path):
@@ -219,6 +254,42 @@ def test_a_step_is_compared_by_the_time_of_a_token(monkeypatch, tmp_path):
         found["strong"] = difference
         with pytest.raises(AssertionError, match="not those of the naive step"):
             bench_train.measure(torch.float32, 3, ("ours", "strong", "naive"))
+
+
+@pytest.mark.parametrize("part", ["gradient", "loss"])
+def test_a_baseline_that_computes_something_else_is_found(part, tmp_path, tiny_rows, tiny_tokenizer):
+    providers = {name: bench_train.make(name, torch.float32, tiny_tokenizer, str(tmp_path), make_lm)
+                 for name in ("ours", "strong", "naive")}  # fmt: skip
+    rows = [tiny_rows[i] for i in range(6)]
+    assert max(bench_train.check(providers, rows).values()) < 1e-5
+    lm = providers["strong"].lm
+    if part == "gradient":
+        lm.bert.embeddings.word_embeddings.weight.register_hook(lambda gradient: 1.1 * gradient)
+    else:
+        lm.cls.predictions.bias.data[::2] += 0.1
+    found = bench_train.check(providers, rows)
+    assert found["strong"] > 1e-3 and found["ours"] < 1e-5
+
+
+def test_a_worker_gives_the_mean_of_its_batches(monkeypatch):
+    clock, sent, kept = Clock(monkeypatch, bench_train), [], []
+    step = clock.call("step", 3.0)
+    asked = iter(["run", "run", "stop"])
+    line = SimpleNamespace(send=sent.append, recv=lambda: next(asked))
+    for name, value in {"load": lambda: (None, None), "batches": lambda rows, provider: list("abcde"),
+                        "make": lambda *_: SimpleNamespace(step=lambda batch: step()),
+                        "keep_freed_memory": lambda: not kept.append(1)}.items():  # fmt: skip
+        monkeypatch.setattr(bench_train, name, value)
+    bench_train._serve(line, "strong", torch.float32, torch.get_num_threads())
+    assert sent == [None, 3.0, 3.0] and not kept
+    assert len(clock.calls) == 5 + 2 * (2 + 5)  # each batch once before, and two before what is timed
+    asked = iter(["stop"] * 2)
+    for provider in ("ours", "strong kept"):
+        bench_train._serve(line, provider, torch.float32, torch.get_num_threads())
+    assert kept == [1, 1]
+    monkeypatch.setattr(bench_train, "keep_freed_memory", lambda: False)
+    with pytest.raises(RuntimeError, match="ours is timed with freed memory kept"):
+        bench_train._serve(line, "ours", torch.float32, torch.get_num_threads())
 
 
 def test_batches_of_a_run_are_alike_for_all_and_sorted_for_strong():
