@@ -34,6 +34,17 @@ def test_rows_and_report():
     assert f"{25 * 512 / 0.5e-3 / 1e12:.0%} of the copy" in text
 
 
+def test_a_time_is_the_median_of_its_turns():
+    turns = {}
+
+    def clock(call):
+        turns[call] = turns.get(call, 0) + 1
+        return 9.0 if turns[call] == 1 else 0.5 if turns[call] % 2 else 0.25
+
+    assert set(measure(SHAPES[4], "cpu", clock)["ms"].values()) == {0.5}
+    assert set(turns.values()) == {bench_gpu.TURNS} and bench_gpu.TURNS == 3
+
+
 def test_a_provider_that_differs_or_does_not_fit_has_no_time(monkeypatch):
     def out_of_memory():
         raise torch.OutOfMemoryError
