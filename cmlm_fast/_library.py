@@ -99,8 +99,9 @@ def is_traced() -> bool:
 def is_transformed(*tensors: torch.Tensor | None) -> bool:
     """Whether a trace, a transform of torch.func or forward mode sees these tensors: what has a backward pass alone would
     fail there, or lose a derivative without a word."""
-    dual = any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
-    return dual or is_traced() or torch._C._functorch.maybe_current_level() is not None
+    if is_traced() or torch._C._functorch.maybe_current_level() is not None:
+        return True
+    return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
 
 
 def declare(

@@ -39,15 +39,20 @@ def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: to
 def scaled(rows: Tensor, factor: Tensor) -> Tensor:
     """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows; on the CPU
     only where it comes first. There a factor of 1, that of `loss.backward()`, costs no pass over the rows."""
-    batched = torch._C._functorch.is_legacy_batchedtensor(factor)  # of is_grads_batched, which knows no `out`
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # then the rows are needed again, as they are
-    if rows.device.type == "cpu" and not (kept or batched or is_transformed(factor)) and factor.item() == 1.0:
+    on_cpu = rows.device.type == "cpu"
+    if on_cpu and not is_transformed(factor) and _is_last_one(factor):
         return rows
-    if rows.dtype == factor.dtype or rows.device.type == "cpu":
+    if rows.dtype == factor.dtype or on_cpu:
         return rows * factor
-    if batched:
+    if torch._C._functorch.is_legacy_batchedtensor(factor):  # of is_grads_batched, which knows no `out`
         return (rows * factor.reshape(1)).to(rows.dtype)
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
+
+
+def _is_last_one(factor: Tensor) -> bool:
+    """Whether it is 1 and the graph, which holds the rows, is not kept: else who gets them could change its next answer."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    return not kept and not torch._C._functorch.is_legacy_batchedtensor(factor) and factor.item() == 1.0
 
 
 def candidates(query: Tensor, key: Tensor, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
