@@ -42,14 +42,14 @@ struct TokenWorkspace {
   std::vector<O> scale, shift, inverse, target_score, factor, target_factor, partial;
   std::vector<int32_t> hidden, start, length, token;
 
-  TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad, bool alone)
+  TokenWorkspace(int64_t threads, const Plan& plan, int64_t d, bool key_grad)
       : threads(threads),
         block_keys(keys_per_block(plan.most_keys)),
         scores(empty<T>({plan.most_keys, plan.most_rows})),
         rows(empty<T>({plan.most_rows, d})),
         sums(empty<T>({plan.most_rows, d})),
         products(empty<T>({key_grad && !std::is_same_v<T, O> ? threads * block_keys : 0, d})),
-        key_sums(empty<O>({key_grad && !std::is_same_v<T, O> && alone ? threads * kStrip : 0, d})) {
+        key_sums(empty<O>({key_grad && !std::is_same_v<T, O> ? threads * kStrip : 0, d})) {
     for (auto* v : {&scale, &shift, &inverse, &target_score, &factor, &target_factor}) v->resize(plan.most_rows);
     for (auto* v : {&hidden, &start, &length, &token}) v->resize(plan.most_rows);
     partial.resize(2 * plan.most_rows * blocks(plan.most_keys));
@@ -257,24 +257,21 @@ typename TokenEngine<T>::Gradients TokenEngine<T>::run() {
   }
   const bool fresh = !plan_.chunks.empty() && plan_.chunks[0].keys == pairs_.m;  // its product needs no zeros to be added to
   const bool grouped = groups >= 2 * threads, last = !grouped && groups > 0 && plan_.chunks.back().keys == pairs_.m;
-  const bool alone = fresh && last && plan_.chunks.size() == 1;
   if (key_grad_) {
     result.key = empty<T>({pairs_.m, d_});
     key_out_ = data<T>(result.key);
-    if constexpr (std::is_same_v<T, O>)
-      key_sums = result.key;
-    else
-      key_sums = empty<O>({alone ? 0 : pairs_.m, d_});
+    const bool alone = last && plan_.chunks.size() == 1;
+    key_sums = std::is_same_v<T, O> ? result.key : empty<O>({alone ? 0 : pairs_.m, d_});
     key_sums_ = data<O>(key_sums);
     if (!fresh) std::fill_n(key_sums_, pairs_.m * d_, O(0));
   }
   if (grouped) {
     parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
-      TokenWorkspace<T> w(1, plan_, d_, key_grad_, false);
+      TokenWorkspace<T> w(1, plan_, d_, key_grad_);
       for (int64_t c = plan_.groups[begin]; c < plan_.groups[end]; ++c) run_chunk(plan_.chunks[c], w, false, false);
     });
   } else if (groups > 0) {
-    TokenWorkspace<T> w(threads, plan_, d_, key_grad_, alone);
+    TokenWorkspace<T> w(threads, plan_, d_, key_grad_);
     const size_t count = plan_.chunks.size();
     for (size_t c = 0; c < count; ++c) run_chunk(plan_.chunks[c], w, c == 0 && fresh, c == count - 1 && last);
   }
