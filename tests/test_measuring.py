@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_lm
+from datasets import Dataset
 from test_trainer import make_trainer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,6 +43,10 @@ class Clock:
             self.calls.append(name)
 
         return lasts
+
+
+def rows_of(lengths):
+    return Dataset.from_dict({"input_ids": [[0] * n for n in lengths]})
 
 
 def flops(call):
@@ -137,12 +142,8 @@ def test_answers_are_held_to_float64_ours_to_twice_the_error_of_eager():
 
 
 def test_steps_of_the_suite_count_tokens_of_both_views_and_are_held_to_naive(monkeypatch):
-    class Rows(list):
-        def __getitem__(self, key):
-            return list(self) if key == "input_ids" else {"input_ids": list(self)[key]}
-
     found = {"ours": 0.0009}
-    for name, value in {"load": lambda: (None, Rows([[0] * n for n in range(1, 21)])), "make": lambda name, *_: name,
+    for name, value in {"load": lambda: (None, rows_of(range(1, 21))), "make": lambda name, *_: name,
                         "check": lambda models, rows: found}.items():  # fmt: skip
         monkeypatch.setattr(bench_train, name, value)
     problem = BY_NAME["train_step"].build(CPU, 2, 4)
@@ -210,12 +211,6 @@ def test_the_fastest_of_some_calls_is_a_rate(monkeypatch):
 
 
 def test_a_step_is_compared_by_the_time_of_a_token(monkeypatch, tmp_path):
-    rows = {"input_ids": [[1] * n for n in range(1, 1601)]}
-
-    class Rows:
-        def __getitem__(self, key):
-            return rows["input_ids"] if key == "input_ids" else {"input_ids": rows["input_ids"][key]}
-
     taken = {"ours": [0.2, 0.1, 0.3], "strong": [0.3, 0.3, 0.3], "naive": [1.0, 9.0, 1.0]}
 
     class Worker:
@@ -238,7 +233,8 @@ def test_a_step_is_compared_by_the_time_of_a_token(monkeypatch, tmp_path):
         def row(self):
             return {"ms": 50.0 * self.rounds}
 
-    for name, value in {"load": lambda: (None, Rows()), "make": lambda name, *_: name, "Worker": Worker, "Floor": Least,
+    rows = rows_of(range(1, 1601))
+    for name, value in {"load": lambda: (None, rows), "make": lambda name, *_: name, "Worker": Worker, "Floor": Least,
                         "check": lambda providers, work: found}.items():  # fmt: skip
         monkeypatch.setattr(bench_train, name, value)
     found = {"ours": 0.0, "strong": 0.0}
@@ -294,14 +290,10 @@ def test_a_worker_gives_the_mean_of_its_batches(monkeypatch):
 
 def test_batches_of_a_run_are_alike_for_all_and_sorted_for_strong():
     lengths = torch.randint(5, 60, (1600,), generator=torch.Generator().manual_seed(0)).tolist()
-
-    class Rows:
-        def __getitem__(self, key):
-            return [[0] * n for n in lengths] if key == "input_ids" else {"input_ids": [0] * lengths[key]}
-
-    mixed, grouped = batches(Rows(), "ours"), batches(Rows(), "strong kept")
+    rows = rows_of(lengths)
+    mixed, grouped = batches(rows, "ours"), batches(rows, "strong kept")
     assert [len(batch) for batch in (*mixed, *grouped)] == [32] * 10
-    assert mixed == batches(Rows(), "naive") and grouped == batches(Rows(), "strong")
+    assert mixed == batches(rows, "naive") and grouped == batches(rows, "strong")
     sizes = [[len(row["input_ids"]) for row in batch] for batch in grouped]
     assert [n for batch in sizes for n in batch] == sorted(n for batch in sizes for n in batch)
     assert bench_train.tokens(mixed) == 2 * sum(len(row["input_ids"]) for batch in mixed for row in batch) / 5
