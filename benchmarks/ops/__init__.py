@@ -1,4 +1,4 @@
-"""Every op that is timed. A new one is a module here and a line below."""
+"""Every op that is timed. A new one takes a module here and a line below."""
 
 from ..registry import Op
 from . import attention, contrast, head, masks, sequence, step, text

@@ -1,4 +1,4 @@
-"""What the losses share: a call is forward and backward, and returns the loss and the gradients; the truth is float64."""
+"""What the losses share: a call runs forward and backward and returns loss and gradients; float64 is the ground truth."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cmlm_fast.testing import ROUNDING, error
 
 from ..registry import Call, Wrong
 
-#: Errors that a provider that is not ours may have: its own rounding is its affair, another formula is not.
+#: Errors allowed to providers that are not ours: they may round in their own way, but not compute another formula.
 LOOSE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02, torch.float64: 1e-9}
 
 
 def leaf(rows: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A Gaussian matrix [rows, d] that takes gradients."""
+    """A Gaussian matrix [rows, d] that requires gradients."""
     return torch.randn(rows, d).to(device, dtype).requires_grad_()
 
 
 def training(loss: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Call:
-    """One training use of `loss(*leaves)`: forward, backward; returns [loss, *gradients]."""
+    """A call that runs `loss(*leaves)` forward and backward and returns [loss, *gradients]."""
 
     def call() -> list[Tensor | None]:
         value = loss(*leaves)
@@ -34,13 +34,15 @@ def training(loss: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Call:
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for any size: measured as fast here as one compilation a size, and done once."""
+    """torch.compile for any size: measured to be as fast here as one compilation per size, and done once."""
     return torch.compile(function, dynamic=True)
 
 
 def truth(part: Callable[..., Tensor], rows: int, columns: int, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """[loss, *gradients] in float64. `part(rows, *leaves)` is the share of a slice of rows in the loss; slices keep the
-    matrix of `columns` under 256 MB."""
+    """[loss, *gradients] in float64.
+
+    `part(rows, *leaves)` is a slice of rows' share in the loss; slices keep the matrix of `columns` under 256 MB.
+    """
     wide = [x.detach().double().requires_grad_() for x in leaves]
     sums = [torch.zeros((), dtype=torch.float64, device=wide[0].device), *(torch.zeros_like(x) for x in wide)]
     step = max(1, 2**25 // max(columns, 1))
@@ -52,7 +54,7 @@ def truth(part: Callable[..., Tensor], rows: int, columns: int, leaves: Sequence
 
 
 class Check:
-    """Holds answers against float64: ours to twice eager's error, others to `LOOSE`. Eager's own is measured when needed."""
+    """Compares answers with float64: ours may have twice eager's error, others `LOOSE`. Eager's is measured when needed."""
 
     def __init__(self, exact: Callable[[], list[Tensor]], eager: Call | None, dtype: torch.dtype) -> None:
         self.exact, self.eager, self.dtype = cache(exact), eager, dtype

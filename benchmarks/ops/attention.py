@@ -1,4 +1,4 @@
-"""Attention of sequences packed end to end, forward and backward, beside attention of the padded batch."""
+"""Attention over sequences packed end to end, forward and backward, against attention over the padded batch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(device: torch.device, B: int, L: int, H: int, D: int, dtype: str = "fl
 
 
 def _six(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """The products that nothing can avoid: scores, mixture, and the four of the backward pass."""
+    """The unavoidable products: scores, weighted values, and the four of the backward pass."""
     s = q @ k.mT
     s @ v, q @ v.mT, s.mT @ q, s @ k, s.mT @ q
 
@@ -60,7 +60,7 @@ def _loop(problem: Problem) -> Call:
 
 
 def _padded(problem: Problem) -> Call:
-    """What an encoder does without packing: every sequence as long as the longest, pads masked."""
+    """What an encoder does without packing: pads every sequence to the longest, and masks the padding."""
     *rows, _, upstream, real = problem.inputs
     *rows, upstream = (x.new_zeros(*real.shape, *x.shape[1:]).index_put_((real,), x.detach()) for x in (*rows, upstream))
 

@@ -21,8 +21,11 @@ TAU = 0.05
 
 def build(device: torch.device, N: int, M: int, D: int, dtype: str = "float32", length: int = 0,
           exclude: bool = False) -> Problem:  # fmt: skip
-    """N anchors, M keys of width D. `length`: keys come in sequences of that many, anchors are spread over them evenly
-    and meet the keys of their own alone. `exclude`: the same word elsewhere is no negative (5,000 words)."""
+    """N anchors and M keys of width D.
+
+    `length`: keys come in sequences of that length; anchors are spread evenly over them and meet only keys of their own.
+    `exclude`: the same word elsewhere is not a negative (5,000 words).
+    """
     kind = getattr(torch, dtype)
     query, key = leaf(N, D, device, kind), leaf(M, D, device, kind)
     target = torch.arange(0, M, M // N)[:N] if length else torch.randperm(M).repeat(-(-N // M))[:N]
@@ -58,7 +61,7 @@ def _too_large(n: int, m: int) -> bool:
 def as_written(query: Tensor, key: Tensor, target: Tensor, tau: Tensor, start: Tensor | None, end: Tensor | None,
                query_token: Tensor | None, key_token: Tensor | None, normalize: bool, reduction: str,
                *_: Any) -> Tensor:  # fmt: skip
-    """token_contrastive as a user has it in PyTorch, where no row is ignored: masked only where something is left out."""
+    """token_contrastive as a user writes it in PyTorch if no row is ignored: masks only if something is left out."""
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
     scores = query @ key.T / tau
@@ -92,7 +95,7 @@ def _ours(backend: str | None, problem: Problem) -> Call:
 
 
 def _of_rows(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Call]:
-    """A provider that takes unit rows, already divided by τ, and targets: a linear cross entropy."""
+    """A provider made of a linear cross entropy, which takes unit rows, already divided by τ, and targets."""
 
     def make(problem: Problem) -> Call:
         query, key, target = problem.inputs[:3]
@@ -103,7 +106,7 @@ def _of_rows(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Prob
 
 
 def all_keys(problem: Problem) -> str:
-    """Linear cross entropies know no candidates."""
+    """Why a linear cross entropy cannot solve this one, or "": it cannot restrict the candidates."""
     if problem.sizes.get("length") or problem.sizes.get("exclude"):
         return "takes every key as a candidate: no ranges, no exclusion of the same token"
     return ""
@@ -119,7 +122,7 @@ def no_chunked(problem: Problem) -> str:
 
 
 def cut(rows: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Apple's Cut Cross-Entropy: Triton kernels on a GPU, on a CPU its torch.compile implementation."""
+    """Apple's Cut Cross-Entropy: Triton kernels on a GPU, its torch.compile implementation on a CPU."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(rows, weight, target, impl="cce" if rows.is_cuda else "torch_compile")
@@ -133,8 +136,10 @@ def liger(rows: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = No
 
 
 def _tacl(problem: Problem) -> Call:
-    """TaCL's token loss (Su et al. 2021, eq. 1): −Σ_i log exp(h̃_i·h_i/τ) / Σ_j exp(h̃_i·h_j/τ), j over i's sequence, by
-    one batched product; as there all positions are anchors, so rows that are none are multiplied and dropped."""
+    """TaCL's token loss (Su et al. 2021, eq. 1): −Σ_i log exp(h̃_i·h_i/τ) / Σ_j exp(h̃_i·h_j/τ), j over i's sequence.
+
+    It takes one batched product over all positions, as in the paper: rows that are not anchors are multiplied, then dropped.
+    """
     query, key, target = problem.inputs[:3]
     length = problem.sizes["length"]
     b, d = key.shape[0] // length, key.shape[1]
@@ -206,7 +211,7 @@ CONTRAST = Op(
         Provider("liger-kernel", _of_rows(liger), "liger_kernel", gpu_only=True, unfit=all_keys),
     ),
     partial(_ours, None),
-    "exponentials and, per key block, the sums of the key's gradient between the products",
+    "between the products, exponentials and, per key block, summing the keys' gradient",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def collator(whole_word: bool = False) -> Any:
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(VOCABULARY - 5))]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that whole words are only ever replaced by [MASK]
+        warnings.simplefilter("ignore")  # a warning that whole words are only ever replaced by [MASK]
         return DataCollatorForLanguageModeling(
             BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}), whole_word_mask=whole_word
         )
@@ -53,7 +53,7 @@ def build(device: torch.device, B: int, L: int, sampling: str = "exact", words: 
 
 
 def check_view(name: str, ids: Tensor, view: Tensor, labels: Tensor) -> None:
-    """A random view cannot be compared; it must change only what it labels, no special token, and about 15 %."""
+    """Check a random view, which cannot be compared: it must change only what it labels, no special token, and about 15 %."""
     masked, special = labels != -100, torch.isin(ids, torch.tensor(SPECIAL, device=ids.device))
     share, slack = masked.sum() / (~special).sum(), 0.02 + 4 * (0.13 / ids.numel() * 2) ** 0.5
     right = torch.equal(view[~masked], ids[~masked]) and torch.equal(labels[masked], ids[masked])
@@ -67,10 +67,10 @@ def _ours(backend: str | None, ids: Tensor, units: Tensor | None, sampling: str)
 
 
 def _transformers(problem: Problem, told: bool = False) -> Call:
-    """`torch_mask_tokens`, once a view; `told`: it gets the mask of special tokens, and makes none in Python."""
+    """`torch_mask_tokens`, once per view; `told`: it is given the mask of special tokens and makes none in Python."""
     ids, units = problem.inputs
     special = torch.isin(ids, torch.tensor(SPECIAL)) if told or units is not None else None
-    # Tokens of a word touch: each is one letter long and the next word begins after a blank.
+    # Tokens of a word are adjacent: each is one letter long, and the next word begins after a blank.
     start = torch.arange(ids.shape[1]) + torch.arange(ids.shape[1]) // 2
     offsets = None if units is None else torch.stack([start, start + 1], -1).expand(*ids.shape, 2).contiguous()
     mask = collator(units is not None).torch_mask_tokens
@@ -82,7 +82,7 @@ def _on_cpu(words: bool, problem: Problem) -> str:
         return "masks on the CPU alone"
     if problem.sizes["words"] != words:
         return "this shape masks whole words" if problem.sizes["words"] else "masks whole words"
-    needed = 3.0 * problem.sizes["B"] * problem.sizes["L"] ** 2  # it compares every pair of tokens of a sequence
+    needed = 3.0 * problem.sizes["B"] * problem.sizes["L"] ** 2  # it compares every pair of tokens in a sequence
     return f"would hold {needed / 1e9:.0f} GB: every pair of tokens" if words and needed > 4e9 else ""
 
 

@@ -29,7 +29,7 @@ def build(
     index = torch.arange(2 * B, device=device)
 
     def part(rows: slice, a: Tensor, b: Tensor) -> Tensor:
-        """Each direction is a token contrast: of one view against the other, or (nt_xent) of both, self excluded."""
+        """Each direction is a token contrast: of one view against the other, or (nt_xent) against both, self excluded."""
         i = index[rows]
         if scheme == "nt_xent":
             both = torch.cat([a, b])
@@ -77,7 +77,7 @@ def _ours(backend: str | None, p: Problem) -> Call:
 
 
 def _one_sided(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Problem], Call]:
-    """From a linear cross entropy of unit rows, once or in both directions."""
+    """A provider made of a linear cross entropy of unit rows, in one or both directions."""
 
     def both(a: Tensor, b: Tensor, p: Problem) -> Tensor:
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
@@ -169,6 +169,6 @@ OPS = (
             Provider("inf-cl", _make(_inf_cl), "inf_cl", gpu_only=True, unfit=_inf_cl_unfit),
         ),
         partial(_ours, None),
-        "exponentials of B² scores beside the products",
+        "exponentials of B² scores in addition to the products",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Optimizer steps of post-training: the trainer's own, and the two that people write (benchmarks/peers)."""
+"""Post-training optimizer steps: the trainer's own, and the two that people write (benchmarks/peers)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BOUND = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 def build(device: torch.device, batches: int, sequences: int, dtype: str = "float32") -> Problem:
-    """Steps on real sentences, all-MiniLM-L6-v2. The same sentences for all: `strong` gets them grouped by length."""
+    """Steps of all-MiniLM-L6-v2 on real sentences, the same for all providers; `strong` gets them grouped by length."""
     from transformers.utils import logging
 
     from ..bench_train import check, load, make
 
-    logging.disable_progress_bar()  # of loading; the suite's is another
+    logging.disable_progress_bar()  # loading's; the suite has its own
     tokenizer, rows = load()
     by_length = sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__)
     step = len(rows) // batches
@@ -29,7 +29,7 @@ def build(device: torch.device, batches: int, sequences: int, dtype: str = "floa
     loose = [row for group in grouped for row in group]
     random.Random(0).shuffle(loose)
     work = {"strong": grouped, "mixed": [loose[n * sequences : (n + 1) * sequences] for n in range(batches)]}
-    folder = tempfile.TemporaryDirectory()  # the problem holds it, and it goes with the problem
+    folder = tempfile.TemporaryDirectory()  # held by the problem, and deleted with it
     kind = getattr(torch, dtype)
     models = {name: make(name, kind, tokenizer, folder.name) for name in ("ours", "strong", "naive")}
     differences = check(models, work["mixed"][0])
@@ -46,7 +46,7 @@ def build(device: torch.device, batches: int, sequences: int, dtype: str = "floa
 
 
 def _steps(name: str, problem: Problem) -> Call:
-    """One step a batch."""
+    """One step per batch."""
     models, work, _ = problem.inputs
     return lambda: [models[name].step(rows) for rows in work["strong" if name == "strong" else "mixed"]]
 
@@ -70,7 +70,7 @@ OPS = (
             Provider("naive", partial(_steps, "naive")),
         ),
         partial(_steps, "ours"),
-        "matrix products, which all three share, and in 16 bits as much the passes between them",
+        "matrix products, which all three share, and in 16 bits, just as much, the passes between them",
         cpu_only="this benchmark steps on the CPU",
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tokenisation of texts to rows of ids for training."""
+"""Tokenisation of texts into rows of ids for training."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _map(problem: Problem) -> Call:
 
 
 def _mapped(call: Any) -> Any:
-    """The column of ids, made anew: `datasets` would else return what it cached."""
+    """The column of ids, recomputed: `datasets` would otherwise return what it cached."""
     import datasets
 
     cached, hidden = datasets.is_caching_enabled(), datasets.are_progress_bars_disabled()
@@ -73,7 +73,7 @@ def _mapped(call: Any) -> Any:
     datasets.disable_progress_bars()
     try:
         return call().with_format("numpy")["input_ids"]
-    finally:  # both are of the whole process
+    finally:  # both settings are process-wide
         if cached:
             datasets.enable_caching()
         if not hidden:
