@@ -1,9 +1,15 @@
 """Builds the native libraries with CMake and puts them into the package; everything else is in pyproject.toml.
 
-Environment: CMLM_FAST_NATIVE=0 installs pure Python; CMLM_FAST_CUDA=auto|0|1 (auto: CUDA kernels where nvcc works; 1: fail
-without it); CMLM_FAST_CUDA_ARCHS='90a-real;120' builds for these architectures alone; CMLM_FAST_SANITIZE=1 builds into
-build/sanitize with ASan and UBSan; MAX_JOBS limits parallel compiles; CXX,
-CUDACXX and CUDAHOSTCXX choose compilers; ccache is used when there.
+Environment variables:
+
+    CMLM_FAST_NATIVE=0                    installs pure Python
+    CMLM_FAST_CUDA=auto|0|1               auto: CUDA kernels if nvcc works; 1: fails without it
+    CMLM_FAST_CUDA_ARCHS='90a-real;120'   builds for these architectures only
+    CMLM_FAST_SANITIZE=1                  builds into build/sanitize with ASan and UBSan
+    MAX_JOBS                              limits parallel compiles
+    CXX, CUDACXX, CUDAHOSTCXX             choose compilers
+
+ccache is used if it is installed.
 """
 
 from __future__ import annotations
@@ -32,12 +38,12 @@ def choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
 
 
 def tool(name: str) -> str | None:
-    """Path of a program: beside this Python first, since a virtual environment need not be active."""
+    """Path of a program, looked up next to this Python first: its virtual environment may not be active."""
     return shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]))
 
 
 class FreshPackage(build_py):
-    """Copies the Python files to where nothing of an earlier build is left."""
+    """Copies the Python files into a folder cleared of any earlier build."""
 
     def run(self) -> None:
         if not getattr(self, "editable_mode", False):
@@ -48,17 +54,17 @@ class FreshPackage(build_py):
 
 
 def remove_libraries(package: Path) -> None:
-    """Those of an earlier build, which may have made one that this one does not."""
+    """Deletes the libraries of an earlier build, some of which this one may not produce."""
     for library in (*package.glob("_C*.so"), package / f"_build{sysconfig.get_config_var('EXT_SUFFIX')}"):
         library.unlink(missing_ok=True)
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt, then installs what it made beside the Python files."""
+    """Configures and builds CMakeLists.txt, then installs the libraries next to the Python files."""
 
     def run(self) -> None:
         sanitize = choice("CMLM_FAST_SANITIZE", "0", ("0", "1")) == "1"
-        if sanitize:  # beside the package, not in it: loaded through CMLM_FAST_LIBRARY
+        if sanitize:  # outside the package: loaded through CMLM_FAST_LIBRARY
             package = ROOT / "build" / "sanitize"
         elif self.inplace or getattr(self, "editable_mode", False):
             package = ROOT / PACKAGE
@@ -70,7 +76,7 @@ class CMakeBuild(build_ext):
         kind = "sanitize" if sanitize else sys.implementation.cache_tag
         build = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{kind}"
         build.mkdir(parents=True, exist_ok=True)
-        # The cache holds paths of a build environment that may be gone (isolated builds): configure anew, keep the objects.
+        # The cache holds paths of a build environment that may be gone (isolated builds): reconfigure, but keep the objects.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         variables = {**self.variables(), "CMLM_SANITIZE": "ON" if sanitize else "OFF"}
         generator = ["-G", "Ninja"] if "CMAKE_MAKE_PROGRAM" in variables else []
@@ -85,7 +91,7 @@ class CMakeBuild(build_ext):
         self.outputs = [str(Path(self.build_lib) / PACKAGE / Path(line).name) for line in manifest]
 
     def variables(self) -> dict[str, str]:
-        """What CMake is told: where this Python has torch, pybind11 and its headers."""
+        """The variables passed to CMake, such as where this Python has torch, pybind11 and its headers."""
         import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths
@@ -118,7 +124,7 @@ class CMakeBuild(build_ext):
 
 native = choice("CMLM_FAST_NATIVE", "1", ("0", "1")) == "1"
 setup(
-    # Named so that the wheel is tagged for this platform; CMakeLists.txt knows the sources.
+    # Declared so that the wheel is tagged for this platform; CMakeLists.txt knows the sources.
     ext_modules=[Extension(f"{PACKAGE}._build", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild, "build_py": FreshPackage},
 )

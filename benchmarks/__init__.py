@@ -1,1 +1,1 @@
-"""Speed of cmlm_fast beside what users would run instead; `make bench` from the repository's root."""
+"""Benchmarks of cmlm_fast against what users would run instead; `make bench` from the repository root."""

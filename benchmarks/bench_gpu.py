@@ -1,12 +1,12 @@
-"""The roofline's shapes, measured on a GPU: every backend beside what PyTorch alone does, in one run.
+"""Measures the roofline's shapes on a GPU: every backend against PyTorch alone, in one run.
 
     python -m benchmarks.bench_gpu [--out DIR] [--case PART-OF-A-NAME ...] [--once]
 
-Forward and backward of bfloat16 rows (int64 ids). Providers take turns; each turn is triton's do_bench, which empties L2
-before every call; the median of the turns counts. A provider whose loss, gradients or masks differ from eager's (the
-reference's; where that does not fit, from the first provider's) has no time.
-Ceilings of the same run: a matrix product of 8192³ in bfloat16, and a copy. DIR/ops.json holds it all, DIR/ops.txt the tables.
-`--once` makes a single call of each op that CUDA kernels are chosen for, for a profiler.
+Forward and backward on bfloat16 rows (int64 ids). Providers take turns; each turn is triton's do_bench, which empties L2
+before every call, and the median over turns counts. A provider whose loss or gradients differ from eager's, or whose masks
+differ from the reference's, gets no time; if that baseline does not fit into memory, the first provider that does replaces it.
+The same run measures two ceilings: an 8192³ bfloat16 matrix product and a copy. Everything goes to DIR/ops.json, the tables
+to DIR/ops.txt. `--once` calls each op for which CUDA kernels are chosen a single time, for a profiler.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TURNS = 3
 
 
 def milliseconds(call: Call) -> float:
-    """Median of about 60 ms of calls."""
+    """Median time of one call, over about 60 ms of calls."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=20, rep=60, return_mode="median"))
 
 
 def trained(function: Callable[..., Any], args: tuple[Any, ...]) -> Call:
-    """Forward and backward; the call returns the loss, and its `leaves` have the gradients."""
+    """A forward and backward call that returns the loss and leaves the gradients in its `leaves`."""
     leaves = [x.requires_grad_() for x in args[:2]]
 
     def call() -> Any:
@@ -69,7 +69,7 @@ def torch_linear(shape: Shape, args: tuple[Any, ...]) -> Call:
 
 
 def providers(shape: Shape, device: str) -> dict[str, Call]:
-    """Name → one call, for all that runs on `device`. torch.compile and its peers only where there is a goal to reach."""
+    """Name → call, for every provider that runs on `device`; torch.compile and its peers only for shapes with a goal."""
     args = arguments(shape, device)
     mask = shape.op == "complementary_mask"
     found: dict[str, Call] = {}
@@ -95,7 +95,7 @@ def answer(call: Call) -> tuple[Any, ...]:
 
 
 def agrees(got: Any, expected: Any) -> bool:
-    """Masks to the bit, losses to 2 %, gradients to 5 % of their norm."""
+    """Whether masks are equal bit for bit, losses within 2 %, gradients within 5 % of their norm."""
     if not got.is_floating_point():
         return torch.equal(got, expected)
     difference = torch.linalg.vector_norm(got.float() - expected.float())
@@ -103,21 +103,21 @@ def agrees(got: Any, expected: Any) -> bool:
 
 
 def extra_memory(call: Call) -> int:
-    """Most bytes held during a call beyond those held before it, and its outputs and gradients."""
+    """Peak bytes held during a call, beyond those held before it and its outputs and gradients."""
     kept = call()
     outputs = sum(x.nbytes for x in kept) if isinstance(kept, tuple) else 0
     del kept
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    kept = call()  # replaces the gradients of the first
+    kept = call()  # replaces the first call's gradients
     torch.cuda.synchronize()
     del kept
     return torch.cuda.max_memory_allocated() - before - outputs
 
 
 def measure(shape: Shape, device: str, clock: Callable[[Call], float] = milliseconds) -> dict[str, Any]:
-    """One row: milliseconds of each provider, and why others have none; extra bytes of each."""
+    """One row: milliseconds and extra bytes of each provider, and why the rest have none."""
     calls, turns, absent, extra = providers(shape, device), {}, {}, {}
     last = list(calls)[-1] if shape.op == "complementary_mask" else "eager"
     expected = None
@@ -132,7 +132,7 @@ def measure(shape: Shape, device: str, clock: Callable[[Call], float] = millisec
             turns[name] = []
         except torch.OutOfMemoryError:
             absent[name] = "out of memory"
-        except Exception as error:  # of a compiler or a launch: the other providers and shapes count
+        except Exception as error:  # from a compiler or a launch: the other providers and shapes still count
             absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     for _ in range(TURNS):
         for name, times in turns.items():
@@ -142,7 +142,7 @@ def measure(shape: Shape, device: str, clock: Callable[[Call], float] = millisec
 
 
 def ceilings(clock: Callable[[Call], float] = milliseconds) -> dict[str, float]:
-    """Operations a second of a bfloat16 product, bytes a second of a copy (read and written)."""
+    """Operations per second of a bfloat16 product, and bytes per second (read and written) of a copy."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
@@ -150,7 +150,7 @@ def ceilings(clock: Callable[[Call], float] = milliseconds) -> dict[str, float]:
 
 
 def report(results: dict[str, Any], shapes: tuple[Shape, ...]) -> str:
-    """Both tables for people."""
+    """The measurements as text."""
     rate, bandwidth = results["ceilings"]["rate"], results["ceilings"]["bandwidth"]
     lines = [f"{results['device']}: bfloat16 product {rate / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s", ""]
     by_name = {shape.name: shape for shape in shapes}
@@ -166,7 +166,7 @@ def report(results: dict[str, Any], shapes: tuple[Shape, ...]) -> str:
 
 
 def main() -> None:
-    """Measure, write both files."""
+    """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--case", action="append", metavar="PART", help="only shapes whose name contains this")
@@ -185,7 +185,7 @@ def main() -> None:
         results["rows"].append(measure(shape, "cuda"))
         torch.cuda.empty_cache()
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "ops.json").write_text(json.dumps(results, indent=1) + "\n")  # what there is, should time run out
+        (options.out / "ops.json").write_text(json.dumps(results, indent=1) + "\n")  # partial results, in case time runs out
         (options.out / "ops.txt").write_text(report(results, shapes))
     measured = {row["case"]: row["ms"]["triton"] for row in results["rows"] if "triton" in row["ms"]}
     with (options.out / "ops.txt").open("a") as file:

@@ -1,11 +1,11 @@
-"""Two parts of the training step on a GPU, beside PyTorch's own: attention of packed sequences, and the LM head's loss.
+"""Times two parts of the training step on a GPU against PyTorch: attention over packed sequences and the LM head's loss.
 
     python -m benchmarks.bench_layers_gpu [--out DIR]
 
-bfloat16, the shapes of a bert-base step in bench_train_gpu: both views of 512 sentences of 6 to 64 tokens, 12 heads of width
-64, and as many tokens in sequences of 65 to 128; 15 % of the tokens against 30,522 words. Forward, and forward and backward;
-providers take turns, each turn is triton's do_bench, the median counts. Answers and gradients are compared without dropout.
-DIR/layers.json holds it all, DIR/layers.txt the table.
+Shapes are those of a bert-base step in bench_train_gpu, in bfloat16. Attention: both views of 512 sentences of 6 to 64 tokens,
+12 heads of width 64, and as many tokens in sequences of 65 to 128. LM head: 15 % of the tokens against 30,522 words. Timed are
+forward alone, and forward plus backward; providers take turns, each turn is triton's do_bench, and the median counts. Outputs
+and gradients are compared without dropout. Everything goes to DIR/layers.json, the table to DIR/layers.txt.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Function = Callable[..., Tensor]
 
 
 def attention(dropout: float, longer: bool = False) -> tuple[dict[str, Function], list[Tensor]]:
-    """Providers, and the tensors that they take and that get gradients."""
+    """Providers, and the tensors that they take and differentiate by."""
     lengths = [len(row["input_ids"]) for row in make_rows(VOCABULARY)[:BATCH] for _ in range(2)]
     lengths = [65 + n % 64 for n in range(sum(lengths) // 96)] if longer else lengths
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
@@ -52,7 +52,7 @@ def attention(dropout: float, longer: bool = False) -> tuple[dict[str, Function]
 
 
 def lm_head() -> tuple[dict[str, Function], list[Tensor]]:
-    """The same of the LM head's decoder and its loss."""
+    """The same for the LM head's decoder and its loss."""
     tokens = 2 * sum(len(row["input_ids"]) for row in make_rows(VOCABULARY)[:BATCH])
     rows, width = round(0.15 * tokens) // 32 * 32, HEADS * WIDTH
     target = torch.randint(VOCABULARY, (rows,), device="cuda")
@@ -70,7 +70,7 @@ def lm_head() -> tuple[dict[str, Function], list[Tensor]]:
 
 
 def measure(case: str, functions: dict[str, Function], leaves: list[Tensor], compared: bool) -> dict[str, Any]:
-    """One row; a provider whose answer or gradients differ from the last one's has no time."""
+    """One row; a provider whose output or gradients differ from those of the last one listed gets no time."""
     leaves = [leaf.requires_grad_() for leaf in leaves]
     calls: dict[str, dict[str, Callable[[], Any]]] = {}
     expected, absent = None, {}
@@ -90,7 +90,7 @@ def measure(case: str, functions: dict[str, Function], leaves: list[Tensor], com
                 absent[name] = "differs from PyTorch's"
                 continue
             calls[name] = {"forward": partial(function, *leaves), "forward and backward": trained}
-        except Exception as error:  # of a compiler, say: the others count
+        except Exception as error:  # from a compiler, say: the others still count
             absent[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     times: dict[str, dict[str, list[float]]] = {name: {what: [] for what in parts} for name, parts in calls.items()}
     for _ in range(TURNS):
@@ -102,7 +102,7 @@ def measure(case: str, functions: dict[str, Function], leaves: list[Tensor], com
 
 
 def main() -> None:
-    """Measure, write both files."""
+    """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
@@ -115,12 +115,12 @@ def main() -> None:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "commit": head(), "torch": torch.__version__, "rows": []}
     for case, make, compared in cases:
         found["rows"].append(measure(case, *make(), compared=compared))
-        (options.out / "layers.json").write_text(json.dumps(found, indent=1) + "\n")  # what there is, should time run out
+        (options.out / "layers.json").write_text(json.dumps(found, indent=1) + "\n")  # partial results, in case time runs out
         (options.out / "layers.txt").write_text(report(found["rows"]))
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """The table for people."""
+    """The table as text."""
     lines = [f"{row['case']}: {name}: " + ", ".join(f"{what} {ms:.3f} ms" for what, ms in parts.items())
              for row in rows for name, parts in row["ms"].items()]  # fmt: skip
     lines += [f"{row['case']}: absent: {name}, {why}" for row in rows for name, why in row["absent"].items()]

@@ -1,15 +1,15 @@
-"""A whole optimizer step of post-training beside two baselines and the floor of its work, in one run.
+"""Times a whole post-training optimizer step against two baselines and the floor of its work, in one run.
 
     python -m benchmarks.bench_train [--dtype float32] [--dtype bfloat16] [--rounds N] [--output benchmarks/results/train.json]
 
-Real sentences (Rotten Tomatoes), all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M parameters), its dropout, 32 sequences per step.
-A step is all of it: batch from token rows, masks, both passes, backward, gradient clipping, AdamW. The providers take turns,
-round by round, each in a process of its own: `ours` sets the allocator as `CMLMTrainer.train` does, `strong` and `naive` leave
-it as it is, `strong kept` is strong with our setting. First losses and gradients are compared, with the same masks and no
-dropout. Speed-ups are by real token.
+The model is all-MiniLM-L6-v2 (6 layers, width 384, 22.7 M parameters) with its dropout, on real sentences (Rotten Tomatoes), 32
+per step. A step includes everything: batch from token rows, masks, both passes, backward, gradient clipping, AdamW. Providers
+take turns, round by round, each in its own process: `ours` configures the allocator as `CMLMTrainer.train` does, `strong` and
+`naive` leave it as it is, and `strong kept` is strong with our setting. Losses and gradients are compared first, with the same
+masks and without dropout. Speed-ups are per real token.
 
-The floor is the step's matrix products at the rate of the fastest product measured in any round, and AdamW's bytes at that of
-the fastest copy.
+The floor is the time of the step's matrix products at the rate of the fastest product measured in any round, plus that of
+AdamW's bytes at the rate of the fastest copy.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .timing import has_onednn, onednn
 PROVIDERS = ("ours", "strong", "naive")
 TIMED = ("ours", "strong", "strong kept", "naive")
 SEQUENCES, BATCHES = 32, 5
-#: transformers' own length grouping sorts as many batches at a time.
+#: How many batches transformers' own length grouping sorts at a time.
 SORTED_BATCHES = 50
 
 
@@ -59,9 +59,9 @@ def load() -> tuple[Any, Any]:
 
 
 def batches(rows: Any, provider: str) -> list[list[Any]]:
-    """Some of the batches of a run over these rows: mixed, or for `strong` sorted by length, from the shortest to the longest.
+    """A sample of a run's batches over these rows: mixed, or for `strong` sorted by length, from the shortest to the longest.
 
-    Both hold the same number of sentences, not the same tokens: speeds are compared by the time of a token.
+    Both hold the same number of sentences but not of tokens, so speeds are compared by time per token.
     """
     lengths = [len(ids) for ids in rows["input_ids"]]
     order = sorted(range(len(lengths)), key=lengths.__getitem__) if provider.startswith("strong") else range(len(lengths))
@@ -71,7 +71,7 @@ def batches(rows: Any, provider: str) -> list[list[Any]]:
 
 
 def tokens(work: Sequence[Sequence[Any]]) -> float:
-    """Real tokens in both views of a batch, the mean over batches."""
+    """Real tokens in both views of a batch; the mean over batches."""
     return sum(2 * len(row["input_ids"]) for rows in work for row in rows) / len(work)
 
 
@@ -114,8 +114,10 @@ def minilm() -> Any:
 
 
 def make(provider: str, dtype: torch.dtype, tokenizer: Any, folder: str, new: Callable[[], Any] = minilm) -> Any:
-    """A provider with weights of its own: `lm`, made by `new`, and `step(rows)`; "ours compiled", say, has compiled layers,
-    and "ours compiled low" layer norms of low precision, too."""
+    """A provider with its own weights: `lm`, made by `new`, and `step(rows)`.
+
+    "ours compiled", for example, has compiled layers; "ours compiled low" also has low-precision layer norms.
+    """
     torch.manual_seed(0)  # new weights must be the same for all
     lm, (kind, *how) = new(), provider.split()
     compiled = "compiled" in how
@@ -154,34 +156,34 @@ def check(providers: dict[str, Any], rows: Sequence[Any]) -> dict[str, float]:
 
 
 class Floor:
-    """What a step costs at least: its products and AdamW's bytes, at the best rates that any of the rounds has measured."""
+    """The least that a step costs: its products and AdamW's bytes, at the best rates measured in any round."""
 
     def __init__(self, ours: Ours, work: Sequence[Sequence[Any]], dtype: torch.dtype) -> None:
-        config, self.dtype, self.gemm, self.copy = ours.lm.config, dtype, 0.0, 0.0
+        config, self.dtype, self.gemm_rate, self.copy_rate = ours.lm.config, dtype, 0.0, 0.0
         self.flops = operations(ours, work)
         # AdamW reads weight, gradient and two moments, and writes all but the gradient.
         self.bytes = 7 * 4 * sum(p.numel() for p in ours.lm.parameters() if p.requires_grad)
         self.shapes = (2048, 2048, 2048), (1712, config.hidden_size, config.intermediate_size)
 
     def measure(self) -> None:
-        """One round's rates."""
-        self.gemm = max(self.gemm, *(gemm_rate(*shape, self.dtype) for shape in self.shapes))
+        """Measure one round's rates, and keep the best so far."""
+        self.gemm_rate = max(self.gemm_rate, *(gemm_rate(*shape, self.dtype) for shape in self.shapes))
         source = torch.ones(2**26)
         target = torch.empty_like(source)
-        self.copy = max(self.copy, 8 * source.numel() / best(lambda: target.copy_(source)))
+        self.copy_rate = max(self.copy_rate, 8 * source.numel() / best(lambda: target.copy_(source)))
 
     def row(self) -> dict[str, float]:
-        """As results hold it."""
-        seconds = self.flops / self.gemm + self.bytes / self.copy
-        return {"GFLOP": round(self.flops / 1e9, 1), "GEMM GFLOP/s": round(self.gemm / 1e9, 1),
-                "AdamW MB": round(self.bytes / 1e6, 1), "copy GB/s": round(self.copy / 1e9, 1),
+        """The floor in the form that results hold."""
+        seconds = self.flops / self.gemm_rate + self.bytes / self.copy_rate
+        return {"GFLOP": round(self.flops / 1e9, 1), "GEMM GFLOP/s": round(self.gemm_rate / 1e9, 1),
+                "AdamW MB": round(self.bytes / 1e6, 1), "copy GB/s": round(self.copy_rate / 1e9, 1),
                 "ms": round(seconds * 1e3, 1)}  # fmt: skip
 
 
 def operations(ours: Ours, work: Sequence[Sequence[Any]]) -> float:
-    """Of the matrix products of a step, the mean over batches."""
-    # Of real tokens alone. Each weight of a linear layer: two operations a row forward and four backward; attention: six
-    # products of a sequence with itself; token contrast: three products of masked tokens and candidates in each direction.
+    """Operations in the matrix products of a step; the mean over batches."""
+    # Only real tokens count. Each weight of a linear layer takes two operations per row forward and four backward; attention,
+    # six products of a sequence with itself; token contrast, three products of masked tokens and candidates per direction.
     config, flops, encoder = ours.lm.config, 0.0, linear_weights(ours.lm.base_model)
     head = linear_weights(ours.lm) - encoder
     for rows in work:
@@ -196,12 +198,12 @@ def operations(ours: Ours, work: Sequence[Sequence[Any]]) -> float:
 
 
 def linear_weights(model: nn.Module) -> int:
-    """Numbers in the weights of all linear layers."""
+    """Number of elements in the weights of all linear layers."""
     return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    """Operations a second of one product, by the faster of PyTorch's own and oneDNN's kernel."""
+    """Operations per second of one product, by the faster of PyTorch's own kernel and oneDNN's."""
     a, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
     ways = [lambda: F.linear(a, b)]
     if has_onednn(dtype):
@@ -210,7 +212,7 @@ def gemm_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
 
 
 def best(call: Callable[[], Any], repeats: int = 7) -> float:
-    """Seconds of the fastest of some calls: a rate is what the machine can do."""
+    """Seconds of the fastest of several calls: a rate is what the machine can do."""
     call()
     times = []
     for _ in range(repeats):
@@ -221,24 +223,24 @@ def best(call: Callable[[], Any], repeats: int = 7) -> float:
 
 
 class Worker:
-    """A provider in a process of its own: what one does to the allocator does not touch another's time."""
+    """A provider in its own process, so that its allocator settings do not affect another's time."""
 
     def __init__(self, provider: str, dtype: torch.dtype) -> None:
         self.connection, other = mp.Pipe()
         arguments = (other, provider, dtype, torch.get_num_threads())
         self.process = mp.get_context("spawn").Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
-        other.close()  # a worker that ends is then an EOFError here
+        other.close()  # so that a worker's end raises EOFError here
         self.connection.recv()  # ready
 
     def seconds(self) -> float:
-        """Of a step, the mean over the batches."""
+        """Seconds per step; the mean over the batches."""
         self.connection.send("run")
         seconds: float = self.connection.recv()
         return seconds
 
     def stop(self) -> None:
-        """End the process, and wait for it."""
+        """End the process and wait for it."""
         self.connection.send("stop")
         self.process.join()
 
@@ -251,7 +253,7 @@ def _serve(connection: Any, provider: str, dtype: torch.dtype, threads: int) -> 
     work = batches(rows, provider)
     with tempfile.TemporaryDirectory() as folder:
         one = make(provider, dtype, tokenizer, folder)
-        for batch in work:  # oneDNN and the allocator meet each size once
+        for batch in work:  # lets oneDNN and the allocator see each size once
             one.step(batch)
         connection.send(None)
         while connection.recv() == "run":
@@ -321,7 +323,7 @@ def main() -> None:
 
 
 def save(row: dict[str, Any], machine: dict[str, Any], path: Path) -> None:
-    """Write a row over the earlier one of its case; `machine` as it was before the run."""
+    """Write a row, replacing the earlier one of its case; `machine` describes the state before the run."""
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [*(old for old in rows if old["case"] != row["case"]), row]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,22 @@
-"""An optimizer step of post-training on a GPU beside both baselines, and the share of the matrix rate that real tokens reach.
+"""Times a post-training optimizer step on a GPU against both baselines, and the share of the matrix rate real tokens reach.
 
     python -m benchmarks.bench_train_gpu [--out DIR] [--case NAME ...] [--rounds N] [--seconds N] [--trace | --compile]
 
-BERT-base and RoBERTa-base in bfloat16, made from their configurations, dropout and all. Sequences have the lengths of real
-sentences (Rotten Tomatoes in BERT's word pieces, at most 78), ids are random by Zipf's law: of text a step's time depends on
-lengths and on how often tokens repeat. As in bench_train, losses and gradients are compared first, providers take turns, a
-step is all of it from token rows on, and speed-ups are by real token. "ours compiled" and "strong compiled" have the encoder's
-layers compiled by torch.compile, before anything is timed, "ours compiled low" layer norms of low precision, too; speed-ups
-are those of the fastest of ours. Steps are of SIZES sentences, naive and strong of those in MOST. One step of each of ours
-runs under PyTorch's watch for waits. MFU is the operations of a step's products (of real tokens) a second, by the rate of a
-product of 8192³ in this run. "train ms" is a step of the whole loop of `CMLMTrainer.train`, loader and callbacks and all, with
-layers that are not compiled. With --trace, "device ms" is how long of a step the device works, by PyTorch's profiler.
-DIR/train.json holds it all, DIR/train.txt the table; --trace also writes the profiler's tables. --compile times nothing: a
-later run then finds compiled layers in torch.compile's cache.
+The models are BERT-base and RoBERTa-base in bfloat16, built from their configurations, with dropout. Sequences have the lengths
+of real sentences (Rotten Tomatoes in BERT's word pieces, at most 78); ids are drawn by Zipf's law, since a step's time depends
+on the text only through lengths and how often tokens repeat. As in bench_train, losses and gradients are compared first,
+providers take turns, a step includes everything from token rows on, and speed-ups are per real token.
+
+"ours compiled" and "strong compiled" have the encoder's layers compiled by torch.compile before they are timed; "ours compiled
+low" also has low-precision layer norms. Speed-ups are those of the fastest of ours. A step has SIZES sentences, for naive and
+strong at most those in MOST. One step of each of ours runs in PyTorch's sync debug mode, which finds waits.
+
+- MFU: operations per second of a step's products (real tokens only), over the rate of an 8192³ product in this run.
+- "train ms": a step in the whole loop of `CMLMTrainer.train`, with loader and callbacks, layers not compiled.
+- "device ms", with --trace: how long the device is busy in a step, by PyTorch's profiler.
+
+Everything goes to DIR/train.json, the table to DIR/train.txt; --trace also writes the profiler's tables. --compile times
+nothing but fills torch.compile's cache, where a later run finds the compiled layers.
 """
 
 from __future__ import annotations
@@ -46,16 +50,16 @@ SENTENCES = (
     59, 56, 40, 32, 42, 36, 25, 29, 19, 16, 7, 10, 10, 5, 7, 5, 4, 1, 1, 1, 0, 0, 1, 0, 0, 1, 0, 0, 0, 0, 1,
 )  # fmt: skip
 COMPILED = ("ours compiled", "strong compiled", "ours compiled low")
-FIRST, STEPS = 4, 12  # of `train`: the first are not timed
+FIRST, STEPS = 4, 12  # steps of `train`: the FIRST are not timed, the STEPS after them are
 BATCHES, DEVICE = 4, "cuda"
 CASES = ("bert-base", "roberta-base")
-SIZES = (512, 1024, 2048)  # sentences a step
+SIZES = (512, 1024, 2048)  # sentences per step
 BATCH = SIZES[0]
-MOST = {"naive": 512, "strong": 1024}  # what fits into the memory beside the others
+MOST = {"naive": 512, "strong": 1024}  # sentences per step that fit into memory next to the others
 
 
 def configuration(case: str) -> Any:
-    """Of the published checkpoint."""
+    """The published checkpoint's configuration."""
     from transformers import BertConfig, RobertaConfig
 
     if case == "bert-base":
@@ -64,7 +68,7 @@ def configuration(case: str) -> Any:
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """Of plain words: what the collators need, special tokens and how to pad. Pad is id 1, as in RoBERTa."""
+    """A word-level tokenizer with what the collators need: special tokens and padding. Pad is id 1, as in RoBERTa."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -91,7 +95,7 @@ def make_rows(vocabulary: int) -> list[dict[str, Any]]:
 
 
 def batches(rows: Sequence[Any], provider: str, size: int) -> list[list[Any]]:
-    """Some batches of a run over these rows: mixed, or for `strong` sorted by length, from the shortest to the longest."""
+    """A sample of a run's batches over these rows: mixed, or for `strong` sorted by length, shortest to longest."""
     order = sorted(rows, key=lambda row: len(row["input_ids"])) if provider.startswith("strong") else rows
     number = len(rows) // size
     chosen = range(number // BATCHES // 2, number, number // BATCHES)
@@ -99,8 +103,10 @@ def batches(rows: Sequence[Any], provider: str, size: int) -> list[list[Any]]:
 
 
 def seconds(step: Callable[[Any], Any], work: Sequence[Any]) -> float:
-    """Of a step, the mean over the batches, by the device's clock and behind a step that is not timed: as in a training, the
-    host may be ahead of the device from the start."""
+    """Device seconds per step; the mean over the batches.
+
+    An untimed step comes first so that, as in training, the host may be ahead of the device from the start.
+    """
     step(work[-1])
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
@@ -112,10 +118,10 @@ def seconds(step: Callable[[Any], Any], work: Sequence[Any]) -> float:
 
 
 class Clock(TrainerCallback):
-    """The seconds of a step, once FIRST are done."""
+    """Measures the seconds per step, once FIRST steps are done."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start, or stop, the watch."""
+        """Start or stop the clock."""
         if state.global_step in (FIRST, state.max_steps):
             torch.cuda.synchronize()
             now = time.perf_counter()
@@ -126,7 +132,7 @@ class Clock(TrainerCallback):
 
 
 def train(lm: Any, tokenizer: Any, rows: Sequence[Any], size: int, folder: str) -> float:
-    """Milliseconds of a step of `train`."""
+    """Milliseconds per step of `CMLMTrainer.train`."""
     clock = Clock()
     arguments = CMLMTrainingArguments(folder, max_steps=FIRST + STEPS, per_device_train_batch_size=size, save_strategy="no",
                                       logging_strategy="no", report_to="none", disable_tqdm=True, bf16=True,
@@ -137,7 +143,7 @@ def train(lm: Any, tokenizer: Any, rows: Sequence[Any], size: int, folder: str) 
 
 
 def waits(step: Callable[[Any], Any], batch: Any) -> str:
-    """What in a step waits for the device; "" where nothing does."""
+    """What in a step waits for the device; "" if nothing does."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -150,17 +156,18 @@ def waits(step: Callable[[Any], Any], batch: Any) -> str:
     return ""
 
 
-def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapping[str, Any], differences: dict[str, float],
+def add_compiled(providers: dict[str, Any], new: Callable[[str], Any], work: Mapping[str, Any], differences: dict[str, float],
                 until: float) -> dict[str, str]:  # fmt: skip
-    """Add the compiled providers, checked against others that have taken no step and compiled, and their differences. None is
-    begun after `until`.
+    """Add the compiled providers and their differences; none is begun after `until`.
+
+    They are checked against uncompiled ones that have taken no step.
 
     Returns:
         name -> why it is absent.
     """
     absent: dict[str, str] = {}
     plain = {name: new(name) for name in ("ours", "naive")}
-    # They share code: what the layers of one take is counted with the other's.
+    # Providers share code, so recompilations for the layers of one count towards the limit of another.
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
     for name in COMPILED:
@@ -171,9 +178,9 @@ def compile_too(providers: dict[str, Any], new: Callable[[str], Any], work: Mapp
             differences[name] = difference = check({name: provider, **plain}, work["naive"][0][:64])[name]
             if not difference < 0.05:
                 raise AssertionError(f"loss and gradients differ from the naive step's by {difference}")
-            seconds(provider.step, work[name])  # the second size since `check`: code for any size is made now
+            seconds(provider.step, work[name])  # the second size since `check`: dynamic-shape code is made now
             providers[name] = provider
-        except Exception as error:  # of a compiler or the driver: what is measured without it counts
+        except Exception as error:  # from a compiler or the driver: what is measured without it still counts
             absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     return absent
 
@@ -182,26 +189,26 @@ def new_lm(config: Any) -> Any:
     """A masked LM of random weights."""
     from transformers import AutoModelForMaskedLM
 
-    with torch.device(DEVICE):  # where random weights take no time
+    with torch.device(DEVICE):  # where drawing random weights takes no time
         return AutoModelForMaskedLM.from_config(config)
 
 
 def maker(config: Any, tokenizer: Any, folder: str) -> Callable[[str], Any]:
-    """Name of a provider → one with weights of its own."""
+    """Maps the name of a provider to a new one with its own weights."""
     return lambda name: make(name, torch.bfloat16, tokenizer, folder, partial(new_lm, config))
 
 
 def compile_only(case: str) -> dict[str, str]:
-    """Compile the layers of all that have compiled ones; name -> why not."""
+    """Compile the layers of every provider that has compiled ones; returns name -> why one could not be."""
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
     work = {name: batches(rows, name, BATCH)[:1] for name in ("naive", *COMPILED)}
     with tempfile.TemporaryDirectory() as folder:
-        return compile_too({}, maker(config, tokenizer, folder), work, {}, float("inf"))
+        return add_compiled({}, maker(config, tokenizer, folder), work, {}, float("inf"))
 
 
 def measure(case: str, rate: float, rounds: int, until: float, trace: Path | None = None) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a case, one for each of SIZES; also while there are some, should time run out."""
+    """Yield a case's rows, in the end one for each of SIZES; partial lists come earlier, in case time runs out."""
     config = configuration(case)
     tokenizer, rows = make_tokenizer(config.vocab_size), make_rows(config.vocab_size)
     work = {size: {name: batches(rows, name, size) for name in (*PROVIDERS, *COMPILED) if size <= most(name)} for size in SIZES}
@@ -215,7 +222,7 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
         for name in providers:
             seconds(providers[name].step, work[BATCH][name])
         yield [row_of(f"{case} {BATCH}", rate, providers, work[BATCH], 1) | facts]
-        facts["absent"] = compile_too(providers, new, work[BATCH], differences, until)
+        facts["absent"] = add_compiled(providers, new, work[BATCH], differences, until)
         done = []
         for size in SIZES:
             here = {name: provider for name, provider in providers.items() if name in work[size]}
@@ -235,7 +242,7 @@ def measure(case: str, rate: float, rounds: int, until: float, trace: Path | Non
 
 
 def most(provider: str) -> int:
-    """Sentences a step that a provider is timed with."""
+    """The most sentences per step that a provider is timed with."""
     return MOST.get(provider.split()[0], SIZES[-1])
 
 
@@ -253,18 +260,18 @@ def row_of(case: str, rate: float, providers: Mapping[str, Any], work: Mapping[s
     ms = {name: round(statistics.median(values) * 1e3, 2) for name, values in samples.items()}
     size = {name: tokens(work[name]) for name in ms}
     best = min((name for name in ms if name.startswith("ours")), key=ms.__getitem__)
-    long = {name: ms[name] / size[name] for name in ms}  # a token takes so long
+    per_token = {name: ms[name] / size[name] for name in ms}  # milliseconds per token
     return {
         "case": f"{case} sentences bfloat16", "ms": ms,
         "tokens": {name: round(n) for name, n in size.items()},
-        "best": best, "speedup": {name: round(long[name] / long[best], 2) for name in ms if name != best},
+        "best": best, "speedup": {name: round(per_token[name] / per_token[best], 2) for name in ms if name != best},
         "TFLOP": round(flops / 1e12, 2), "MFU": round(flops / (ms[best] / 1e3) / rate, 3),
         "peak GB": {name: round(n / 1e9, 1) for name, n in peak.items()}, "waits": found, "device ms": {},
     }  # fmt: skip
 
 
 def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> tuple[str, float]:
-    """Where a step's time goes, on the device and on the host; for how many milliseconds of a step the device works."""
+    """Tables of a step's time on the device and on the host, and the milliseconds per step for which the device is busy."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
@@ -281,7 +288,7 @@ def profile(step: Callable[[Any], Any], work: Sequence[Any]) -> tuple[str, float
 
 
 def report(results: dict[str, Any]) -> str:
-    """The table for people."""
+    """The table as text."""
     lines = [f"{results['device']}: bfloat16 product {results['rate'] / 1e12:.0f} TFLOP/s"]
     for row in results["rows"]:
         times = (f"{name} {ms} ms" + (f" ({row['speedup'][name]} x)" if name in row["speedup"] else "")
@@ -296,7 +303,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, write both files."""
+    """Measure and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--case", action="append", choices=CASES)
@@ -320,7 +327,7 @@ def main() -> None:
             results["rows"] = [*done, *rows]
             (options.out / "train.json").write_text(json.dumps(results, indent=1) + "\n")
             (options.out / "train.txt").write_text(report(results))
-        gc.collect()  # a Trainer is held by cycles, and with it the model
+        gc.collect()  # reference cycles keep a Trainer alive, and with it the model
         torch.cuda.empty_cache()
 
 

@@ -42,9 +42,9 @@ def bench(
         bool, typer.Option("--update", help="keep the other shapes that --output holds of this commit")
     ] = False,
 ) -> None:
-    """Time the ops of cmlm_fast beside what others offer: minutes on a CPU. A row is printed only if its answer was right.
+    """Time the ops of cmlm_fast against what others offer: minutes on a CPU. A row is printed only if its answer was right.
 
-    Without a command the suite runs; `compare` and `report` read what runs wrote.
+    Without a command, the suite runs; `compare` and `report` read the results of earlier runs.
     """
     if context.invoked_subcommand is not None:
         return
@@ -60,7 +60,7 @@ def bench(
     names = {p.name for o, _ in plan for p in o.providers}
     if provider and not any(part in name for part in provider for name in names):
         raise ValueError(f"bench: expected --provider to be a part of {'; '.join(sorted(names))}, got {provider}")
-    if output is None:  # a part leaves what the whole took minutes for
+    if output is None:  # a partial run must not overwrite a full one, which took minutes
         output = Path("out/bench-part.json" if (op or shape or provider) and not update else "out/bench.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.is_dir():
@@ -82,7 +82,7 @@ def bench(
 
 
 def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[Any]:
-    """The (op, shape) pairs asked for; `ValueError` where there are none."""
+    """The (op, shape) pairs asked for; `ValueError` if there are none."""
     from .ops import OPS
 
     names = [o.name for o in OPS]
@@ -101,7 +101,7 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
 
 
 def checked_device(name: str) -> Any:
-    """The torch device; `ValueError` where it is not here."""
+    """The torch device; `ValueError` if it is not available."""
     import torch
 
     device = torch.device(name if name.split(":")[0] in ("cpu", "cuda") else "meta")
@@ -122,7 +122,7 @@ def compare(
     seconds: Annotated[float, typer.Option(min=0.1, help="time for the pairs of a shape (refs)")] = 6.0,
     device: Annotated[str, typer.Option(help="cpu or cuda (refs)")] = "cpu",
 ) -> None:
-    """Is B slower than A? Exit code 1 where one row is, beyond the threshold and beyond noise."""
+    """Is B slower than A? Exit code 1 if any row is, beyond both the threshold and noise."""
     from . import run
     from .compare import compare_files, compare_refs
     from .results import Results
@@ -157,7 +157,7 @@ def report(
         bool, typer.Option("--docs", help="also bring docs/benchmarks.md and the README's table up to date")
     ] = False,
 ) -> None:
-    """Tables and pictures of a run: Markdown with PNG files, and one HTML page that holds all of it."""
+    """Write the tables and pictures of a run: Markdown with PNG files, and one HTML page that holds everything."""
     from . import report as reports
     from . import verdicts
     from .results import Results

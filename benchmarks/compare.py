@@ -1,9 +1,9 @@
-"""Is B slower than A? Two results files, or two git refs timed in interleaved pairs; a change must exceed noise and threshold.
+"""Is B slower than A? Compares results files, or git refs timed in interleaved pairs; a change must exceed noise and threshold.
 
-For refs each side is checked out and built below a temporary folder, and one worker process a side times the same shapes:
-A, B, B, A, … so that drift of the machine hits both. Workers are launched several times over, since where a process happens
-to lie in memory can cost a few percent. The ratio of medians comes with a 95 % bootstrap interval over launches and rounds;
-slower means that the whole interval is above 1 + threshold.
+For refs, each side is checked out and built in a temporary folder, and one worker process per side times the same shapes in the
+order A, B, B, A, …, so that machine drift hits both. Workers are launched several times, since where a process happens to lie
+in memory can cost a few percent. The ratio of medians comes with a 95 % bootstrap interval over launches and rounds; slower
+means that the whole interval is above 1 + threshold.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .results import Results
 
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 1000
-SAMPLE_BATCHES = 3  # a sample is as many of timing.py's batches, about 15 ms
-SETTLE = 0.02  # seconds until the threads of the other process have stopped spinning for work
-LAUNCHES = (3, 6)  # at least; at most, while the interval reaches over the threshold
+SAMPLE_BATCHES = 3  # of timing.py's batches in a sample, about 15 ms together
+SETTLE = 0.02  # seconds until the other process's threads have stopped spinning for work
+LAUNCHES = (3, 6)  # at least; at most, while the interval straddles the threshold
 Launches = list[tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """B's time over A's on one shape, with its interval, and what that says."""
+    """B's time divided by A's on one shape, with its interval and verdict."""
 
     name: str
     a: float
@@ -48,7 +48,7 @@ class Change:
 
 
 def judge(name: str, launches: Launches, threshold: float) -> Change:
-    """The change from the samples (of A, of B) of each launch."""
+    """The change, given each launch's samples (of A, of B)."""
     draw = random.Random(0)
     resampled = (_medians(_resampled(launches, draw)) for _ in range(RESAMPLES))
     drawn = sorted(b / a for a, b in resampled)
@@ -60,13 +60,13 @@ def judge(name: str, launches: Launches, threshold: float) -> Change:
 
 
 def _medians(launches: Launches) -> tuple[float, float]:
-    """Of all samples of A and of B: a launch that something else disturbed moves them little."""
+    """Medians of all samples of A and of B, which one disturbed launch moves little."""
     a, b = (median(x for pair in launches for x in pair[side]) for side in (0, 1))
     return a, b
 
 
 def _resampled(launches: Launches, draw: random.Random) -> Launches:
-    """Launches drawn with replacement, and in each its rounds (A and B of a round together, where they are paired)."""
+    """Launches drawn with replacement, and within each its rounds (A and B of a round together, if they are paired)."""
     chosen = draw.choices(launches, k=len(launches))
     found = []
     for a, b in chosen:
@@ -77,7 +77,7 @@ def _resampled(launches: Launches, draw: random.Random) -> Launches:
 
 
 def compare_files(a: Results, b: Results, threshold: float) -> list[Change]:
-    """Every row that both files have. Two runs, so a change of the machine between them counts as one of the code."""
+    """Compare every row that both files have. These are two runs: a machine change between them counts as a code change."""
     before = {row.key: row for row in a.rows}
     pairs = [(before[row.key], row) for row in b.rows if row.key in before]
     if not pairs:
@@ -116,7 +116,7 @@ def compare_refs(a: str, b: str, plan: Sequence[tuple[str, str]], seconds: float
 
 
 def rounds(worker_a: Worker, worker_b: Worker, key: tuple[str, str], seconds: float) -> tuple[list[float], list[float]]:
-    """Samples of both, taken in turns; which of the two begins alternates."""
+    """Samples of both, taken in turns; the side that begins alternates."""
     repeats = max(worker.ask("make", *key) for worker in (worker_a, worker_b))
     repeats *= SAMPLE_BATCHES
     found: tuple[list[float], list[float]] = ([], [])
@@ -146,7 +146,7 @@ class Worker:
         self.process.wait()
 
     def ask(self, *request: Any) -> Any:
-        """The worker's answer; `ValueError` with its reason where it has none."""
+        """The worker's answer; `ValueError` with its reason if it has none."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -160,7 +160,7 @@ class Worker:
 
 
 def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Path:
-    """A folder from which `cmlm_fast` of the ref and this suite are imported. The suite is the same for both sides."""
+    """A folder from which the ref's `cmlm_fast` and this suite are imported. The suite is the same for both sides."""
     folder.mkdir()
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     tree = ROOT
@@ -170,7 +170,7 @@ def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Pat
         if archive.returncode != 0:
             raise ValueError(f"compare: expected a git ref, got {ref!r}: {archive.stderr.decode().strip()}")
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
-            # Python has it from 3.11.4 and 3.10.12 on, and without it warns from 3.12 on; the archive is git's own.
+            # Python has `filter` from 3.11.4 and 3.10.12 on, and from 3.12 on warns without it; the archive is git's own.
             files.extractall(tree, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     build(ref, tree, device, say)
     (folder / "cmlm_fast").symlink_to(tree / "cmlm_fast")
@@ -178,7 +178,7 @@ def side(ref: str, folder: Path, device: str, say: Callable[[str], None]) -> Pat
 
 
 def build(ref: str, tree: Path, device: str, say: Callable[[str], None]) -> None:
-    """Native libraries of a tree with newer sources; of a checked-out one the working tree's, where sources are the same."""
+    """Build a tree's libraries unless they are current; a checked-out tree takes the working tree's if sources are equal."""
     libraries = list((ROOT / "cmlm_fast").glob("*.so"))
     if not libraries:
         say("the working tree has no compiled kernels: the Python code is compared")

@@ -1,4 +1,4 @@
-"""Loads the CUDA library into a PyTorch with CUDA, every symbol resolved at once; `make cuda-link` runs it. No GPU is needed.
+"""Loads the CUDA library into PyTorch with CUDA, resolving every symbol at once; run by `make cuda-link`. Needs no GPU.
 
     python benchmarks/cuda_link.py cmlm_fast/_C_cuda.so
 """
@@ -18,7 +18,7 @@ OPS = ("complementary_mask", "token_contrastive", "token_contrastive_backward", 
 def main(library: str) -> None:
     if torch.version.cuda is None:
         raise SystemExit(f"cuda_link: expected a PyTorch with CUDA, got {torch.__version__}")
-    ctypes.CDLL(os.path.abspath(library), mode=os.RTLD_NOW)  # now: each symbol, not only those that are called
+    ctypes.CDLL(os.path.abspath(library), mode=os.RTLD_NOW)  # resolves every symbol, not only those that are called
     missing = [op for op in OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cmlm_fast::{op}", "CUDA")]
     if missing:
         raise SystemExit(f"cuda_link: loaded, but not registered for CUDA: {', '.join(missing)}")

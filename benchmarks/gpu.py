@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one run of less than nine minutes: `make gpu` (`make gpu DRY=1` without one).
+"""Runs everything that needs a GPU, in less than nine minutes: `make gpu` (`make gpu DRY=1` without one).
 
     python -m benchmarks.gpu [--dry] [--out DIR] [--step NAME ...]
 
-STEPS lists what runs, in order; a new step is one entry. Each has a budget of seconds and is stopped when that is over; a
-step that fails fails the run, and the later ones still run. Its output goes to DIR/<name>.log. What it writes into
-DIR/<name>.txt is shown in the summary, which comes last and is kept in DIR/gpu.json; what is measured goes into
-DIR/<device>.json, too, for benchmarks/results. Nothing is installed: the machine's
-own Python, compiler and tools are used, the extension is built in place, and no setting of the GPU is touched.
+STEPS lists what runs, in order; a new step is one entry. Each has a budget in seconds and is stopped when that is used up. A
+step that fails fails the run, but later steps still run. A step's output goes to DIR/<name>.log. What it writes to
+DIR/<name>.txt is shown in the summary, which comes last and whose outcomes are kept in DIR/gpu.json; measurements also go to
+DIR/<device>.json, for benchmarks/results. Nothing is installed: the machine's own Python, compiler and tools are used, the
+extension is built in place, and no GPU setting is touched.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from .gpu_results import collect
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable, "-W", "ignore")
-# What only a GPU shows comes first, should the step be stopped; the reference, plain PyTorch, is left to the CPU.
+# What only a GPU shows comes first, in case the step is stopped; the reference, plain PyTorch, is left to the CPU.
 SWEEPS = ("tests/test_cuda_gpu.py", "tests/test_training_gpu.py", "tests/test_varlen_attention.py", "tests/test_parity.py",
           "tests/test_registration.py", "tests/test_compiling.py", "tests/test_mlm_cross_entropy.py",
           "-k", "not reference-cuda")  # fmt: skip
-# Mostly the host compiles. Few tests at a time for each worker, else the first files' are all one worker's.
+# The host spends most time compiling. Workers take few tests at a time, else one would get all of the first files'.
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 14)), "--maxschedchunk", "2") if find_spec("xdist") else ()
 DOCTOR = "from rich.console import Console; from cmlm_fast.doctor import print_report; print_report(Console())"
-LIMIT = 539  # seconds of all budgets together
-DRY_PATIENCE = 6  # a dry run may be on two cores, where the build takes minutes: budgets are so many times as long
+LIMIT = 539  # seconds, all budgets together
+DRY_PATIENCE = 6  # multiplies a dry run's budgets: it may be on two cores, where the build takes minutes
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Step:
     """One step.
 
     Attributes:
-        name: of its files in the output folder.
+        name: names its files in the output folder.
         command: run in the repository; {out} stands for the output folder.
         seconds: its budget.
         gpu: whether it needs a GPU.
-        asked: runs only where --step names it, and does not count in the run's time.
-        beside: runs beside the steps after it until the first of them that is none such ends; no time of its own.
+        asked: runs only if --step names it, and does not count in the run's time.
+        beside: runs alongside the next steps, until the first one without `beside` ends; takes no time of its own.
     """
 
     name: str
@@ -72,7 +72,7 @@ STEPS = (
     Step("doctor", (*PYTHON, "-c", DOCTOR), 8, gpu=False),
     *(Step(f"compile-{case}", (*PYTHON, "-m", "benchmarks.bench_train_gpu", "--compile", "--case", case), 130, beside=True)
       for case in ("bert-base", "roberta-base")),
-    # -v: names what fails at once, should the step be stopped.
+    # -v names failures at once, in case the step is stopped.
     Step("tests", (*PYTHON, "-m", "pytest", "-v", "-m", "gpu", *PARALLEL, *SWEEPS), 130),
     Step("tune", (*PYTHON, "-m", "cmlm_fast.kernels.tune", "--seconds", "24", "--output", "{out}/triton.json"), 70, asked=True),
     Step("ops", (*PYTHON, "-m", "benchmarks.bench_gpu", "--out", "{out}"), 80),
@@ -99,7 +99,7 @@ class Outcome:
 
 
 def start(step: Step, out: Path, patience: int = 1) -> Callable[[], Outcome]:
-    """Start a step in a process group of its own, so that nothing of it outlives its budget; the call waits for its end."""
+    """Start a step in its own process group, so that no child outlives its budget; the returned call waits for its end."""
     command = [part.replace("{out}", str(out)) for part in step.command]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "CMLM_FAST_TRITON_CONFIGS": str(out / "triton.json")}
@@ -127,7 +127,7 @@ def start(step: Step, out: Path, patience: int = 1) -> Callable[[], Outcome]:
 
 
 def summarise(outcomes: list[Outcome], out: Path) -> bool:
-    """Print what failed, what the steps found, and the table of steps; True where none failed."""
+    """Print what failed, what the steps found, and the table of steps; True if none failed."""
     bad = [outcome for outcome in outcomes if outcome.outcome not in ("ok", "needs a GPU")]
     for outcome in bad:
         lines = (out / f"{outcome.step}.log").read_text(errors="replace").splitlines()
@@ -144,7 +144,7 @@ def summarise(outcomes: list[Outcome], out: Path) -> bool:
 
 
 def main() -> None:
-    """Run the steps, print the summary, exit with 1 where one failed."""
+    """Run the steps, print the summary, and exit with 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true", help="run what needs no GPU, print what else would run")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the results (default: out)")

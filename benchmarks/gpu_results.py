@@ -1,4 +1,4 @@
-"""Puts what `make gpu` measured into one file, <device>.json, of the form that benchmarks/results keeps.
+"""Puts what `make gpu` measured into one file, <device>.json, in the form that benchmarks/results keeps.
 
     python -m benchmarks.gpu_results OUT [--commit HASH]
 """
@@ -19,7 +19,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "cut-cross-entrop
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that were measured, those that are here."""
+    """Versions of the measured packages that are installed."""
     found = {}
     for name in PACKAGES:
         try:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def head() -> str:
-    """The commit that is checked out; "" outside a repository or without git."""
+    """The checked-out commit; "" outside a repository or without git."""
     try:
         return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -38,13 +38,15 @@ def head() -> str:
 
 
 def collect(out: Path, commit: str | None = None) -> Path | None:
-    """Write OUT/<device>.json of those of OUT/ops.json, layers.json and train.json that measured `commit` (or do not know
-    what); None where none did."""
+    """Write OUT/<device>.json and return its path; None if there is nothing to put into it.
+
+    It holds those of OUT/ops.json, layers.json and train.json that measured `commit` (or do not know which commit).
+    """
     commit = head() if commit is None else commit
     files = {name: out / f"{name}.json" for name in ("ops", "layers", "train")}
     parts: dict[str, Any] = {}
     for name, file in files.items():
-        with contextlib.suppress(OSError, ValueError):  # absent, or cut off where its step was stopped
+        with contextlib.suppress(OSError, ValueError):  # absent, or cut off because its step was stopped
             parts[name] = json.loads(file.read_text())
     parts = {name: part for name, part in parts.items() if part["commit"] in ("", commit)}
     if not parts:

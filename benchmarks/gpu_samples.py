@@ -1,4 +1,4 @@
-"""Runs every CUDA op on every sample and dtype, forward and backward, and prints how many: what compute-sanitizer watches.
+"""Runs every CUDA op on every sample and dtype, forward and backward, for compute-sanitizer; prints how many samples ran.
 
     python -m benchmarks.gpu_samples
 """

@@ -16,7 +16,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be had now on the device; on a CPU that does not tell, 4 GiB."""
+    """Bytes available now on the device; 4 GiB on a CPU system that does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     info = Path("/proc/meminfo")
@@ -25,10 +25,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Most bytes that `call` held at once beyond what was held before it, its results included.
+    """Peak bytes that `call` held beyond what was held before it, its results included.
 
-    On CUDA what PyTorch's allocator counts. On Linux the peak of the resident set, which sees every allocation, also those
-    of libraries that do not ask PyTorch; of short calls the smaller of two peaks, since caches only ever add. Else None.
+    On CUDA, what PyTorch's allocator counts. On Linux, the peak of the resident set, which includes allocations of libraries
+    that bypass PyTorch; for short calls, the smaller of two peaks, since caches only ever add. Elsewhere, None.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -46,7 +46,7 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> int | None:
 
 def _resident_peak(call: Callable[[], Any]) -> int:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that the call touches it anew
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory to the system, so that the call touches it anew
     _CLEAR.write_text("5")  # resets the peak
     before = _status("VmRSS")
     call()

@@ -1,4 +1,4 @@
-"""The pictures of a report. Each takes the results and a path, and returns the path, or None where there is nothing to show."""
+"""The pictures of a report. Each takes the results and a path, and returns the path, or None if there is nothing to show."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from . import run
 from .results import Results, Row, automatic, best_other
 
 OURS, OTHER = "#d62728", "#8a94a0"
-#: The same provider has the same colour in every picture; ours are drawn thick.
+#: A provider has the same colour in every picture; ours are drawn thick.
 COLOURS = {
     "ours/cpp": OURS,
     "ours/cuda": OURS,
@@ -45,7 +45,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _thick(providers: Iterable[str]) -> set[str]:
-    """Which of one op's providers are drawn as ours: our kernels, or the reference where there are none."""
+    """Which of one op's providers are drawn as ours: our kernels, or the reference if there are none."""
     mine = {name for name in providers if name.startswith("ours/")}
     return mine - {"ours/reference"} or mine
 
@@ -90,7 +90,7 @@ def sweeps(found: Results, path: Path) -> Path | None:
 
 
 def roofline(found: Results, path: Path) -> Path | None:
-    """Rate over operations a byte, below what the machine can do; then each row's share of its own ceiling."""
+    """Rate over operations per byte, below the machine's limits; then each row's share of its own ceiling."""
     kind = found.machine["type"]
     groups = [(op, shape, ours, others) for (op, shape), rows in found.groups().items()
               if (ours := automatic(rows, kind)) and (others := [r for r in rows if not r.is_ours])]  # fmt: skip
@@ -143,7 +143,7 @@ def roofline(found: Results, path: Path) -> Path | None:
 
 
 def memory(found: Results, path: Path) -> Path | None:
-    """Bytes that one call holds beyond its inputs: a panel an op, at its largest shape, a bar a provider."""
+    """Bytes that one call holds beyond its inputs: one panel per op, at its largest shape, with one bar per provider."""
     largest: dict[str, list[Row]] = {}
     for (op, _), group in found.groups().items():
         rows = [r for r in group if r.peak_bytes is not None and r.unit != "Mtoken/s"]
@@ -168,7 +168,7 @@ def memory(found: Results, path: Path) -> Path | None:
 
 
 def ratios(found: Results, path: Path) -> Path | None:
-    """How many times faster ours is than the fastest other, a bar a shape."""
+    """How many times faster ours is than the fastest other, one bar per shape."""
     shown = []
     for (op, shape), group in found.groups().items():
         ours = automatic(group, found.machine["type"])

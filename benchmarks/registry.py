@@ -1,7 +1,7 @@
 """What is timed, as data: an op has shapes and providers; a shape makes a problem; a provider makes a call that solves it.
 
-A problem knows the work that nothing can avoid, a ceiling to hold times against, and whether an answer is right. A
-provider knows where it can run. Adding a provider or a shape is one line in benchmarks/ops/<op>.py.
+A problem knows the unavoidable work, a ceiling to compare times with, and whether an answer is right. A provider
+knows where it can run. Adding a provider or a shape is one line in benchmarks/ops/<op>.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Call = Callable[[], Any]
 
 
 class Wrong(Exception):
-    """A provider's answer is not that of the op, so it has no speed."""
+    """A provider's answer is not the op's, so it gets no time."""
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Problem:
     """One op at one size on one device.
 
     Attributes:
-        sizes: those of the shape.
+        sizes: the shape's.
         inputs: the tensors (or texts) that providers take, in order.
-        work: operations ("flop"), bytes ("byte") or tokens ("token") that the task takes at least, and which of them.
+        work: the least operations ("flop"), bytes ("byte") or tokens ("token") that the task takes, and which of these.
         traffic: bytes of inputs and outputs, each once.
-        check: of a provider's name and answer, (its error, eager's error); raises `Wrong`. None where no number says it.
-        ceiling: the part of the work that stays (the matrix products alone, or a copy of as many bytes), or None.
+        check: maps a provider's name and answer to (its error, eager's error), None if no number says it; raises `Wrong`.
+        ceiling: the unavoidable part of the work (the matrix products alone, or a copy of as many bytes), or None.
         matrix: bytes of the score matrix that eager code holds; 0 without one.
     """
 
@@ -60,7 +60,7 @@ class Shape:
     sweep: str = ""
 
     def unfit(self, device: torch.device) -> str:
-        """Why it is timed on this device only where it is asked for, or ""."""
+        """Why it is timed on this device only if asked for, or ""."""
         if device.type == "cpu" and self.sizes.get("dtype") == "bfloat16" and not bfloat16_hardware():
             return "this CPU does not multiply bfloat16 in hardware, and takes longer for it than for float32"
         return ""
@@ -73,10 +73,10 @@ class Provider:
     Attributes:
         name: as in tables and `--provider`; ours are `ours/<backend>`.
         make: problem → call. Imports its package itself.
-        module: the import that must be there.
-        gpu_only: it runs on CUDA tensors alone.
+        module: the package that must be importable.
+        gpu_only: it runs on CUDA tensors only.
         unfit: problem → why it cannot solve this one, or "".
-        held: how many score matrices it holds at once; it is left out where they do not fit into memory.
+        score_matrices: how many score matrices it holds at once; it is left out if they do not fit into memory.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Provider:
     module: str = ""
     gpu_only: bool = False
     unfit: Callable[[Problem], str] = field(default=lambda problem: "", repr=False)
-    held: float = 0.0
+    score_matrices: float = 0.0
 
     def absence(self, problem: Problem) -> str:
         """Why it cannot run here, or ""."""
@@ -94,7 +94,7 @@ class Provider:
             return "its kernels need a GPU"
         if reason := self.unfit(problem):
             return reason
-        needed, free = self.held * problem.matrix, free_bytes(problem.device)
+        needed, free = self.score_matrices * problem.matrix, free_bytes(problem.device)
         if needed > 0.8 * free:
             return f"would hold {needed / 1e9:.1f} GB at once, {free / 1e9:.1f} GB are free"
         return ""
@@ -102,10 +102,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
-    """One op: what a user gets from it, its problems, and who else does it.
+    """One op: what a user gets from it, its problems, and its providers.
 
-    `auto` makes the call that leaves the choice of a backend to the package; `limit` says in words what holds our kernels
-    below the ceiling, for the page of verdicts; `cpu_only`, why there is nothing to time on a GPU, or "".
+    `auto` makes the call that leaves the choice of backend to the package; `limit` says in words what keeps our kernels
+    below the ceiling, for the page of verdicts; `cpu_only` says why there is nothing to time on a GPU, or "".
     """
 
     name: str
@@ -118,7 +118,7 @@ class Op:
     cpu_only: str = ""
 
     def chosen(self, suite: str, wanted: tuple[str, ...] = ()) -> list[Shape]:
-        """Shapes of the suite (full: quick's too), or, in any suite but smoke, those whose label has a wanted part."""
+        """Shapes of the suite (full includes quick), or, in any suite but smoke, all those whose label has a wanted part."""
         if suite == "smoke":
             return [shape for shape in self.shapes if shape.suite == "smoke"]
         suites = ("quick", "full") if suite == "full" or wanted else ("quick",)
@@ -126,16 +126,18 @@ class Op:
         return [shape for shape in named if shape.suite in suites]
 
 
-def ours(name: str, call: Callable[..., Call], held: float = 5.0,
+def ours(name: str, call: Callable[..., Call], score_matrices: float = 5.0,
          unfit: Callable[[str, Problem], str] = lambda backend, problem: "") -> tuple[Provider, ...]:  # fmt: skip
-    """A provider a backend of op `name`; `call(backend, problem)` uses it (None: the automatic choice). The reference holds
-    `held` score matrices. `unfit`: why a backend cannot solve this one, or ""."""
+    """One provider per backend of op `name`; `call(backend, problem)` uses it (None: the automatic choice).
+
+    `score_matrices`: how many of them the reference holds. `unfit` says why a backend cannot solve a problem, or "".
+    """
 
     def absence(backend: str, problem: Problem) -> str:
         return available(name, problem.device)[backend] or unfit(backend, problem)
 
     def provider(backend: str) -> Provider:
-        matrices = held if backend == "reference" else 0.0
-        return Provider(f"ours/{backend}", partial(call, backend), unfit=partial(absence, backend), held=matrices)
+        matrices = score_matrices if backend == "reference" else 0.0
+        return Provider(f"ours/{backend}", partial(call, backend), unfit=partial(absence, backend), score_matrices=matrices)
 
     return tuple(provider(backend) for backend in BACKENDS)

@@ -1,9 +1,9 @@
-"""The one schema of results, benchmarks/results/<device>.json: what ran where, a row a provider, and what did not run.
+"""The one schema of results, benchmarks/results/<device>.json: what ran where, one row per provider, and what did not run.
 
 schema     1
 machine    device, threads, instruction set, python, system, load of the machine when the run began
 versions   of every package that was timed
-commit     of the repository ("+" after it: with changes), date, suite, seconds per shape
+commit     of the repository ("+" if there are changes), date, suite, seconds per shape
 ceilings   TFLOP/s of matrix products and GB/s of a copy, measured in this run
 rows       op, shape, sizes, provider; seconds (p20, p50, p80) of one call, samples, rate and its unit, share of the
            row's ceiling, peak bytes, error and eager's error against float64, operations and bytes of the task
@@ -106,7 +106,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Read a file; `ValueError` where it is none of ours."""
+        """Read a file; `ValueError` if it is not one of ours."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -119,12 +119,12 @@ class Results:
         return cls(**found, rows=[Row(**row) for row in rows], absent=[Absent(**row) for row in absent])
 
     def put(self, key: tuple[str, str], rows: list[Row], absent: list[Absent]) -> None:
-        """Set the rows of one (op, shape) over what was there."""
+        """Replace the rows of one (op, shape)."""
         self.rows = [row for row in self.rows if (row.op, row.shape) != key] + rows
         self.absent = [a for a in self.absent if (a.op, a.shape) != key] + absent
 
     def continued(self, now: Results) -> Results:
-        """This file, to which a run that begins now adds shapes; `ValueError` where its numbers belong to something else."""
+        """This file, for a run that begins now to add shapes to; `ValueError` if its numbers belong to something else."""
         for name in ("versions", "commit"):
             then, today = getattr(self, name), getattr(now, name)
             if then != today:
@@ -164,15 +164,15 @@ def slope(points: Iterable[tuple[float, float]]) -> float:
 
 
 def best_other(row: Row, group: list[Row]) -> Row | None:
-    """The fastest of the others: for a row of ours, of those that are not ours."""
+    """The fastest other row; for a row of ours, the fastest that is not ours."""
     others = [r for r in group if r.provider != row.provider and not (row.is_ours and r.is_ours)]
     return min(others, key=lambda r: r.p50, default=None)
 
 
 def automatic(group: list[Row], device: str) -> Row | None:
-    """Our row that a user gets without naming a backend: the first in the package's order of choice for this size."""
+    """Our row for the backend that a user gets by default: the first in the package's order of preference for this size."""
     mine = {row.provider.removeprefix("ours/"): row for row in group if row.is_ours}
-    if not mine or group[0].op not in contracts:  # an op of one way only
+    if not mine or group[0].op not in contracts:  # an op without a choice of backends
         return next(iter(mine.values()), None)
     op, sizes = group[0].op, group[0].sizes
     dtype = getattr(torch, sizes["dtype"]) if "dtype" in sizes else torch.int64  # of ids
@@ -189,7 +189,7 @@ def new(device: torch.device, suite: str, seconds: float, measured: dict[str, fl
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine that the numbers belong to."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,11 +1,11 @@
-"""What a GPU can do at best with the Triton kernels, from their operations and bytes; no GPU is needed.
+"""The best that a GPU can do with the Triton kernels, from their operations and bytes; no GPU is needed.
 
     python -m benchmarks.roofline [--write]
 
-A launch takes at least operations / matrix rate and at least bytes / memory bandwidth; an op at least the sum over its
-launches. Bytes: operands of a launch once, from memory, and what it writes; a panel of weights stays in L2 between the launch
-that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets', which nothing reaches, so a
-floor is no forecast. `--write` puts the table into benchmarks/results/static/roofline.md.
+A launch takes at least operations / matrix rate and at least bytes / memory bandwidth; an op takes at least the sum over its
+launches. Bytes are a launch's operands, each read once from memory, and what it writes; a panel of weights stays in L2 between
+the launch that makes it and the one that uses it (cmlm_fast/kernels/_pairs.py). Rates are the data sheets', which nothing
+reaches, so a floor is not a forecast. `--write` puts the table into benchmarks/results/static/roofline.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DOCUMENT = Path(__file__).parent / "results" / "static" / "roofline.md"
 
 @dataclass(frozen=True)
 class Chip:
-    """A GPU by its data sheet: dense bfloat16 operations a second, bytes a second, key of its configurations, source."""
+    """A GPU by its data sheet: dense bfloat16 operations per second, bytes per second, key of its configurations, source."""
 
     rate: float
     bandwidth: float
@@ -46,14 +46,14 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """One row of the table; what bench_gpu measures.
+    """One row of the table; bench_gpu measures it.
 
     Attributes:
         op: its name.
-        n, m, d: rows, keys, width; of masks, n is the number of tokens. info_nce: n = B.
-        keys: candidates of a row (m, or the length of its sequence).
-        scheme: of info_nce; the sampling of masks.
-        goal: what is wanted on an H100 or H200.
+        n, m, d: rows, keys, width; for masks, n is the number of tokens; for info_nce, n = B.
+        keys: candidates per row (m, or the length of its sequence).
+        scheme: info_nce's; for masks, the sampling.
+        goal: the target on an H100 or H200.
     """
 
     op: str
@@ -76,12 +76,12 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """By which results are kept."""
+        """The key by which results are kept."""
         return f"{self.op} {self.label}"
 
     @property
     def counted(self) -> float:
-        """Operations that any algorithm needs which keeps the scores: three products of the rows; what a rate counts."""
+        """Operations that a rate counts: what any algorithm that keeps the scores needs, three products of the rows."""
         if self.op == "complementary_mask":
             return 0.0
         if self.scheme == "nt_xent":  # symmetric scores: two products
@@ -106,7 +106,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Launch:
-    """Launches of one kernel that are alike."""
+    """Launches of one kernel with the same cost."""
 
     kernel: str
     operations: float
@@ -114,13 +114,15 @@ class Launch:
     count: int = 1
 
     def floor(self, chip: Chip) -> float:
-        """Seconds of all of them."""
+        """Least seconds of all of them."""
         return self.count * max(self.operations / chip.rate, self.bytes / chip.bandwidth)
 
 
 def contrast(n: int, m: int, d: int, keys: int, c: Config, same: bool, both: bool) -> Iterator[Launch]:
-    """Forward and backward of n bfloat16 rows against m keys, `keys` of them candidates. `same`: rows and keys are one
-    matrix; `both`: a softmax over columns too."""
+    """Forward and backward of n bfloat16 rows against m keys, of which `keys` are a row's candidates.
+
+    `same`: rows and keys are one matrix; `both`: the softmax also runs over columns.
+    """
     share = keys / m  # of the tiles that are not skipped
     rows, columns = min(c.statistics_panel[0], n), min(c.statistics_panel[1], m)
     panels = ceil(n / rows) * ceil(m / columns)
@@ -140,7 +142,7 @@ def contrast(n: int, m: int, d: int, keys: int, c: Config, same: bool, both: boo
 
 
 def launches(shape: Shape, chip: Chip) -> list[Launch]:
-    """The kernels of one call that cost, forward and backward, bfloat16 rows (int64 ids)."""
+    """The kernels of one call that cost time: forward and backward, bfloat16 rows (int64 ids)."""
     if shape.op == "complementary_mask":
         return [Launch(shape.scheme, 0, 25 * shape.n)]
     same = shape.scheme == "nt_xent"
@@ -150,7 +152,7 @@ def launches(shape: Shape, chip: Chip) -> list[Launch]:
 
         most, _, strip = SMALL[torch.bfloat16]
         rows = times * shape.n
-        if rows <= most:  # each strip of the gradients makes the scores
+        if rows <= most:  # each strip of the gradients computes the scores
             product = 2 * rows * rows * shape.d
             return [Launch("info_nce_small", product * (ceil(shape.d / strip) + (1 if same else 2)), 8 * shape.n * shape.d)]
     c = config(chip.config, torch.bfloat16, shape_class(shape.d))
@@ -159,8 +161,10 @@ def launches(shape: Shape, chip: Chip) -> list[Launch]:
 
 
 def arguments(shape: Shape, device: str = "cpu") -> tuple[Any, ...]:
-    """The op's arguments: random rows, each a positive of its own; ids below 30,522 in sequences of 128 (masks of 16 M tokens:
-    512)."""
+    """The op's arguments.
+
+    Random rows, each with its own positive; ids below 30,522 in sequences of 128 (512 for masks of 16 M tokens).
+    """
     torch.manual_seed(0)
     if shape.op == "complementary_mask":
         length = 128 if shape.n < 2**20 else 512
@@ -205,17 +209,17 @@ def launched(shape: Shape, chip: Chip) -> dict[str, int]:
 
 
 def floor(shape: Shape, chip: Chip) -> float:
-    """Seconds."""
+    """Least seconds of one call."""
     return sum(launch.floor(chip) for launch in launches(shape, chip))
 
 
 def duration(seconds: float) -> str:
-    """Three digits with a unit."""
+    """A time to three digits, with its unit."""
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
 def table(measured: dict[str, float] | None = None) -> list[str]:
-    """Markdown, a row for each shape; `measured`: "op label" → milliseconds, of a run of bench_gpu."""
+    """The table in Markdown, one row per shape; `measured` maps "op label" to milliseconds of a bench_gpu run."""
     head = ["op", "shape", "operations counted", "done", "bytes", "launches", *(f"{chip} floor" for chip in CHIPS),
             "goal on H100, H200", *(["measured"] if measured else [])]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
@@ -251,7 +255,7 @@ Rates, dense bfloat16:
 
 
 def document() -> str:
-    """benchmarks/results/static/roofline.md."""
+    """The text of benchmarks/results/static/roofline.md."""
     first = SHAPES[0]
     done = sum(launch.count * launch.operations for launch in launches(first, CHIPS["H100"])) / first.counted
     rates = [f"- {name}: {chip.rate / 1e12:,.0f} TFLOP/s, {chip.bandwidth / 1e12:.3g} TB/s. {chip.source}."
@@ -260,7 +264,7 @@ def document() -> str:
 
 
 def main() -> None:
-    """Print the document, or write it."""
+    """Print or write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One run of the suite: check, time, weigh; a progress bar on the way and a table at the end."""
+"""One run of the suite: check answers, time calls, measure memory; a progress bar meanwhile and a table at the end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .registry import Op, Problem, Shape, Wrong
 from .results import Absent, Results, Row
 from .timing import ceilings, interleaved, quantiles
 
-#: Where a shape stands in the registry, and hence in a file: a run that adds to a file does not change its order.
+#: A shape's position in the registry, and hence in a file: a run that adds to a file keeps its order.
 ORDER = {key: i for i, key in enumerate((op.name, shape.label) for op in OPS for shape in op.shapes)}
 UNITS = {"flop": (1e12, "TFLOP/s"), "byte": (1e9, "GB/s"), "token": (1e6, "Mtoken/s"), "sequence": (1.0, "sequences/s")}
 
@@ -32,8 +32,10 @@ def run(
     older: Results | None = None,
     save: Callable[[Results], None] = lambda found: None,
 ) -> Results:
-    """Every shape of the plan with every provider (or those whose name has one of the given parts), saved after each shape.
-    Shapes of `older` that are not in the plan stay."""
+    """Run every shape of the plan with every provider (or those whose name has one of the given parts); save after each shape.
+
+    Shapes of `older` that are not in the plan stay.
+    """
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
@@ -60,7 +62,7 @@ def run(
 
 def measure(op: Op, shape: Shape, device: torch.device, seconds: float,
             providers: Sequence[str] = ()) -> tuple[list[Row], list[Absent]]:  # fmt: skip
-    """The rows of one shape. A provider whose answer is wrong, or that fails, is absent with the reason; ours raises."""
+    """The rows of one shape. A provider that fails or answers wrongly is absent, with the reason; one of ours raises."""
     torch.manual_seed(0)
     wanted = [p for p in op.providers if not providers or any(part in p.name for part in providers)]
     if op.cpu_only and device.type != "cpu":
@@ -137,7 +139,7 @@ def cells(row: Row, group: list[Row]) -> tuple[str, ...]:
 
 
 def table(found: Results) -> Table:
-    """The rows for people; the fastest of a shape is bold."""
+    """The rows as a table for the terminal; the fastest of a shape is bold."""
     where = found.machine
     title = f"{where['device']}, {where['threads']} threads, torch {found.versions['torch']}, code of commit {found.commit}"
     made = Table(title=title)
@@ -154,7 +156,7 @@ def table(found: Results) -> Table:
 
 
 def absences(absent: Iterable[Absent]) -> list[str]:
-    """One line a provider, op and reason."""
+    """One line per provider, op and reason."""
     lines: dict[tuple[str, str, str], list[str]] = {}
     for a in absent:
         reason = "does not fit into memory" if a.reason.startswith("would hold") else a.reason

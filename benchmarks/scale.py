@@ -1,4 +1,4 @@
-"""Memory and communication of a step on W GPUs, calculated: `python -m benchmarks.scale` rewrites the table of docs/scale.md.
+"""Calculates memory and communication of a step on W GPUs; `python -m benchmarks.scale` rewrites the table of docs/scale.md.
 
 Nothing here was measured. tests/test_docs.py recomputes the table.
 """
@@ -15,7 +15,7 @@ GPUS = (1, 2, 8, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class Model:
-    """BERT-base: parameters in all, in one encoder layer, and layers; width of a sequence's vector; sequences per GPU."""
+    """BERT-base: parameters in total and in one encoder layer; layers; width of a sequence's vector; sequences per GPU."""
 
     parameters: int = 109_514_298
     layer: int = 7_087_872
@@ -25,22 +25,22 @@ class Model:
 
     @property
     def root(self) -> int:
-        """Parameters outside the layers: embeddings and LM head, one group of FSDP."""
+        """Parameters outside the layers: embeddings and LM head, which form one FSDP group."""
         return self.parameters - self.layers * self.layer
 
 
 def step(gpus: int, model: Model | None = None) -> dict[str, float]:
-    """Bytes per GPU, of one step in bfloat16 autocast with AdamW, and operations of the sequence contrast.
+    """Bytes per GPU for one step in bfloat16 autocast with AdamW, and operations of the sequence contrast.
 
-    ring = (W - 1) / W: what a GPU sends of a tensor that a ring gathers or scatters.
+    ring = (W - 1) / W: the share of a tensor that a GPU sends when a ring gathers or scatters it.
     """
     model = model or Model()
     ring = (gpus - 1) / gpus
-    gathered = gpus * model.sequences * model.width  # numbers in one view's vectors of all ranks
+    gathered = gpus * model.sequences * model.width  # elements of one view's vectors, from all ranks
     state = 16 * model.parameters  # float32 weight, gradient and two moments
-    # CUDA's kernels on [b, W·b] scores in each direction: three products; of few scores by tiles, which make them twice.
+    # CUDA's kernels on [b, W·b] scores take three products per direction; with few scores, tiles compute the scores twice.
     products = 6 if gpus * model.sequences**2 > 128**2 else 8
-    whole = 2 * (model.root + 2 * model.layer)  # bfloat16: the root group, a layer in use and the one that is fetched
+    whole = 2 * (model.root + 2 * model.layer)  # bfloat16: the root group, the layer in use and the one being fetched
     return {
         "ddp_memory": state,
         "fsdp_memory": state / gpus + (whole + 2 * model.root if gpus > 1 else 0),  # and the root group's gradient

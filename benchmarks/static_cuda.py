@@ -1,8 +1,8 @@
-"""What the CUDA library was compiled to, read from its machine code: no GPU is needed.
+"""What the CUDA library was compiled to, read from its machine code; no GPU is needed.
 
     python -m benchmarks.static_cuda [LIBRARY]     writes benchmarks/results/static/cuda.json
 
-Per kernel and architecture: registers per thread and bytes of stack (where a spilled register lies); on Hopper also loads and
+Per kernel and architecture: registers per thread and bytes of stack (where registers spill to); on Hopper also loads and
 stores of local memory, tensor core instructions (HMMA), and copies that bypass registers (LDGSTS, from cp.async).
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "cmlm_fast" / "_C_cuda.so"
 RESULTS = ROOT / "benchmarks" / "results" / "static" / "cuda.json"
-COUNTED_ARCH = "sm_90a"  # reading instructions takes seconds an architecture
+COUNTED_ARCH = "sm_90a"  # reading instructions takes seconds per architecture
 COUNTED = {"tensor_core": "HMMA", "async_copies": "LDGSTS", "local_loads": "LDL", "local_stores": "STL"}
 
 
 def cuobjdump() -> str | None:
-    """The program that reads machine code: of the CUDA toolkit, or of the triton package."""
+    """The program that reads machine code, from the CUDA toolkit or the triton package."""
     found = shutil.which("cuobjdump")
     triton = find_spec("triton")
     if found is None and triton is not None and triton.origin is not None:
@@ -42,7 +42,7 @@ def _dump(library: Path, *options: str) -> str:
 
 
 def _readable(mangled: set[str]) -> dict[str, str]:
-    """'contrast_forward<TokenContrast<float>>' for each mangled name."""
+    """Maps each mangled name to one like 'contrast_forward<TokenContrast<float>>'."""
     names = sorted(mangled)
     plain = subprocess.run(["c++filt", *names], check=True, capture_output=True, text=True).stdout.splitlines()
     short = (re.sub(r"^void |cmlm::|\(.*\)$", "", name).replace(" >", ">") for name in plain)
@@ -90,7 +90,7 @@ def main() -> None:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else LIBRARY
     table: dict[str, Any] = {"nvcc": compiler(), "ptx": portable_code(library), "kernels": measure(library)}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    # A kernel per line.
+    # One kernel per line.
     text = json.dumps(table, indent=1)
     text = re.sub(r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda m: "{" + re.sub(r"\s+", " ", m[1]) + "}", text)
     RESULTS.write_text(text + "\n")

@@ -1,10 +1,10 @@
 """How much memory and time a text file takes on its way to batches: `python -m benchmarks.stream --megabytes 1000`.
 
-Writes a file of that size, lines of three film reviews drawn at random, and lets a process of its own read, clean, split,
+Writes a file of that size, each line three film reviews drawn at random, and has a separate process read, clean, split,
 tokenise and batch it. Memory is the proportional set size of the process and its children, from /proc/*/smaps_rollup every
-0.1 s: `anonymous` is what they must hold; the rest are mapped Arrow files, which the kernel drops when memory is short.
-`over_time` are its values at eight equal steps through a stage: flat, where a stage streams. `floor` is the same with 1 MB.
-`--share` tokenises the first texts only, where time is short.
+0.1 s: `anonymous` is what they must hold; the rest is mapped Arrow files, which the kernel drops when memory is short.
+`over_time` holds its values at eight equal steps through a stage, which are flat if the stage streams. `floor` is the same with
+1 MB. `--share` tokenises only the first texts, to save time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RESULT = Path(__file__).parent / "results" / "streaming.json"
 
 
 class Memory:
-    """Anonymous and whole memory, in MB, of this process and its children together, over time."""
+    """Anonymous and total memory over time, in MB, of this process and its children together."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[float, float]] = []
@@ -87,12 +87,12 @@ def write_text(path: Path, megabytes: float) -> None:
 
 
 def measure(path: Path, processes: int | None, batches: int, share: float) -> dict[str, Any]:
-    """Every stage's seconds, and the peaks over all of them; in this process."""
+    """Seconds of every stage and peaks over all of them, measured in this process."""
     from torch.utils.data import DataLoader
     from transformers import AutoTokenizer
 
     from cmlm_fast.data import CMLMDataCollator, clean_texts, load_texts, split_evaluation, tokenize_texts
-    from cmlm_fast.data.collate import by_table
+    from cmlm_fast.data.collate import as_table_rows
     from cmlm_fast.demo_assets import demo_model_path
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
@@ -115,7 +115,7 @@ def measure(path: Path, processes: int | None, batches: int, share: float) -> di
     part = train.select(range(int(share * len(train))))
     rows = stage("tokenise", lambda: tokenize_texts(part, tokenizer, max_length=128, num_proc=processes), share * size)
     collate = CMLMDataCollator(tokenizer, packed=True)
-    loader = DataLoader(by_table(rows, collate), batch_size=32, shuffle=True, collate_fn=collate)  # as in a training
+    loader = DataLoader(as_table_rows(rows, collate), batch_size=32, shuffle=True, collate_fn=collate)  # as in training
 
     def draw() -> int:
         return sum(len(batch["lengths"]) for batch, _ in zip(loader, range(batches), strict=False))

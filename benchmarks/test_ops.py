@@ -3,7 +3,7 @@
     python -m pytest benchmarks -k "token_contrastive and bert-base" --benchmark-autosave
     python -m pytest benchmarks -k "info_nce and ours" --benchmark-compare --benchmark-compare-fail=median:10%
 
-A group is one shape. `cmlm-fast bench` times in turns what stands one after the other here; for a verdict use that.
+A group is one shape. Here providers run one after the other; for a verdict use `cmlm-fast bench`, which times them in turns.
 """
 
 from __future__ import annotations

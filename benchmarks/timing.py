@@ -1,7 +1,7 @@
-"""Honest timing: every provider once a round, so that drift hits all alike; quantiles; a ceiling timed in the same rounds.
+"""Honest timing: each round samples every provider and the ceiling, so that drift hits all alike; results are quantiles.
 
-On a CPU short calls are timed in batches of about five milliseconds: long enough for the clock, and for caches that the
-provider before has emptied. On CUDA each call is timed by its own events, and the L2 cache is overwritten before it.
+On a CPU, short calls are timed in batches of about five milliseconds: long enough for the clock, and to refill caches that the
+previous provider has emptied. On CUDA, each call is timed by its own events, and the L2 cache is overwritten before it.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ BATCH_SECONDS = 5e-3
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, seconds: float = 2.0, least: int = 5
 ) -> dict[str, list[float]]:
-    """Seconds of one call of each, a sample a round, for `seconds` but at least `least` rounds (3 where a round takes longer
-    than `seconds`). `repeats_of` warms each call."""
+    """Seconds per call of each provider, one sample per round.
+
+    Rounds go on for `seconds`, and for at least `least` rounds (3 if one takes longer than `seconds`). `repeats_of` warms each
+    call.
+    """
     repeats = {name: repeats_of(call, device) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names, end, order = list(calls), time.perf_counter() + seconds, random.Random(0)
     while time.perf_counter() < end or len(samples[names[0]]) < least:
-        order.shuffle(names)  # nobody always follows the same neighbour
+        order.shuffle(names)  # so that none always follows the same neighbour
         start = time.perf_counter()
         for name in names:
             samples[name].append(sample(calls[name], repeats[name], device))
@@ -40,7 +43,7 @@ def interleaved(
 
 
 def repeats_of(call: Call, device: torch.device) -> int:
-    """Calls that make up one sample. The first call warms; a short one is timed by a second, warm one."""
+    """Number of calls in one sample. The first call warms up; if it is short, a second one is timed instead."""
     once = sample(call, 1, device)
     if once < 0.1:
         once = sample(call, 1, device)
@@ -64,7 +67,7 @@ def _flush(device: torch.device) -> torch.Tensor:
 
 
 def _cuda_sample(call: Call, repeats: int, device: torch.device) -> float:
-    """Device time, without the launch queue's: events around each call alone, read when all are done."""
+    """Device time without that of the launch queue: events surround each call alone, and are read when all are done."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     with torch.cuda.device(device):
         for start, end in events:
@@ -77,9 +80,9 @@ def _cuda_sample(call: Call, repeats: int, device: torch.device) -> float:
 
 
 def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
-    """What this device does at best: TFLOP/s of a matrix product in each dtype, GB/s read and written by a copy."""
+    """The best that this device does: TFLOP/s of a matrix product in each dtype, GB/s read and written by a copy."""
     n = 1536 if device.type == "cpu" else 8192
-    # Where the CPU emulates bfloat16, a product as large takes seconds, at half the rate of one that its cache holds.
+    # If the CPU emulates bfloat16, a product this large takes seconds, at half the rate of one that fits in its cache.
     sizes = {"float32": n, "bfloat16": n if device.type != "cpu" or bfloat16_hardware() else n // 4}
     rows = {name: torch.randn(size, size, device=device).to(getattr(torch, name)) for name, size in sizes.items()}
     source = torch.ones(128 * 1024**2, dtype=torch.uint8, device=device)
@@ -97,14 +100,14 @@ def ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, float]:
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether `onednn` multiplies such matrices here."""
+    """Whether `onednn` multiplies matrices of this dtype here."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def onednn(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a bᵀ by oneDNN, on a CPU: it may take half the time of PyTorch's own choice."""
+    """a bᵀ by oneDNN on a CPU, which may take half the time of PyTorch's own choice."""
     product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     return product
 

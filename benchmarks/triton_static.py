@@ -1,12 +1,11 @@
-"""What ahead-of-time compilation says of every Triton kernel in every shipped configuration; no GPU is needed.
+"""Compiles every Triton kernel ahead of time in every shipped configuration and reports on the code; no GPU is needed.
 
     python -m benchmarks.triton_static [--chip sm_90] [--write]
 
-The launchers themselves run, on CPU tensors, under a driver that names a chip and compiles instead of launching. So what is
-compiled is what a GPU would get. For each kernel: registers, spills, shared memory, matrix instructions, widths of global
-accesses, and the blocks that a multiprocessor holds at once. `--write` puts the table into
-benchmarks/results/static/triton.json, which tests/test_triton_static.py holds the kernels to; with all chips, also a digest of
-the kernels' sources.
+The real launchers run on CPU tensors, under a driver that names a chip and compiles instead of launching, so the code is what a
+GPU would get. Reported for each kernel: registers, spills, shared memory, matrix instructions, widths of global accesses, and
+the blocks that a multiprocessor holds at once. `--write` puts the table into benchmarks/results/static/triton.json, which
+tests/test_triton_static.py compares the kernels with; if all chips are compiled, also a digest of the kernels' sources.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from cmlm_fast._library import op
 RESULTS = Path(__file__).parent / "results" / "static" / "triton.json"
 CHIPS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
-#: Of one multiprocessor: registers, threads, blocks, shared memory in bytes (CUDA programming guide, compute capabilities).
+#: Per multiprocessor: registers, threads, blocks, shared memory in bytes (CUDA programming guide, compute capabilities).
 LIMITS = {
     "sm_80": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 164 * 1024},
     "sm_90": {"registers": 65536, "threads": 2048, "blocks": 32, "shared": 228 * 1024},
@@ -43,7 +42,7 @@ MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma)")
 
 
 class Compiler:
-    """In the place of Triton's driver: names a chip, and remembers what is compiled for it."""
+    """Stands in for Triton's driver and names the chip to compile for."""
 
     def __init__(self, chip: str) -> None:
         from triton.backends.compiler import GPUTarget
@@ -68,10 +67,11 @@ def pair(dtype: torch.dtype, d: int, n: int = 512, m: int = 512) -> tuple[torch.
 
 
 def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
-    """(label, op, arguments) that between them launch every kernel, in every shipped configuration, with every option
-    that changes the code. float16, which has bfloat16's configuration, and an odd width are compiled for sm_90 alone; for
-    AMD a part."""
-    from cmlm_fast.kernels.info_nce import most_rows  # brings Triton
+    """(label, op, arguments) that together launch every kernel in every shipped configuration, with every code-changing option.
+
+    float16, which has bfloat16's configuration, and an odd width are compiled for sm_90 alone; AMD chips get a part.
+    """
+    from cmlm_fast.kernels.info_nce import most_rows  # imports Triton
 
     words, start = torch.zeros(512, dtype=torch.int64), torch.zeros(512, dtype=torch.int32)
     plain, ranged = (None,) * 4, (start, start, words, words)
@@ -107,7 +107,7 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     yield "bfloat16 V=30528", "softmax_loss", (torch.zeros(8, 30528, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.int64))
     bounds = torch.arange(9, dtype=torch.int32) * 32
     for dtype in (torch.bfloat16, torch.float32) if chip == "sm_90" else (torch.bfloat16,):
-        # As attention layers hand them on: views of [1, H, T, D], and of what projections made.
+        # As attention layers pass them: views of [1, H, T, D], and of what projections made.
         q, k, v, grad = torch.zeros(4, 256, 12, 64, dtype=dtype).unbind()
         options = (0.125, 0.1, torch.tensor(5), 0)
         yield f"{str(dtype)[6:]} D=64", "varlen_attention", (q, k, v, bounds, *options)
@@ -116,7 +116,7 @@ def calls(chip: str) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
 
 
 def compile_all(chip: str, labels: str) -> dict[str, Any]:
-    """Compiled kernels by "op label: kernel", each once, of the calls whose "op label" `labels` matches."""
+    """Compiled kernels by "op label: kernel", each once, for the calls whose "op label" matches the pattern `labels`."""
     import triton.runtime.driver
     from triton.runtime.jit import JITFunction
 
@@ -161,14 +161,14 @@ def tool(name: str, cubin: bytes, *options: str) -> str:
 
 
 def width(sass: str, instruction: str) -> int:
-    """Bytes of the widest global access that is spelled `instruction`, 0 without one."""
+    """Bytes of the widest global access by `instruction`, 0 without one."""
     found = [re.search(r"\.(128|64|U16|S16|U8|S8)\b", name) for name in re.findall(rf"\b(?:{instruction})[\w.]*", sass)]
     bits = [int(m[1].lstrip("US")) if m else 32 for m in found]
     return max(bits, default=0) // 8
 
 
 def occupancy(chip: str, registers: int, shared: int, warps: int) -> int:
-    """Blocks that fit on one multiprocessor. Registers come to a warp in units of 256; a block reserves 1 KiB shared."""
+    """Blocks that fit on one multiprocessor. A warp gets registers in units of 256; a block reserves 1 KiB of shared memory."""
     limit = LIMITS[chip]
     by_registers = limit["registers"] // (-(-registers * 32 // 256) * 256 * warps)
     return min(by_registers, limit["threads"] // (32 * warps), limit["shared"] // (shared + 1024), limit["blocks"])
@@ -179,7 +179,7 @@ def facts(chip: str, kernel: Any) -> dict[str, Any]:
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     if not chip.startswith("sm_"):
         assembly = kernel.asm["amdgcn"]
-        # A scalar register spills into lanes of a vector register, which costs instructions and no memory.
+        # A scalar register spills into lanes of a vector register, which costs instructions but no memory.
         spills, scalar = (sum(int(n) for n in re.findall(rf"{kind}gpr_spill_count:\s*(\d+)", assembly)) for kind in "vs")
         return {"spills": spills, "scalar spills": scalar, "shared": shared, "warps": warps,
                 "matrix": sorted(set(MATRIX.findall(assembly)))}  # fmt: skip
@@ -192,12 +192,12 @@ def facts(chip: str, kernel: Any) -> dict[str, Any]:
 
 
 def table(chip: str, labels: str = "") -> dict[str, dict[str, Any]]:
-    """Every kernel's row on one chip, of the calls that `labels` matches."""
+    """Every kernel's row on one chip, for the calls that `labels` matches."""
     return {name: facts(chip, kernel) for name, kernel in compile_all(chip, labels).items()}
 
 
 def digest() -> str:
-    """Of the kernels' sources and their configurations."""
+    """A digest of the kernels' sources and their configurations."""
     folder, found = Path(cmlm_fast.__file__).parent / "kernels", hashlib.sha256()
     for path in sorted([*folder.glob("*.py"), *folder.glob("*.json")]):
         found.update(path.name.encode() + b"\n" + path.read_bytes())
@@ -212,7 +212,7 @@ def committed() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compile for the chips asked for; print JSON, or put it into the committed file."""
+    """Compile for the chips asked for; print JSON or update the committed file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", choices=CHIPS, action="append", help="only these chips (default: all)")
     parser.add_argument("--labels", default="", help="only calls whose label this regular expression matches")

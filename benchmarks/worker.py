@@ -1,6 +1,6 @@
-"""One side of `compare`: reads requests, a JSON list a line, and answers each with a JSON object.
+"""One side of `compare`: reads requests, one JSON list per line, and answers each with a JSON object.
 
-["make", op, shape] builds and warms the call of the automatic choice → repeats a sample; ["sample", repeats] → seconds.
+["make", op, shape] builds and warms the automatic choice's call → repeats per sample; ["sample", repeats] → seconds.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ except PackageNotFoundError:  # imported from a source tree that was never insta
 
 _library.load_kernels()
 
-# transformers takes seconds to import: the names that need it are looked up when first used.
+# transformers takes seconds to import: names that need it are resolved on first use.
 _LAZY = {
     "CMLMConfig": "config",
     "CMLMLoss": "losses",

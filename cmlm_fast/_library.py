@@ -1,12 +1,12 @@
 """The torch library `cmlm_fast`: how an op is declared, and which compiled kernels were loaded.
 
-`declare` turns one contract (schema, reference, fake, autograd, samples) into registered ops of one schema:
+`declare` turns one contract (schema, reference, fake, autograd, samples) into registered ops with one schema:
 
     cmlm_fast::<op>              native kernels (C++, CUDA) where loaded, else the reference, on any device
     cmlm_fast::<op>_reference    the plain PyTorch formula, on any device
     cmlm_fast::<op>_triton       Triton kernels, where cmlm_fast/kernels/<op>.py has them
 
-All of them share one fake kernel and one autograd formula, so a kernel can only differ from the reference in speed and in
+All of them share one fake kernel and one autograd formula, so a kernel can differ from the reference only in speed and
 rounding.
 """
 
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 LIBRARY = torch.library.Library("cmlm_fast", "DEF")
 
-#: Raised with every change of an op's schema, here and in csrc/module.cpp: a library of others would read other arguments.
+#: Increment at every change to an op's schema, here and in csrc/module.cpp: a library of other schemas would misread arguments.
 SCHEMAS = 1
 
 #: Why a compiled library is absent, by name ("_C", "_C_cuda"); a loaded library has no entry.
@@ -62,43 +62,45 @@ contracts: dict[str, Contract] = {}
 
 
 def expect(op: str, condition: bool, argument: str, rule: str, value: object) -> None:
-    """Raise `ValueError` in the package's one error pattern unless `condition` holds; a tensor is named by dtype and shape."""
+    """Raise `ValueError` in the package's one error pattern unless `condition` holds; a tensor is shown as dtype and shape."""
     if not condition:
         got = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else value
         raise ValueError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {got}")
 
 
 def expect_values(op: str, condition: torch.Tensor | bool, argument: str, rule: str, value: object) -> None:
-    """As `expect`, for rules on what a tensor holds: `RuntimeError`, the exception that compiled kernels raise."""
+    """Like `expect`, for rules on a tensor's values: raises `RuntimeError`, as the compiled kernels do."""
     if not bool(condition):
         raise RuntimeError(f"cmlm_fast::{op}: expected {argument} to be {rule}, got {value}")
 
 
 def is_number(value: object) -> bool:
-    """Whether an option is a plain number; a tensor, which may ask for a gradient, is none."""
+    """Whether an option is a plain number; a tensor, which may require a gradient, is not."""
     return isinstance(value, (int, float, np.number))
 
 
 def is_whole(value: object) -> bool:
-    """Whether an option is a whole number: an int, what stands for one, or a tensor of one."""
+    """Whether an option is a whole number: an int, an object with `__index__`, or a one-element tensor of integers."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_floating_point() and not value.is_complex()
     return isinstance(value, int) or hasattr(value, "__index__")
 
 
 def expect_flag(op: str, argument: str, value: object) -> None:
-    """The rule on an option that is on or off."""
+    """Check an option that is on or off."""
     expect(op, isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))
 
 
 def is_traced() -> bool:
-    """Whether tensors are traced now, or fake: they hold no values, and what is made of them is of no use to later calls."""
+    """Whether tensors are being traced, or fake: they hold no values, and nothing made from them is of use to later calls."""
     return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def is_transformed(*tensors: torch.Tensor | None) -> bool:
-    """Whether a trace, a transform of torch.func or forward mode sees these tensors: what has a backward pass alone would
-    fail there, or lose a derivative without a word."""
+    """Whether tracing, a torch.func transform or forward mode sees these tensors.
+
+    Code that has only a backward pass would fail there, or silently lose a derivative.
+    """
     if is_traced() or torch._C._functorch.maybe_current_level() is not None:
         return True
     return any(x is not None and unpack_dual(x).tangent is not None for x in tensors)
@@ -112,7 +114,7 @@ def declare(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Register `cmlm_fast::<name>`, `<name>_reference` and, where there is a kernel, `<name>_triton`.
+    """Register `cmlm_fast::<name>`, `<name>_reference` and, if there is a Triton kernel, `<name>_triton`.
 
     `setup_context(ctx, inputs, output)` and `backward(ctx, *grads)` are those of `torch.library.register_autograd`;
     `ctx.backend` is the suffix of the op that ran, for `op(name, ctx.backend)` in the backward pass.
@@ -124,7 +126,7 @@ def declare(
 
 
 def _triton_launcher(name: str) -> Callable[..., Any]:
-    """The launcher `cmlm_fast.kernels.<op>.<name>`, imported with triton at its first call."""
+    """The launcher `cmlm_fast.kernels.<op>.<name>`, imported together with triton at its first call."""
 
     def launch(*args: Any) -> Any:
         module = import_module(f"cmlm_fast.kernels.{name.removesuffix('_backward')}")
@@ -163,14 +165,16 @@ def _register(
 
 
 def no_second_derivative(name: str) -> None:
-    """Raise in a backward pass with create_graph=True: what the kernels give is no graph, and would count as a constant.
-    (`once_differentiable` raises only where the incoming gradient needs one.)"""
+    """Raise in a backward pass with create_graph=True: kernels record no graph, so their result would count as a constant.
+
+    (`once_differentiable` raises only if the incoming gradient requires grad.)
+    """
     if torch.is_grad_enabled():
         raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False, there is no second derivative, got True")
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel's dtypes are its own: the public functions have already cast what autocast casts."""
+    """Run a kernel without autocast: the public functions have already cast what autocast casts."""
 
     def run(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):
@@ -185,7 +189,7 @@ def op(name: str, suffix: str = "") -> Any:
 
 
 def load_kernels() -> None:
-    """Load `_C` (and `_C_cuda` where CUDA is); remember in `load_errors` why one did not load."""
+    """Load `_C` (and `_C_cuda` if PyTorch has CUDA); record in `load_errors` why one did not load."""
     folder = Path(__file__).parent
     if os.environ.get("CMLM_FAST_NATIVE") == "0":
         load_errors.update(dict.fromkeys(("_C", "_C_cuda"), "CMLM_FAST_NATIVE=0 is set"))
@@ -204,10 +208,10 @@ def load_kernels() -> None:
 
 def _load(name: str, path: Path, checked: bool = True) -> None:
     if not path.exists():
-        load_errors[name] = f"{path.name} was not built (a pure-Python install, or no compiler was there)"
+        load_errors[name] = f"{path.name} was not built (a pure-Python install, or no compiler was found)"
         return
     if checked and _schemas_built() != SCHEMAS:
-        load_errors[name] = f"{path.name} is of another version of the package: install it again"
+        load_errors[name] = f"{path.name} was built for another version of the package: install it again"
     else:
         try:
             torch.ops.load_library(str(path))
@@ -218,9 +222,9 @@ def _load(name: str, path: Path, checked: bool = True) -> None:
 
 
 def _schemas_built() -> int | None:
-    """The number of the schemas that the libraries in this folder were built for."""
+    """The value of `SCHEMAS` that the libraries in this folder were built for."""
     try:
         from ._build import build_info
-    except ImportError:  # built without Python's headers, which nothing can ask
+    except ImportError:  # built without Python's headers: it cannot be asked
         return SCHEMAS
     return dict(build_info()).get("schemas")

@@ -1,11 +1,11 @@
-"""Attention over sequences packed end to end, under the name `cmlm_varlen` in transformers' registry of attentions.
+"""Attention over sequences packed end to end, registered with transformers as `cmlm_varlen`.
 
-A packed call carries `packing`, where the sequences are; in each view those of equal length stand next to each other. Without
-it the call is an ordinary padded one and goes to transformers' own SDPA. Which kernel runs a packed call:
+A packed call carries `packing`, the locations of its sequences; in each view, sequences of equal length are adjacent. Without
+it the call is an ordinary padded one and goes to transformers' own SDPA. Kernels that run a packed call:
 
-    CPU; CUDA with Triton, where no sequence is longer than SHORT and no head's row takes more than NARROW bytes
-                    the op varlen_attention, but for a named backend that has no kernel for it, or none that was built
-    CUDA from compute capability 8.0 on, 16 bit
+    CPU; CUDA with Triton, if no sequence is longer than SHORT and no head's row takes more than NARROW bytes
+                    the op varlen_attention, unless a named backend has no kernel for it, or none that was built
+    CUDA from compute capability 8.0 on, 16-bit dtypes
                     flash attention, one launch for all sequences
     else            F.scaled_dot_product_attention, one call for all sequences of one length: no padding
 """
@@ -25,26 +25,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .backends import instead
+from .backends import replacement_op
 from .ops import varlen_attention
-from .ops.varlen_attention import row_bytes
+from .ops.varlen_attention import tile_row_bytes
 
 NAME = "cmlm_varlen"
 
-#: Up to how many tokens the op's tiles waste less than those of flash attention, which are 128 tokens long; and up to how
-#: many bytes of a head's row its backward kernel spills no register on sm_90.
+#: Most tokens at which the op's tiles waste less than those of flash attention, which are 128 tokens long; and most bytes of a
+#: head's row at which its backward kernel spills no registers on sm_90.
 SHORT, NARROW = 128, 256
 
 
-#: Tokens of each sequence of a packed batch, on the host.
+#: Number of tokens in each sequence of a packed batch, on the host.
 Lengths = Sequence[int] | np.ndarray
 
 
 class Packing:
-    """Where a packed batch's sequences are: their `lengths` and the `longest` on the host; `cu_seqlens`, int32 [B + 1], on the
-    device.
+    """Locations of a packed batch's sequences: `lengths` and `longest` on the host; `cu_seqlens`, int32 [B + 1], on the device.
 
-    A class of its own, not a tuple, since torch.compile makes code anew for other numbers that compiled layers look at.
+    A class, not a tuple: torch.compile recompiles when numbers that compiled layers read change.
     """
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
@@ -52,21 +51,21 @@ class Packing:
 
 
 class PackingForOp(Packing):
-    """Of sequences that the op varlen_attention is made for. A class, since by a flag compiled layers are not told apart."""
+    """Packing that suits the op varlen_attention. A class, since a flag would not tell compiled layers apart."""
 
 
 def packing_of(lengths: tuple[int, ...], cu_seqlens: Tensor) -> Packing:
     """The packing of a batch."""
     short = cu_seqlens.device.type == "cpu" or max(lengths, default=0) <= SHORT
-    fits = short and instead("varlen_attention", cu_seqlens.device) is not None
+    fits = short and replacement_op("varlen_attention", cu_seqlens.device) is not None
     return (PackingForOp if fits else Packing)(lengths, cu_seqlens)
 
 
 def use_packed_attention(lm: Any) -> bool:
-    """Let a masked LM take packed batches; False where its attention cannot be replaced."""
+    """Let a masked LM take packed batches; False if its attention cannot be replaced."""
     if not getattr(lm, "_supports_attention_backend", False) or not getattr(lm, "_supports_sdpa", False):
         return False
-    lm.config.output_attentions = False  # there are none, and transformers would not save a configuration that asks for them
+    lm.config.output_attentions = False  # none are made, and transformers would not save a configuration that requests them
     lm.set_attn_implementation(NAME)
     return True
 
@@ -77,8 +76,8 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
     """query, key, value [1, heads, T, D] of packed sequences; returns [1, T, heads, D].
 
     Args:
-        sliding_window: positions i, j attend to each other where |i − j| < sliding_window.
-        packing: where the sequences are; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
+        sliding_window: positions i, j attend to each other if |i − j| < sliding_window.
+        packing: the sequences' locations; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
     """
     if packing is None:
         if attention_mask is None and sliding_window is not None:
@@ -86,30 +85,30 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                                         is_causal=False)  # fmt: skip
         return out, None
-    if not isinstance(packing, PackingForOp) or (query.is_cuda and row_bytes(query) > NARROW):
+    if not isinstance(packing, PackingForOp) or (query.is_cuda and tile_row_bytes(query) > NARROW):
         return _by_torch(query, key, value, packing, scaling, dropout, sliding_window), None
     q, k, v = map(_rows, (query, key, value))
-    # From torch's generator of the device, whose state checkpoints keep and activation checkpointing replays.
+    # From the device's default generator, whose state checkpoints save and activation checkpointing replays.
     seed = torch.randint(2**62, (), device=q.device) if dropout else 0
-    backend = "triton" if q.is_cuda else None  # no other has kernels there
+    backend = "triton" if q.is_cuda else None  # no other backend has kernels there
     out = varlen_attention(q, k, v, packing.cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
                            backend=backend)  # fmt: skip
     return out[None], None
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[T, heads, D] of [1, heads, T, D]; the gradient of x[0] would be a copy into zeros."""
+    """[1, heads, T, D] to [T, heads, D]; the gradient of x[0] would be a copy into zeros."""
     return x.squeeze(0).transpose(0, 1)
 
 
-@torch.compiler.disable  # code for these lengths alone; and dropout's seed is no tensor here
+@torch.compiler.disable  # compiled code would fit these lengths alone; and dropout's seed is not a tensor
 def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float,
               sliding_window: int | None) -> Tensor:  # fmt: skip
-    """As `attention_forward`, by PyTorch's kernels."""
+    """Like `attention_forward`, with PyTorch's kernels."""
     q, k, v = map(_rows, (query, key, value))
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8) and _has_flash():
         return _flash(q, k, v, packing.cu_seqlens, packing.longest, scaling, dropout, sliding_window)[None]
-    runs: dict[int, list[tuple[int, int]]] = {}  # length -> of each run of sequences: where it begins, and how many they are
+    runs: dict[int, list[tuple[int, int]]] = {}  # length -> (first token, number of sequences) of each run
     begin = 0
     for length, run in groupby(packing.lengths):
         count = len(list(run))
@@ -137,7 +136,7 @@ def _has_flash() -> bool:
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,
            sliding_window: int | None) -> Tensor:  # fmt: skip
-    """PyTorch's own flash attention: its `varlen_attn`, or with dropout, which that has not, the op below it."""
+    """PyTorch's own flash attention: its `varlen_attn` or, for dropout, which that lacks, the op below it."""
     reach = -1 if sliding_window is None else sliding_window - 1
     if dropout == 0.0:
         from torch.nn.attention.varlen import varlen_attn

@@ -1,18 +1,19 @@
-"""Folders checkpoint-N that are whole or absent, and what is found of them after a crash.
+"""Folders checkpoint-N that are whole or absent, and recovery after a crash.
 
-A checkpoint is written to a hidden folder beside its place, flushed to the disk, sealed by a manifest of sizes and CRC-32
-sums, and renamed. So a process that is killed at any moment, or a machine that loses power, leaves whole checkpoints and
-hidden rubbish; and what a disk damaged later is noticed before it is used.
+A checkpoint is written to a hidden folder next to its final place, flushed to disk, sealed by a manifest of sizes and CRC-32
+sums, and renamed. So a process killed at any moment, or a machine that loses power, leaves whole checkpoints and hidden
+leftovers; and later damage by the disk is noticed before the checkpoint is used.
 
-    seal(folder, number)         manifest.json over all files, everything flushed
-    publish(folder, target)      the rename
-    damage(folder)               what is not as it was sealed, in words
+    seal(folder, number)         write manifest.json over all files and flush everything
+    publish(folder, target)      rename into place
+    damage(folder)               describe the first difference from what was sealed
     newest_whole(folder)         the newest checkpoint-N without damage
-    rotate(folder, limit)        all but the newest `limit` go
-    in_use(folder)               a lock that others see
-    replacing(path)              the same for one file: whole or as it was
+    rotate(folder, limit)        remove all but the newest `limit`
+    in_use(folder)               a lock that other processes see
+    replacing(path)              the same for one file: replaced as a whole or not at all
 
-Which is newer is a number in the manifest, not N: a run that began anew in a folder of another is behind that at first.
+A number in the manifest says which checkpoint is newer, not N: a run that starts over in another run's folder has a smaller N
+at first.
 """
 
 from __future__ import annotations
@@ -30,20 +31,20 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-#: Hidden folders beside the checkpoints begin so; any that is left of an earlier run is rubbish.
+#: Prefix of the hidden folders next to the checkpoints; those left by an earlier run can be removed.
 STAGING = ".saving-"
 _MANIFEST = "manifest.json"
 _CHUNK = 1 << 20
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The `checkpoint-N` folders, in the order they were written, whole or not; those without a manifest last."""
+    """The `checkpoint-N` folders in the order they were written, whole or not, those without a manifest last."""
     found = [path for path in folder.glob("checkpoint-*") if path.name[len("checkpoint-"):].isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: (_number(path), step_of(path)))
 
 
 def sealed(folder: Path) -> list[Path]:
-    """Those of `checkpoints` that have a manifest."""
+    """The `checkpoints` that have a manifest."""
     return [path for path in checkpoints(folder) if _number(path) < math.inf]
 
 
@@ -53,7 +54,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def next_number(folder: Path) -> int:
-    """The number of the checkpoint that is written next in a folder of them."""
+    """The number of the next checkpoint to be written in a folder."""
     return 1 + max((int(number) for number in map(_number, checkpoints(folder)) if number < math.inf), default=0)
 
 
@@ -65,7 +66,7 @@ def _number(checkpoint: Path) -> float:
 
 
 def seal(folder: Path, number: int = 0) -> None:
-    """Write manifest.json, the number and name -> [bytes, CRC-32] of every file below, and flush all of it to the disk."""
+    """Write manifest.json, with the number and name -> [bytes, CRC-32] of every file below, and flush everything to disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
@@ -75,20 +76,20 @@ def seal(folder: Path, number: int = 0) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Have files and folders below on the disk."""
+    """Flush a folder, and all files and folders below it, to disk."""
     for path in (*folder.rglob("*"), folder):
         flush_one(path)
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Rename a sealed folder to its place; one of that name, of an earlier run, makes room."""
+    """Rename a sealed folder into place, replacing a folder of that name from an earlier run."""
     discard(target)
     os.replace(folder, target)
     flush_one(target.parent)
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder; killed half-way, what remains has a hidden name."""
+    """Remove a folder; if killed half-way, the rest has a hidden name."""
     if folder.exists():
         hidden = folder.with_name(f"{STAGING}old-{folder.name}")
         shutil.rmtree(hidden, ignore_errors=True)
@@ -98,8 +99,10 @@ def discard(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path to write to, which takes the place of `path` when the block ends without an error. Each process has its
-    own, so that several may write the same file."""
+    """A hidden path to write to, which replaces `path` if the block ends without an error.
+
+    Each process has its own, so that several may write the same file.
+    """
     draft = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
     try:
         yield draft
@@ -110,8 +113,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def in_use(folder: Path) -> Iterator[Callable[[], bool] | None]:
-    """Inside, other processes see that the folder is used; yields a call that says whether this one alone does, and ends that
-    use (it keeps the others out if so), or None where there is no such folder."""
+    """Show other processes that the folder is in use; yields None if there is no such folder.
+
+    Otherwise yields a function that ends this use and says whether it was the only one; if so, it keeps others out.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
@@ -134,7 +139,7 @@ def in_use(folder: Path) -> Iterator[Callable[[], bool] | None]:
 
 
 def damage(folder: Path) -> str | None:
-    """None for a folder as it was sealed, else what differs first."""
+    """None for a folder as it was sealed, else its first difference."""
     try:
         files = {str(name): (int(size), int(crc)) for name, (size, crc) in
                  json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["files"].items()}  # fmt: skip
@@ -155,7 +160,7 @@ def damage(folder: Path) -> str | None:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint-N without damage; one line is logged for each newer one that is passed over."""
+    """The newest checkpoint-N without damage; logs one line for each newer one that is skipped."""
     found = checkpoints(folder)
     for path in reversed(found):
         problem = damage(path)
@@ -166,8 +171,10 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def rotate(folder: Path, limit: int | None, keep: str | None = None) -> None:
-    """Remove all but `limit` checkpoints that were sealed: the newest, and `keep`, beside which the newest always stays. A
-    limit of None or 0 removes none."""
+    """Remove all but `limit` sealed checkpoints: the newest, and `keep`, in addition to which the newest one always stays.
+
+    A limit of None or 0 removes none.
+    """
     found = sealed(folder)
     if not limit:
         return
@@ -188,7 +195,7 @@ def _crc(path: Path) -> int:
 
 
 def flush_one(path: Path) -> None:
-    """Have one file on the disk, or the names of what lies in one folder."""
+    """Flush one file to disk, or the entries of one folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What every command shares: bad input ends with one line, and the libraries' chatter is off; of several ranks one speaks."""
+"""Shared by all commands: one-line errors for bad input, quiet libraries, and output from only one of several ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from .errors import DivergedError, Stopped
 
 @contextmanager
 def one_line_errors(kept: str | None = None) -> Iterator[None]:
-    """A bad input, a missing package or a full disk ends with one line and exit code 2, a signal with one that says what is
-    `kept`; a bug keeps its traceback."""
+    """End bad input, a missing package or a full disk with one line and exit code 2; a bug keeps its traceback.
+
+    A signal ends with one line that says what is `kept`.
+    """
     try:
         yield
     except (*ranks.EXPECTED, DivergedError) as error:
-        # What in the package refused an option is nothing to the command line.
+        # The command line need not name the class or function that rejected an option.
         _say(f"error: {re.sub(r'^[A-Za-z_.]+: (?=expected )', '', ' '.join(str(error).split()))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt as stopped:
@@ -38,14 +40,14 @@ def _say(line: str) -> None:
 
 
 def quiet() -> None:
-    """Progress bars and warnings of ours only, and no threads that a fork would lose."""
+    """Show only this package's progress bars and warnings, and start no threads that a fork would lose."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers.utils import logging
 
-    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":  # it is read at the import, which may have been before
+    if os.environ["TRANSFORMERS_VERBOSITY"] == "error":  # it is read at import, which may have happened already
         logging.set_verbosity_error()
-    logging.disable_progress_bar()  # of loading and saving; the training's bar is another
+    logging.disable_progress_bar()  # for loading and saving; training has its own bar
     if not ranks.is_main():
         import datasets
 

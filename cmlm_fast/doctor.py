@@ -1,4 +1,4 @@
-"""`cmlm-fast doctor`: what is installed, what was built, and which kernel of each op runs here."""
+"""`cmlm-fast doctor`: what is installed, what was built, and which kernels of each op run here."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _PACKAGES = ("cmlm-fast", "torch", "transformers", "accelerate", "datasets", "to
 
 
 def diagnose() -> dict[str, Any]:
-    """The facts, as plain values: versions, devices, threads, libraries, build, and ops[op][device][backend].
+    """The report as plain values: versions, devices, threads, libraries, build, and ops[op][device][backend].
 
-    A backend's value is None where it runs, else the reason why it does not; a library's likewise.
+    A backend's value is None if it runs, else the reason why not; likewise for a library.
 
     Example:
         >>> diagnose()["ops"]["info_nce"]["cpu"]["reference"] is None
@@ -60,7 +60,7 @@ def print_report(console: Console) -> None:
         table = Table(title=title, show_header=False, title_justify="left")
         for name, value in facts[key].items():
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            table.add_row(str(name), Text(text or "none"))  # not markup: it may hold a path
+            table.add_row(str(name), Text(text or "none"))  # not markup: it may contain a path
         console.print(table)
     table = Table(title="Compiled libraries", show_header=False, title_justify="left")
     for name, reason in facts["libraries"].items():

@@ -1,4 +1,4 @@
-"""How a run ends early: told to, diverged, or for want of a disk. `str()` of each is one line for the user."""
+"""Exceptions that end a run early: stopped, diverged, or a failed write. `str()` of each is one line for the user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DISK_WORDS = ("No space left", "os error 28", "File too large", "os error 27", 
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was told to end by `signal`. `str()` is one line that says what is kept."""
+    """`signal` told the run to end. `str()` is one line that says what is kept."""
 
     def __init__(self, number: signal.Signals, kept: str | None = None) -> None:
         super().__init__(f"stopped by {number.name}" + (f"; {kept}" if kept else ""))
@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class DivergedError(ArithmeticError):
-    """The loss or a weight is not finite. `str()` is one line: at which step, and what can be gone on from."""
+    """The loss or a weight is not finite. `str()` is one line: at which step, and what to resume from."""
 
 
 class DiskError(OSError):
@@ -27,7 +27,7 @@ class DiskError(OSError):
 
 
 def disk_reason(error: BaseException) -> str | None:
-    """What an error says of the disk, if it is about that."""
+    """What an error says about the disk; None if it is about something else."""
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return error.strerror or str(error)
     text = str(error)

@@ -1,11 +1,12 @@
-"""Contrast of more sequences than one pass of the encoder holds, with the gradient of the large batch.
+"""Contrast over more sequences than one encoder pass holds, with the gradient of the large batch.
 
-    1  each micro-batch without a graph gives its vectors z1, z2; the random state before it is kept
-    2  the sequence loss of all these vectors, and its gradient by each of them
-    3  each micro-batch again from its random state, with a graph; its sequence part is Σ z · gradient, whose gradient by the
-       weights is the large batch's
+    1  run each micro-batch without a graph for its vectors z1, z2; keep the random state before it
+    2  compute the sequence loss of all these vectors, and its gradient with respect to each
+    3  run each micro-batch again from its random state, with a graph; its sequence part is Σ z · gradient, whose gradient
+       with respect to the weights is the large batch's
 
-Masks belong to the batch and dropout to the random state, so both passes see the same. The cost is one more forward pass.
+Masks are part of the batch and dropout follows the random state, so both passes see the same. The cost is one more forward
+pass.
 Source: Gao, Zhang, Han, Callan 2021, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache).
 """
 
@@ -24,8 +25,11 @@ from .losses import CMLMLoss
 
 @dataclass(frozen=True)
 class CachedContrast:
-    """What step 2 found for one micro-batch: gradients by z1, z2 [B, D], and an equal share of the loss (a sum over sequences)
-    and of its gradient by the learned temperature's logit scale: the step adds all of them up."""
+    """What step 2 found for one micro-batch.
+
+    by_z1, by_z2 [B, D] are gradients; share and by_scale are equal shares of the loss (a sum over sequences) and of its
+    gradient with respect to the learned temperature's logit scale: the optimizer step adds them all up.
+    """
 
     share: Tensor
     by_z1: Tensor
@@ -45,10 +49,10 @@ class GradientCache:
 
     Args:
         batches: masked batches, as `CMLMModel.forward` takes them.
-        size: micro-batches whose sequences are each other's negatives.
+        size: number of micro-batches whose sequences are each other's negatives.
         loss: the model's `CMLMLoss`.
         group: process group whose ranks share their negatives.
-        autocast: makes the context in which the model computes its loss.
+        autocast: returns the context in which the model computes its loss.
     """
 
     def __init__(self, batches: Sequence[Mapping[str, Any]], size: int, loss: CMLMLoss, group: Any,
@@ -58,7 +62,7 @@ class GradientCache:
         self.found: dict[int, CachedContrast] = {}
 
     def replay(self, model: nn.Module, at: int) -> CachedContrast:
-        """Steps 1 and 2 where micro-batch `at` begins a new contrast; then the random state of its first pass is set."""
+        """Run steps 1 and 2 if micro-batch `at` begins a new contrast; then restore the random state of its first pass."""
         if at % self.size == 0:
             self._fill(model, range(at, min(at + self.size, len(self.batches))))
         _set_random_state(self.states.pop(at))
@@ -83,7 +87,7 @@ class GradientCache:
 
 
 def _random_state() -> tuple[Tensor, Tensor | None]:
-    """Of the CPU's generator and, where there is one, the current accelerator's."""
+    """State of the CPU's generator and, if there is one, the current accelerator's."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return torch.get_rng_state(), None if device is None else torch.get_device_module(device).get_rng_state()
 

@@ -1,4 +1,4 @@
-"""The LM heads of Hugging Face's masked LMs: what stands between the encoder and the decoder."""
+"""The LM heads of Hugging Face masked LMs: the layers between encoder and decoder."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-#: Encoders whose pads change the other tokens' states, whatever the attention mask says.
+#: Encoders whose padding changes the other tokens' states despite the attention mask.
 _PADS_LEAK = ("convbert", "nystromformer", "yoso")
 
 
 def lm_transform(lm: Any, hidden: Tensor | None = None) -> Any:
-    """What a masked LM's head does to hidden rows [n, D] before its decoder; without rows, only whether it is known."""
+    """Apply a masked LM's head, up to its decoder, to hidden rows [n, D]; without rows, only check that the head is known."""
     predictions: Any = getattr(getattr(lm, "cls", lm), "predictions", None)
     head: Any = getattr(lm, "lm_head", None)
     own_bias = getattr(head, "bias", None) is not None and getattr(lm.get_output_embeddings(), "bias", None) is None  # ESM
     gelu = nn.functional.gelu
     steps: list[Any] | None
-    known = hidden is not None or (  # looked up once, not in every step
+    known = hidden is not None or (  # checked once, not in every step
         hasattr(lm.base_model, "embeddings") and "attention_mask" in signature(lm.base_model.forward).parameters
         and lm.config.model_type not in _PADS_LEAK)
     if not known or (hasattr(predictions, "transform") and hasattr(predictions, "dense")):  # FNet and others, MobileBERT

@@ -1,11 +1,11 @@
-"""Faster layers for encoders on the CPU, under the parameters' own names: `use_fast_layers(lm)` turns them in place.
+"""Faster encoder layers for the CPU: `use_fast_layers(lm)` swaps them in place; parameters keep their names.
 
-    nn.Linear    float32 products by oneDNN where MKL, which PyTorch calls, leaves the CPU's widest vectors unused
+    nn.Linear    float32 products with oneDNN where MKL, which PyTorch calls, leaves the CPU's widest vectors unused
     nn.Dropout   the op `dropout`: threads draw in parallel, and no mask is kept
-    nn.Embedding, where its weight is the LM head's too: its rows are added to the head's gradient, in place
+    nn.Embedding, if its weight is also the LM head's: the gradient of its rows is added to the head's, in place
 
-On a GPU or under torch.compile each is what it was; `Linear` and `Dropout` are in torch.func's transforms, forward mode
-and tracing, too, and `Linear` in 16 bits and under autocast.
+On a GPU or under torch.compile each acts as PyTorch's own layer; so do `Linear` and `Dropout` in torch.func transforms,
+forward mode and tracing, and `Linear` in 16 bits and under autocast.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._library import is_transformed, no_second_derivative
-from .backends import instead
+from .backends import replacement_op
 from .ops._linear import linear
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by the faster library."""
+    """`nn.Linear` with the faster library."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] to [..., out_features]."""
@@ -32,21 +32,21 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout`; on the CPU its seed comes from torch's generator, which checkpoints keep and recomputation replays."""
+    """`nn.Dropout`; on the CPU its seed comes from torch's generator, which checkpoints save and recomputation replays."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input of any shape."""
         drops = self.training and not self.inplace and 0.0 < self.p < 1.0 and input.dim() > 0
         drops = drops and not is_transformed(input)  # no transform can read a seed
-        own = instead("dropout", input.device) if drops else None
+        own = replacement_op("dropout", input.device) if drops else None
         if own is None:
             return super().forward(input)
         out: Tensor = own(input, self.p, int(torch.randint(2**62, (), device="cpu")))
         return out
 
 
-class _OneWeight(torch.autograd.Function):
-    """weight [V, D], once for the embedding and once for the LM head; here their gradients meet."""
+class _TiedWeight(torch.autograd.Function):
+    """weight [V, D] twice, for the embedding and for the LM head; the backward pass adds up their gradients."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,29 +58,29 @@ class _OneWeight(torch.autograd.Function):
         no_second_derivative("embedding")
         if rows is None or dense is None:
             return rows.to_dense() if rows is not None else dense  # the optimizer takes no sparse gradient
-        return dense.add_(rows)  # only the head's product has seen it; autograd would write another table for the sum
+        return dense.add_(rows)  # only the head's product holds `dense`; autograd would allocate a new table
 
 
 class TiedEmbedding(nn.Embedding):
-    """`nn.Embedding`; inside `head_joins` its gradient is one of rows, which is added to the head's."""
+    """`nn.Embedding`; inside `tied_head` its gradient is sparse, and is added to the head's."""
 
     weight_of_pass: Tensor | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """input of ids to [..., embedding_dim]."""
+        """input [...] of ids to [..., embedding_dim]."""
         rows = self.weight_of_pass is not None
         weight = self.weight if self.weight_of_pass is None else self.weight_of_pass
         return F.embedding(input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, rows)
 
 
 @contextmanager
-def head_joins(embedding: nn.Module, decoder: Any) -> Iterator[Tensor | None]:
-    """A forward pass whose LM head multiplies by the tensor that this gives; None: by its own weight."""
+def tied_head(embedding: nn.Module, decoder: Any) -> Iterator[Tensor | None]:
+    """Context of a forward pass whose LM head multiplies by the yielded tensor; None: by its own weight."""
     here = decoder.weight.device.type == "cpu" and not torch.compiler.is_compiling()
     if not isinstance(embedding, TiedEmbedding) or embedding.weight is not decoder.weight or not here:
         yield None
         return
-    embedding.weight_of_pass, head = _OneWeight.apply(embedding.weight)
+    embedding.weight_of_pass, head = _TiedWeight.apply(embedding.weight)
     try:
         yield head
     finally:
@@ -88,7 +88,7 @@ def head_joins(embedding: nn.Module, decoder: Any) -> Iterator[Tensor | None]:
 
 
 class LowPrecisionLayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` that takes and gives autocast's dtype, so that the sums between layers are of that dtype, too."""
+    """`nn.LayerNorm` with input and output in autocast's dtype, so that the sums between layers have that dtype as well."""
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., *normalized_shape]; mean and variance are float32, as PyTorch's kernels have them."""
@@ -97,15 +97,15 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
             return super().forward(input)
         dtype = torch.get_autocast_dtype(kind)
         weight, bias = (None if x is None else x.to(dtype) for x in (self.weight, self.bias))
-        with torch.autocast(kind, enabled=False):  # it would have float32
+        with torch.autocast(kind, enabled=False):  # autocast would use float32
             return F.layer_norm(input.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 
 def use_low_precision_layer_norm(model: nn.Module, use: bool = True) -> int:
-    """Turn the model's plain layer norms into those of low precision, or back; parameters, names and hooks stay.
+    """Switch the model's plain layer norms to low precision, or back; parameters, names and hooks stay.
 
     Returns:
-        How many there are.
+        The number of layer norms.
     """
     norms = [module for module in model.modules() if type(module) in (nn.LayerNorm, LowPrecisionLayerNorm)]
     for module in norms:
@@ -114,14 +114,14 @@ def use_low_precision_layer_norm(model: nn.Module, use: bool = True) -> int:
 
 
 def use_fast_layers(model: nn.Module, head: nn.Parameter | None = None) -> None:
-    """Turn the model's plain layers into those above; parameters, names and hooks stay.
+    """Replace the model's plain layers by those above, in place; parameters, names and hooks stay.
 
     Args:
         model: any module.
-        head: weight of an LM head that `head_joins`; None: there is none.
+        head: weight of an LM head to use with `tied_head`; None: there is none.
     """
     fast: dict[type, type] = {nn.Linear: Linear, nn.Dropout: Dropout}
     for module in model.modules():
         tied = type(module) is nn.Embedding and module.weight is head
-        tied = tied and module.max_norm is None and not module.scale_grad_by_freq  # not with a gradient of rows
+        tied = tied and module.max_norm is None and not module.scale_grad_by_freq  # not with a sparse gradient
         module.__class__ = TiedEmbedding if tied else fast.get(type(module), type(module))

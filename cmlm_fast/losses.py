@@ -2,12 +2,12 @@
 
     L = mlm_weight · L_mlm + token_weight · L_token + sequence_weight · L_sequence
 
-    L_mlm       mean cross entropy over the masked tokens, the LM head run there only
+    L_mlm       mean cross entropy over the masked tokens; the LM head runs only there
     L_token     mean over the masked tokens of both views: each against the same token seen in the other view
-    L_sequence  mean over the sequences: the vectors of one sequence's views against those of the others
+    L_sequence  mean over the sequences: the vectors of one sequence's views against those of the other sequences
 
-The parts come as sums with their counts, so that a mean can be taken over more than one batch: with gradient
-accumulation and on several ranks, over all that the optimizer step saw.
+Each part is returned as a sum with its count, so that a mean can span more than one batch: with gradient accumulation and
+on several ranks, everything that the optimizer step saw.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .ops._rows import take_rows
 if TYPE_CHECKING:
     from .gradient_cache import CachedContrast
 
-#: The parts of the objective, in the order of every tensor that holds one number for each.
+#: The parts of the objective, in the order of every tensor with one entry per part.
 PARTS = ("mlm", "token", "sequence")
 
 _MOST_LOGIT_SCALE = math.log(100.0)
 
 
 class _Temperature(nn.Module):
-    """τ: a number, or learned as a logit scale log(1/τ) that is kept at most log 100."""
+    """τ: a number, or learned as a logit scale log(1/τ), clamped to at most log 100."""
 
     def __init__(self, owner: str, temperature: float, learn: bool) -> None:
         super().__init__()
@@ -46,11 +46,11 @@ class _Temperature(nn.Module):
         if not (number and least <= temperature < math.inf and temperature > 0):
             raise ValueError(f"{owner}: expected temperature to be {rule}, got {temperature}")
         self.start = temperature
-        # Of one element, for FSDP shards no scalar.
+        # One element, since FSDP does not shard scalars.
         self.logit_scale = nn.Parameter(torch.tensor([-math.log(temperature)])) if learn else None
 
-    def restart(self) -> None:
-        """Learn from the start again."""
+    def reset(self) -> None:
+        """Reset the learned temperature to its initial value."""
         if self.logit_scale is not None:
             with torch.no_grad():
                 self.logit_scale.fill_(-math.log(self.start))
@@ -68,18 +68,18 @@ class _Temperature(nn.Module):
 
 
 class TokenContrastiveLoss(nn.Module):
-    """`token_contrastive` with its temperature, fixed or learned.
+    """`token_contrastive` with a fixed or learned temperature.
 
     Args:
-        temperature: τ > 0; where learned, what it starts from.
+        temperature: τ > 0; if learned, its initial value.
         learn_temperature: learn log(1/τ), at most log 100; then τ >= 0.01.
         options: further keyword arguments of `token_contrastive` (normalize, reduction, backend).
 
     Raises:
-        ValueError: a temperature that breaks its rule.
+        ValueError: an invalid temperature.
         TypeError: an option that `token_contrastive` does not have.
 
-    `temperature()` is today's τ.
+    `temperature()` returns the current τ.
 
     >>> loss = TokenContrastiveLoss(temperature=0.1, learn_temperature=True)
     >>> loss(torch.eye(3), torch.eye(3), torch.arange(3)).backward()
@@ -90,7 +90,7 @@ class TokenContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
         self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
-        signature(token_contrastive).bind_partial(**options)  # a wrong name is a TypeError now
+        signature(token_contrastive).bind_partial(**options)  # raises TypeError for a wrong name now
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -99,7 +99,7 @@ class TokenContrastiveLoss(nn.Module):
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with its temperature, fixed or learned; arguments as for `TokenContrastiveLoss`.
+    """`info_nce` with a fixed or learned temperature; arguments as for `TokenContrastiveLoss`.
 
     >>> round(InfoNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4)).item(), 4)
     0.3408
@@ -117,12 +117,17 @@ class InfoNCELoss(nn.Module):
 
 
 class Views(NamedTuple):
-    """Two views of B sequences of T tokens in all, packed end to end or flattened from a padded batch.
+    """Two views of B sequences with T tokens in all, packed end to end or flattened from a padded batch.
 
-    hidden1, hidden2 [T, D] last hidden states; z1, z2 [B, E] a vector each sequence; input_ids int64 [T]; role uint8 [T]
-    as `complementary_mask` gives it, and 3 = 1 | 2 for a token that independent masks hide in both views; eligible bool [T],
-    the tokens that may be masked; cu_seqlens int32 [B + 1]; sizes: how many tokens have role 1, role 2, and are eligible,
-    where the host knows: to find them then needs no wait for the device.
+    Attributes:
+        hidden1, hidden2: [T, D], last hidden states.
+        z1, z2: [B, E], one vector per sequence.
+        input_ids: int64 [T].
+        role: uint8 [T], as from `complementary_mask`, and 3 = 1 | 2 for a token that independent masks hide in both views.
+        eligible: bool [T], the tokens that may be masked.
+        cu_seqlens: int32 [B + 1].
+        sizes: numbers of tokens with role 1, with role 2, and eligible, if the host knows them: finding the tokens then needs
+            no wait for the device.
     """
 
     hidden1: Tensor
@@ -146,13 +151,13 @@ class Anchors(NamedTuple):
 
 
 def _places(mask: Tensor, size: int | None) -> Tensor:
-    """Where `mask` [T] is true, int64, in order; with their number `size` the device need not tell it."""
+    """Positions where `mask` [T] is true, int64, in order; given their number `size`, nothing waits for the device."""
     found = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size)
     return found[:, 0]
 
 
 class CMLMLoss(nn.Module):
-    """The parts of the objective, each as a sum over what it is a mean of (the formula stands at the head of this module).
+    """The parts of the objective, each as the sum behind its mean (see the formula at the top of this module).
 
     Args:
         config: weights, temperatures, scope, scheme.
@@ -179,11 +184,11 @@ class CMLMLoss(nn.Module):
         """Sums of the parts, [3] in the order of `PARTS`; a part of weight 0 is 0.
 
         Args:
-            views: what the encoder made of both views.
+            views: the encoder's output for both views.
             mlm_sum: (hidden [n, D], target int64 [n]) -> summed cross entropy of the LM head.
-            group: process group whose ranks give negatives to the sequence part. Its value is then this rank's share of the
-                sum over all ranks, and the gradient of z1, z2 that of the whole.
-            cached: what a larger batch's contrast found for this one; takes the place of the contrast within it.
+            group: process group whose ranks supply negatives to the sequence part. That part's value is then this rank's share
+                of the sum over all ranks, and z1, z2 get the gradient of the whole.
+            cached: this batch's part of a larger batch's contrast; replaces the contrast within this batch.
         """
         zero = views.hidden1.new_zeros((), dtype=torch.float32)
         mlm = token = sequence = zero
@@ -199,7 +204,7 @@ class CMLMLoss(nn.Module):
         return torch.stack([mlm, token, sequence])
 
     def clamp_temperatures(self) -> None:
-        """Keep learned temperatures in their range. FSDP's shards must be told outside the forward pass, which has copies."""
+        """Clamp learned temperatures to their range. FSDP shards must be clamped outside the forward pass, which has copies."""
         self.token.temperature.clamp()
         self.sequence.temperature.clamp()
 
@@ -211,7 +216,7 @@ class CMLMLoss(nn.Module):
         return sequence.detach() / dist.get_world_size(group) + (sequence - sequence.detach())
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
-        """What each part is a mean over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
+        """The counts that the parts are means over, int64 [3]: masked tokens, anchors, rows of the sequence contrast."""
         first, second = (role & 1).sum(), (role >> 1).sum()
         masked = first + second if self.config.mlm_views == "both" else first
         anchors = ((role == 1) | (role == 2)).sum()
@@ -219,10 +224,10 @@ class CMLMLoss(nn.Module):
         return torch.stack([masked, anchors, torch.full_like(first, rows)])
 
     def total(self, sums: Tensor, counts: Tensor) -> Tensor:
-        """The objective, a scalar, of summed parts and their counts."""
+        """The objective, a scalar, from the parts' sums and counts."""
         means = (sums / counts.clamp_min(1)).unbind()
         weights = (self.config.mlm_weight, self.config.token_weight, self.config.sequence_weight)
-        # Numbers, not a tensor of them: that would be a copy to the device, which the host waits for.
+        # Numbers, not a tensor of them: the host would wait for its copy to the device.
         return sum((weight * mean for weight, mean in zip(weights, means, strict=True)), sums.new_zeros(()))
 
     def masked_tokens(self, views: Views) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What this machine is good at: bfloat16, backends, processes."""
+"""Capabilities of this machine: bfloat16, backends, processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from .backends import check_backend, chosen
+from .backends import check_backend, named_backend
 
 
 def bfloat16_hardware() -> bool:
@@ -23,13 +23,13 @@ def fast_in_bf16() -> bool:
 
 
 def check_backend_here(backend: str | None) -> None:
-    """Raise ValueError where a backend, or without one that which is chosen, does not run what a training runs here."""
+    """Raise ValueError if a backend (None: the current choice) lacks an op that training runs on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    check_backend(backend or chosen(), ("complementary_mask", "token_contrastive", "info_nce"), device)
+    check_backend(backend or named_backend(), ("complementary_mask", "token_contrastive", "info_nce"), device)
 
 
 def processes_for(texts: int) -> int | None:
-    """For tokenising: one a core where there is work for them, else this one."""
+    """Processes for tokenising: up to one per core if there is enough work; None for this one alone."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(here, texts // 20_000)
     return wanted if wanted > 1 else None

@@ -1,4 +1,4 @@
-"""Both views of a batch: `complementary_mask` as a `CMLMConfig` asks for it."""
+"""Both views of a batch: `complementary_mask` as a `CMLMConfig` specifies."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from .modeling import CMLMModel
 from .ops import ComplementaryMask, complementary_mask
 from .ops._roles import exact_counts
 
-#: The mask step of held-out text: the same masks at every evaluation, and none that training sees.
+#: The mask step for held-out text: every evaluation uses the same masks, and training never sees them.
 EVALUATION_STEP = 2**32 - 1
 
-#: What the seed of view 2's masks differs by where the views are masked independently.
+#: XORed into the seed of view 2's masks if the views are masked independently.
 INDEPENDENT = 0x9E3779B97F4A7C15
 
 
 class Masker:
-    """Masks the batches of one tokenizer's collator; what a sequence gets depends on (seed, step, sample id) alone."""
+    """Masks the batches of one tokenizer's collator; a sequence's masks depend on (seed, step, sample id) alone."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.settings = mask_settings(tokenizer)
         self.special_ids = torch.tensor(self.settings.pop("special_ids"))
 
     def __call__(self, batch: dict[str, Any], model: CMLMModel, seed: int, step: int) -> dict[str, Any]:
-        """The batch, on whatever device it is, with all else that the model takes: views, roles, shifts, sizes."""
+        """The batch, on its own device, with everything else that the model takes: views, roles, shifts, sizes."""
         config = model.cmlm
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         draw = partial(
@@ -38,7 +38,7 @@ class Masker:
         )  # fmt: skip
         if config.complementary:
             masked = draw(rate=config.rate, complement_rate=config.complement_rate, seed=seed)
-        else:  # view 1 of two draws; role 3 = 1 | 2 is masked in both
+        else:  # view 1 of each of two draws; role 3 = 1 | 2 is masked in both
             view1, _, role1 = draw(rate=config.rate, complement_rate=0.0, seed=seed)
             second = (1.0 - config.rate) * config.complement_rate
             view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))

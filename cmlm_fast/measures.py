@@ -1,7 +1,7 @@
-"""What is worth watching beside the losses: can the encoder tell a masked token, and a sequence, from the others?
+"""Measures beyond the losses: can the encoder tell a masked token, and a sequence, from the others?
 
-Every measure is a sum and its count, so that batches and ranks add up. They cost products of their own, and are taken
-only where values are logged and on held-out text.
+Every measure is a sum and a count, so that batches and ranks add up. Measures cost matrix products of their own and are taken
+only on logged steps and on held-out text.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _ROWS = 1024  # rows of a score matrix at a time
 
 
 class Sums:
-    """Sums and counts by name, added up on the device and read once."""
+    """Sums and counts by name, accumulated on the device and read once."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
 
     def add(self, found: Mapping[str, Tensor]) -> None:
-        """Take further sums and counts, [2] each."""
+        """Add further sums and counts, [2] each."""
         for name, pair in found.items():
             self.values[name] = self.values[name] + pair if name in self.values else pair
 
     def read(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """Means over all ranks (`reduce` sums a tensor over them), and forget the sums."""
-        names = sorted(set(gather_object(list(self.values))))  # a rank may have had nothing to measure
+        """Return means over all ranks (`reduce` sums a tensor over them) and reset the sums."""
+        names = sorted(set(gather_object(list(self.values))))  # a rank may have nothing to measure
         if not names:
             return {}
         nothing = torch.zeros(2, dtype=torch.float64)
@@ -54,7 +54,7 @@ def measure(model: Any, views: Views) -> dict[str, Tensor]:
 
     masked_accuracy       share of masked tokens that the LM head ranks first
     token_retrieval       share of masked tokens whose nearest candidate is their own position in the other view
-    positive_similarity   cosine of a masked token and the same token seen
+    positive_similarity   cosine of a masked token and the same token unmasked
     negative_similarity   cosine of a masked token and its other candidates, mean
     sequence_retrieval    share of sequences whose nearest second view is their own
     alignment             ‖z1 − z2‖² of the unit vectors, mean (Wang and Isola 2020)

@@ -1,4 +1,4 @@
-"""A Hugging Face masked LM with the CMLM objective: both views in one pass of the encoder, the LM head where it counts."""
+"""A Hugging Face masked LM with the CMLM objective: both views in one encoder pass, the LM head only where MLM predicts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .config import CMLMConfig
 from .encoding import ROUND, encode_packed, encode_padded, row_bounds
 from .gradient_cache import CachedContrast
 from .heads import lm_transform
-from .layers import head_joins, use_fast_layers
+from .layers import tied_head, use_fast_layers
 from .losses import CMLMLoss, Views
 from .measures import measure
 from .ops._philox import position_shift
@@ -28,8 +28,13 @@ from .pretrained import PretrainedModel
 
 
 class CMLMOutput(NamedTuple):
-    """loss: scalar, the objective; sums, counts: [3], this batch's parts in the order of `losses.PARTS`, and what they are
-    sums over; measures: name -> [2], a sum and its count, where asked for."""
+    """What `CMLMModel.forward` returns.
+
+    Attributes:
+        loss: scalar, the objective.
+        sums, counts: [3], this batch's parts in the order of `losses.PARTS`, and the number of terms in each.
+        measures: name -> [2], a sum and its count, if requested.
+    """
 
     loss: Tensor
     sums: Tensor
@@ -38,18 +43,18 @@ class CMLMOutput(NamedTuple):
 
 
 class CMLMModel(PretrainedModel):
-    """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT kind.
+    """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT family.
 
-    The masked LM stays what it is for whoever uses it besides, but its attention, and on the CPU its linear, dropout and
-    embedding layers, are faster ones from then on.
+    Other code can use the masked LM as before, but its attention and, on the CPU, its linear, dropout and embedding layers
+    are replaced by faster ones.
 
     Args:
         lm: the masked LM, `AutoModelForMaskedLM`.
         config: the objective.
 
     Raises:
-        ValueError: a masked LM whose head is of no known kind, one that PEFT has wrapped, or a decoder; a position_jitter for
-            one whose positions are relative.
+        ValueError: the masked LM has an unknown kind of head, is wrapped by PEFT, or is a decoder; or a position_jitter is set
+            for one with relative positions.
 
     Example:
         >>> from cmlm_fast.data import CMLMDataCollator
@@ -60,19 +65,19 @@ class CMLMModel(PretrainedModel):
         >>> model(**batch).loss.backward()
         >>> model.save_pretrained("post-trained")
 
-    `masking.Masker` is what makes masks by the objective: `forward` takes whatever views it is given.
+    `masking.Masker` makes masks as the objective specifies; `forward` takes any views.
     """
 
-    _compiled: Mapping[str, Any] | None = None  # with what options, if at all
+    _compiled: Mapping[str, Any] | None = None  # options of torch.compile, if compiled
 
     def __init__(self, lm: Any, config: CMLMConfig | None = None) -> None:
         super().__init__()
-        if getattr(lm, "peft_config", None) or getattr(lm, "_hf_peft_config_loaded", False):  # their checkpoints hold no model
+        if getattr(lm, "peft_config", None) or getattr(lm, "_hf_peft_config_loaded", False):  # their checkpoints lack the model
             rule = "a plain masked LM (adapters merged into it by merge_and_unload)"
             raise ValueError(f"CMLMModel: expected lm to be {rule}, got {type(lm).__name__} with a peft_config")
         if not isinstance(lm, PreTrainedModel):
             raise ValueError(f"CMLMModel: expected lm to be a masked LM of transformers, got {type(lm).__name__}")
-        if getattr(lm.config, "is_decoder", False):  # a padded or packed batch says who sees whom, and leaves no one out
+        if getattr(lm.config, "is_decoder", False):  # each token attends to its whole sequence, whichever layout
             raise ValueError("CMLMModel: expected lm to be an encoder, whose tokens see both sides, got one with is_decoder")
         if not isinstance(config, (CMLMConfig, NoneType)):
             raise ValueError(f"CMLMModel: expected config to be a CMLMConfig or None, got {type(config).__name__}")
@@ -80,7 +85,7 @@ class CMLMModel(PretrainedModel):
         self.cmlm = config or CMLMConfig()
         self.check_jitter(self.cmlm.position_jitter)
         self.loss = CMLMLoss(self.cmlm)
-        lm_transform(lm)  # an unknown kind is an error now, not in the first step
+        lm_transform(lm)  # raises for an unknown kind now, not in the first step
         self.takes_packed = use_packed_attention(lm)
         use_fast_layers(lm, lm.get_output_embeddings().weight if self.cmlm.mlm_weight > 0 else None)
         width = lm.config.hidden_size
@@ -91,7 +96,7 @@ class CMLMModel(PretrainedModel):
             self.projection = nn.Identity()
 
     def tie_weights(self) -> None:
-        """As the masked LM's; called where a model was moved in a way that makes two of a shared weight."""
+        """Tie the masked LM's weights; called after the model was moved in a way that splits a shared weight in two."""
         self.lm.tie_weights()
 
     @property
@@ -109,26 +114,26 @@ class CMLMModel(PretrainedModel):
 
         Args:
             input_ids, view1, view2, role: [B, L] or [T], as `complementary_mask` takes and gives them.
-            special_ids: int64 [S], tokens that take no part in contrast and pooling.
-            attention_mask: [B, L]; 0 at pads. Only with a padded batch, and then needed.
+            special_ids: int64 [S], tokens excluded from contrast and pooling.
+            attention_mask: [B, L]; 0 at padding. Only with a padded batch, which requires it.
             cu_seqlens, lengths: int32 [B + 1] and B ints, the sequences of a packed batch.
             token_type_ids: shape of input_ids, for encoders that have them.
-            eligible: bool, shape of input_ids; False takes further tokens out.
-            jitter: int64 [B], how far view 2's positions are shifted.
-            divisor: [3], what the parts are means over; None: over this batch.
-            sizes: how many tokens have role 1, role 2, and are eligible, where the host knows; see `Views`.
+            eligible: bool, shape of input_ids; False excludes further tokens.
+            jitter: int64 [B], shifts of view 2's positions.
+            divisor: [3], the counts that the parts are means over; None: those of this batch.
+            sizes: numbers of tokens with role 1, with role 2, and eligible, if the host knows them; see `Views`.
             measured: also fill `measures`.
             group: process group whose ranks share their negatives in the sequence part.
-            stand_in: this batch stands for none: its sequences count for nothing.
+            stand_in: this batch is a placeholder, whose sequences do not count.
             cached: this batch's part of a larger batch's sequence contrast; see `gradient_cache`.
             vectors_only: return the sequence vectors (z1, z2), [B, E] each, and compute no loss.
-            unused: what else a collator's batch holds (sample_ids, unit_ids).
+            unused: other entries of a collator's batch (sample_ids, unit_ids).
 
         Returns:
             `CMLMOutput`.
         """
         can = can_be_masked(input_ids, special_ids, eligible)
-        with head_joins(self.lm.get_input_embeddings(), self.lm.get_output_embeddings()) as head_weight:
+        with tied_head(self.lm.get_input_embeddings(), self.lm.get_output_embeddings()) as head_weight:
             if cu_seqlens is None:
                 if attention_mask is None:
                     raise ValueError("CMLMModel: expected attention_mask to be given with a padded batch, got None")
@@ -157,7 +162,7 @@ class CMLMModel(PretrainedModel):
 
     def _encode_padded(self, view1: Tensor, view2: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None,
                        jitter: Tensor | None) -> tuple[Tensor, Tensor]:  # fmt: skip
-        # RoBERTa would count positions by tokens that are no pad, and a random token may be one.
+        # RoBERTa would count positions over tokens other than padding, and a random token may be the padding token.
         first = self._first_position(attention_mask.shape[1]) if self._position_table() is not None else 0
         given = first if jitter is not None or self.pad_of_positions() is not None else None
         return encode_padded(self.lm.base_model, view1, view2, attention_mask, token_type_ids, jitter, given)
@@ -171,16 +176,16 @@ class CMLMModel(PretrainedModel):
         return getattr(getattr(self.lm.base_model, "embeddings", None), "position_embeddings", None)
 
     def check_jitter(self, jitter: int) -> None:
-        """Raise ValueError where the encoder has no position table that a shift of `jitter` would be one of."""
+        """Raise ValueError if `jitter` is not 0 and the encoder has no position table to shift in."""
         table = self._position_table()
-        # With more rows (MRA) positions begin where nothing here knows.
+        # With more rows (MRA), it is unknown where positions begin.
         known = table is not None and table.weight.shape[0] == self.config.max_position_embeddings
         if jitter and not known:
             rule = "0 for an encoder without a position table of max_position_embeddings rows"
             raise ValueError(f"CMLMModel: expected position_jitter to be {rule}, got {jitter}")
 
     def _first_position(self, length: int) -> int:
-        """The id of the first position; raises where `length` positions and the jitter do not fit the model's table."""
+        """The id of the first position; raises if `length` positions and the jitter do not fit the model's table."""
         pad = self.pad_of_positions()
         first = 0 if pad is None else pad + 1
         most = self.config.max_position_embeddings - first - length
@@ -193,28 +198,28 @@ class CMLMModel(PretrainedModel):
         return first
 
     def jitter(self, sample_ids: Tensor, seed: int, step: int) -> Tensor | None:
-        """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None where that is 0."""
+        """Shift of view 2's positions for each sample, int64 [B] in [0, position_jitter]; None if that is 0."""
         most = self.cmlm.position_jitter
         return position_shift(sample_ids, most, seed, step) if most else None
 
     def _pool(self, hidden: Tensor, eligible: Tensor, cu_seqlens: Tensor, first_token: Tensor) -> Tensor:
-        """One vector [B, D] a sequence: the mean of its eligible tokens, or its first token."""
+        """One vector per sequence, [B, D]: the mean of its eligible tokens, or its first token."""
         if self.cmlm.pooling == "cls":
             return hidden[first_token]
         return mean_rows(hidden, eligible, cu_seqlens)
 
     def freeze_encoder(self) -> None:
-        """Leave the LM head alone to be trained; its decoder too stays, where it is tied to the embeddings."""
+        """Freeze the encoder, so that only the LM head is trained; a decoder tied to the embeddings is frozen as well."""
         for parameter in self.lm.base_model.parameters():
             parameter.requires_grad_(False)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """LM head at rows [n, D]: logits [n, V]."""
+        """Logits [n, V] of the LM head at rows [n, D]."""
         logits: Tensor = self.lm.get_output_embeddings()(lm_transform(self.lm, hidden))
         return logits
 
     def mlm_sum(self, hidden: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Summed cross entropy of the LM head at rows [n, D] with tokens [n]; `weight` [V, D] stands for its decoder's."""
+        """Summed cross entropy of the LM head at rows [n, D] with target tokens [n]; `weight` [V, D] replaces its decoder's."""
         decoder = self.lm.get_output_embeddings()
         weight = decoder.weight if weight is None else weight
         rest = -len(hidden) % ROUND
@@ -223,7 +228,7 @@ class CMLMModel(PretrainedModel):
 
     def activation_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """As for any Hugging Face model; called by the Trainer."""
-        # Earlier versions of transformers have the earlier name alone.
+        # Earlier versions of transformers have only the earlier name.
         enable = getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)
         enable(*args, **options)
         self._compile_checkpointed()
@@ -234,7 +239,7 @@ class CMLMModel(PretrainedModel):
         self._compile_checkpointed()
 
     def compile_layers(self, backend: str = "inductor", mode: str | None = None) -> None:
-        """Have torch.compile make code of the encoder's layers, once for batches of any size; names and checkpoints stay."""
+        """Compile the encoder's layers with torch.compile, once for batches of any size; names and checkpoints stay."""
         self._compiled = {"backend": backend, "mode": mode}
         compile_layers(self.lm, **self._compiled)
 
@@ -243,7 +248,7 @@ class CMLMModel(PretrainedModel):
             compile_checkpointed_layers(self.lm, **self._compiled)
 
 def _checked_lengths(lengths: Lengths | None, sequences: int, tokens: int) -> Lengths:
-    """The lengths; ValueError where they cannot be those of cu_seqlens, whose values the device alone knows."""
+    """The lengths; ValueError if they cannot be those of cu_seqlens, whose values only the device knows."""
     total = None if lengths is None else int(np.sum(lengths))
     if lengths is None or len(lengths) != sequences or total != tokens:
         rule = f"those of the {sequences} sequences of cu_seqlens, {tokens} tokens in all"

@@ -1,4 +1,4 @@
-"""What a post-training run is made of, and the rules on its numbers."""
+"""The options of a post-training run, and the rules for its numbers."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ import torch
 
 @dataclass(frozen=True)
 class PostTrainOptions:
-    """The options of `cmlm-fast post-train`, with its defaults.
+    """The options of `cmlm-fast post-train`, with their defaults.
 
     Attributes:
         model: folder or hub id of a checkpoint with a tokenizer.
         train_file: texts, as `data.load_texts` reads them.
-        output_dir: where checkpoint, metrics.jsonl, summary.json and curves.png go.
+        output_dir: folder for the checkpoint, metrics.jsonl, summary.json and curves.png.
         text_column, text_pair_column: columns of the file that hold the texts.
-        eval_share: share of the texts held out for the scores; 0 scores nothing.
-        preset, objective: a preset of CMLMConfig, and the fields of it that differ.
-        freeze_encoder: train the LM head alone, with a preset that has MLM only.
-        max_length: tokens per sequence; None: 128, or what the model takes where that is less.
+        eval_share: share of the texts held out for scoring; 0 scores nothing.
+        preset, objective: a preset of CMLMConfig, and the fields that differ from it.
+        freeze_encoder: train the LM head alone; needs a preset with MLM only.
+        max_length: tokens per sequence; None: 128, or the model's maximum if that is less.
         whole_word: mask whole words.
-        epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as the Trainer has them.
-        max_tokens: tokens per batch, in place of batch_size; None: batch_size.
-        contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts them;
-            not with max_tokens.
+        epochs, batch_size, gradient_accumulation, learning_rate, weight_decay, scheduler, seed: as in the Trainer.
+        max_tokens: tokens per batch, instead of batch_size; None: batch_size.
+        contrastive_batch_size: sequences contrasted together, a multiple of batch_size; gradient_accumulation then counts these
+            groups; not with max_tokens.
         max_steps: optimizer steps; -1: as many as `epochs` needs.
-        warmup: share of the steps, below 1, or their number.
-        bf16: None: where this machine multiplies bfloat16 in hardware.
-        fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as the Trainer has them.
-        torch_compile, low_precision_layer_norm: compile the encoder's layers, layer norms in 16 bits; see
+        warmup: warm-up steps: a share below 1, or a number.
+        bf16: None: if this machine multiplies bfloat16 in hardware.
+        fp16, gradient_checkpointing, logging_steps, save_total_limit, report_to: as in the Trainer.
+        torch_compile, low_precision_layer_norm: compile the encoder's layers, use 16-bit layer norms; see
             `CMLMTrainingArguments`.
-        save_steps: steps from checkpoint to checkpoint; 0: only where a signal comes.
-        resume, overwrite: go on from the newest checkpoint in output_dir, or begin anew in a folder that is not empty.
-        trust_remote_code: run code that the checkpoint brings along.
-        backend: which kernels run; see `cmlm_fast.use_backend`. None: what is chosen outside, by CMLM_FAST_BACKEND say.
+        save_steps: steps between checkpoints; 0: only on a signal.
+        resume, overwrite: continue from the newest checkpoint in output_dir, or start over in a folder that is not empty.
+        trust_remote_code: run code that comes with the checkpoint.
+        backend: which kernels run; see `cmlm_fast.use_backend`. None: the current choice, for example CMLM_FAST_BACKEND.
     """
 
     model: str
@@ -87,7 +87,7 @@ def expect(condition: bool, argument: str, rule: str, value: object) -> None:
 
 @contextmanager
 def arguments_named(**names: str) -> Iterator[None]:
-    """An error about a function's argument becomes one about the option that it came from: `path="train_file"`, say."""
+    """Turn an error about a function argument into one about the option behind it, for example `path="train_file"`."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
@@ -99,18 +99,18 @@ def arguments_named(**names: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, for a message of one line."""
+    """First line of another library's error, for a one-line message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def check_warmup(warmup: float) -> None:
-    """Raise ValueError where it is neither a share of the steps nor a number of them."""
+    """Raise ValueError unless `warmup` is a share of the steps or a number of steps."""
     expect(math.isfinite(warmup) and warmup >= 0, "warmup", "finite and >= 0", warmup)
     expect(warmup < 1 or warmup == int(warmup), "warmup", "a share below 1 or a whole number of steps", warmup)
 
 
 def check_numbers(options: PostTrainOptions) -> None:
-    """Raise ValueError where a number breaks its rule."""
+    """Raise ValueError if a number breaks its rule."""
     expect(0.0 <= options.eval_share < 1.0, "eval_share", "in [0, 1)", options.eval_share)
     for name in ("batch_size", "gradient_accumulation", "logging_steps", "save_total_limit"):
         expect(getattr(options, name) >= 1, name, ">= 1", getattr(options, name))

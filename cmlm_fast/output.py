@@ -1,7 +1,7 @@
 """The output folder: checked before the work, filled file by file, never left half-written.
 
 A run writes `metrics.jsonl` and the Trainer's `checkpoint-N/` as it goes. Everything else is first written to a hidden
-folder inside the output folder (so on the same disk) and renamed into place once all of it is there.
+folder inside the output folder (hence on the same disk) and renamed into place once complete.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from typing import IO, Any
 from .checkpoints import STAGING, flush, flush_one, newest_whole, sealed
 from .errors import DiskError, disk_reason
 
-#: Written last of all: where it is, the run is finished.
+#: Written last: if it exists, the run is finished.
 SUMMARY = "summary.json"
 _CHUNK = bytes(1 << 20)
-_BEGUN = ("metrics.jsonl", "settings.json")  # all that is there of a run that ended before its first checkpoint
-#: TensorBoard's files, of this run and earlier ones.
+_BEGUN = ("metrics.jsonl", "settings.json")  # the only files of a run that ended before its first checkpoint
+#: TensorBoard files of this run and earlier ones.
 REPORTS = "runs"
-# Files that a checkpoint may have beside its config.json, by their exact names: what else lies in the folder is not ours.
+# Exact names of the files that a checkpoint may have next to its config.json; other files in the folder are not ours.
 _OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", "pytorch_model.bin",
                "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin", "contrast.safetensors", "cmlm_config.json",
                "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt",
                "special_tokens_map.json", "added_tokens.json", "spiece.model", "sentencepiece.bpe.model", "modules.json",
                "config_sentence_transformers.json", "sentence_bert_config.json")  # fmt: skip
-_PATIENCE = 5.0  # seconds that a run waits for one that is just ending
+_PATIENCE = 5.0  # seconds to wait for a run that is just ending
 
 
 def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
-    """Check that `folder` may be written to; return the checkpoint to resume from, if asked (None also where the run has
-    finished and its checkpoints are gone). Writes nothing.
+    """Check that `folder` may be written to; return the checkpoint to resume from. Writes nothing.
+
+    Returns None without `resume`, or if the run has finished and its checkpoints are gone.
 
     Raises:
-        ValueError: overwrite and resume together; a file where the folder should be; a folder with something in it and
-            neither flag; resume without a checkpoint.
+        ValueError: overwrite and resume together; a file where the folder should be; a non-empty folder and neither flag;
+            resume without a checkpoint.
     """
     if overwrite and resume:
         raise ValueError("expected at most one of overwrite and resume, got both")
@@ -51,18 +52,18 @@ def check_output(folder: Path, *, overwrite: bool, resume: bool) -> Path | None:
     if resume:
         checkpoint = newest_whole(folder)
         if checkpoint is None and finished_run(folder) is None:
-            rule = "a whole checkpoint-N to resume from (--overwrite begins anew)"
+            rule = "a whole checkpoint-N to resume from (--overwrite starts over)"
             raise ValueError(f"expected output_dir to hold {rule}, got {folder}")
         return checkpoint
     there = [path.name for path in folder.iterdir()] if folder.exists() else []
-    rubbish = (*_BEGUN, REPORTS) if _is_begun(folder) else ()
-    if not overwrite and not all(name in rubbish or name.startswith(STAGING) for name in there):
+    leftovers = (*_BEGUN, REPORTS) if _is_begun(folder) else ()
+    if not overwrite and not all(name in leftovers or name.startswith(STAGING) for name in there):
         raise ValueError(f"expected output_dir to be new or empty (or give --overwrite or --resume), got {folder}")
     return None
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether settings.json is one of a run's, and not somebody else's of that name."""
+    """Whether settings.json was written by a run, and is not another file of that name."""
     try:
         return "token_weight" in json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -71,15 +72,14 @@ def _is_begun(folder: Path) -> bool:
 
 @contextmanager
 def open_output(folder: Path, size: int, *, fresh: bool) -> Iterator[None]:
-    """Make the folder, prove with a trial file that `size` bytes fit, and clear what an earlier run left behind. Inside, no
-    other process can open it.
+    """Make the folder, prove with a trial file that `size` bytes fit, and remove an earlier run's leftovers.
 
-    `fresh` also removes earlier checkpoints, whose room counts, metrics and summary, which a later `--resume` would otherwise
-    take up; other files stay.
+    Inside the block no other process can open the folder. `fresh` also removes earlier checkpoints (whose space counts as
+    free), metrics and summary, which a later `--resume` would otherwise pick up; other files stay.
 
     Raises:
-        DiskError: the trial file cannot be written; nothing is left that was not there.
-        ValueError: another process has it open.
+        DiskError: the trial file cannot be written; nothing new is left behind.
+        ValueError: another process has the folder open.
     """
     created = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
@@ -96,7 +96,7 @@ def open_output(folder: Path, size: int, *, fresh: bool) -> Iterator[None]:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
-    """Raise ValueError where another process holds the folder, and still does after some seconds."""
+    """Raise ValueError if another process holds the folder, and still does after a few seconds."""
     end = time.monotonic() + _PATIENCE
     while True:
         try:
@@ -136,12 +136,12 @@ def _unusable(folder: Path, size: int, error: OSError, created: list[Path]) -> D
 
 
 def _fill(file: IO[bytes], size: int) -> None:
-    """Take `size` bytes of the disk: at once where the system can, else by writing them."""
+    """Allocate `size` bytes on disk: at once if the system can, else by writing them."""
     if hasattr(os, "posix_fallocate") and size:
         try:
             return os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # the file system cannot do this
                 raise
     for begin in range(0, size, len(_CHUNK)):
         file.write(_CHUNK[: size - begin])
@@ -149,8 +149,10 @@ def _fill(file: IO[bytes], size: int) -> None:
 
 
 def finished_run(folder: Path) -> dict[str, Any] | None:
-    """The summary of the run whose folder it is, if that has ended and all that it wrote is still there; None where
-    summary.json is damaged, or somebody else's of that name."""
+    """The summary of the run in this folder, if it has finished and all its files still exist.
+
+    None if summary.json is damaged, or is another file of that name.
+    """
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
         whole = summary["files"] and all((folder / name).exists() for name in summary["files"])
@@ -161,8 +163,10 @@ def finished_run(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def staged(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write a checkpoint to. When the block ends without an error its entries are renamed into `folder`,
-    and what `folder` has of another checkpoint and this one lacks goes: it would be loaded with it."""
+    """A hidden folder to write a checkpoint to; its entries are renamed into `folder` if the block ends without an error.
+
+    Files of another checkpoint in `folder` that this one lacks are removed, since they would be loaded with it.
+    """
     staging = Path(tempfile.mkdtemp(prefix=STAGING, dir=folder))
     try:
         yield staging
@@ -175,7 +179,7 @@ def staged(folder: Path) -> Iterator[Path]:
             if target.is_dir():
                 shutil.rmtree(target)
             if path.name == SUMMARY:
-                flush_one(folder)  # what it promises is there before it
+                flush_one(folder)  # the files it promises are on disk before it is
             os.replace(path, target)
         flush_one(folder)
     finally:
@@ -183,7 +187,7 @@ def staged(folder: Path) -> Iterator[Path]:
 
 
 def _of_a_model(folder: Path) -> list[Path]:
-    """What lies in the folder of another checkpoint: files, and the modules that its modules.json names."""
+    """What a checkpoint in the folder consists of: files, and the modules that its modules.json names."""
     found = [path for pattern in _OF_A_MODEL for path in folder.glob(pattern) if path.is_file()]
     try:
         modules = [module["path"] for module in json.loads((folder / "modules.json").read_text(encoding="utf-8"))]
@@ -195,7 +199,7 @@ def _of_a_model(folder: Path) -> list[Path]:
 
 @contextmanager
 def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
-    """Turn a failed write inside the block into a DiskError that says what is kept; default: `what_is_kept`."""
+    """Turn a failed write in the block into a DiskError that says what is `kept`; default: `what_is_kept(folder)`."""
     try:
         yield
     except DiskError:
@@ -208,10 +212,10 @@ def disk_errors(folder: Path, kept: str | None = None) -> Iterator[None]:
 
 
 def what_is_kept(folder: Path) -> str:
-    """What a run that ends early leaves, for its message."""
+    """Say what a run that ends early leaves behind, for its message."""
     if (summary := finished_run(folder)) is not None:
         return "the trained model is saved" + ("" if summary["held_out_before_after"] else ", without scores")
     found = sealed(folder)
     if not found:
-        return "there is no checkpoint, the same command begins again"
+        return "there is no checkpoint, the same command starts over"
     return f"{found[-1].name} is whole, continue with --resume"

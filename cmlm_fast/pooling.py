@@ -1,4 +1,4 @@
-"""The files by which sentence-transformers knows a checkpoint's pooling, carried along where the start had them."""
+"""The files that tell sentence-transformers a checkpoint's pooling, carried over if the starting checkpoint has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-#: Settings of the encoder, by names of today and of earlier versions.
+#: Settings of the encoder, by their current name and those of earlier versions.
 _FILES = ("config_sentence_transformers.json", *(f"sentence_{kind}_config.json" for kind in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")))  # fmt: skip
 _OF_A_MODULE = ("config.json", "cnn_config.json", "lstm_config.json", "model.safetensors", "pytorch_model.bin")
@@ -15,8 +15,10 @@ _WHERE = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "fo
 
 
 def find_file(model: str | Path, name: str, **options: Any) -> Path | None:
-    """Where file `name` of checkpoint `model` (a folder or hub id) is; None if it has none. Of `options`, those of
-    `from_pretrained`, the ones that say where a file is found are heeded."""
+    """Path of file `name` of checkpoint `model` (a folder or hub id); None if it has none.
+
+    `options` are those of `from_pretrained`; the ones that say where to find a file are used.
+    """
     from transformers.utils import cached_file
 
     where = {name: value for name, value in options.items() if name in _WHERE}
@@ -26,14 +28,15 @@ def find_file(model: str | Path, name: str, **options: Any) -> Path | None:
 
 
 def read_pooling(model: str | Path, **options: Any) -> dict[str, bytes | None]:
-    """modules.json of checkpoint `model` (a folder or hub id) and what it names: settings and weights of each module behind
-    the encoder (pooling, Dense, ...). A module without files is a folder with None. Empty where there is no modules.json:
-    `SentenceTransformer` then takes the mean over tokens.
+    """Read modules.json of checkpoint `model` (a folder or hub id) and the files it names.
 
-    `options` are those of `from_pretrained`; the ones that say where a file is found are heeded.
+    Those are settings and weights of each module after the encoder (pooling, Dense, ...). A module without files is a folder
+    with None. Empty if there is no modules.json: `SentenceTransformer` then takes the mean over tokens.
+
+    `options` are those of `from_pretrained`; the ones that say where to find a file are used.
 
     Raises:
-        ValueError: modules.json is no list of modules with their paths, or names a place outside of the checkpoint, where
+        ValueError: modules.json is not a list of modules with their paths, or names a path outside the checkpoint, where
             `write_pooling` would write.
     """
     modules = _read(model, "modules.json", options)

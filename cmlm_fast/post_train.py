@@ -1,6 +1,6 @@
 """The run behind `cmlm-fast post-train`: check everything, train, write a plain Hugging Face checkpoint.
 
-    prepare(options)  reads, checks, loads; writes nothing; every bad input is a ValueError or OSError of one line
+    prepare(options)  reads, checks, loads; writes nothing; every bad input is a one-line ValueError or OSError
     run(prepared)     scores the held-out texts, trains, scores again, saves; returns the summary
 
 Example:
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import ranks
-from .backends import chosen, use_backend
+from .backends import named_backend, use_backend
 from .checkpoints import checkpoints
 from .config import CMLMConfig
 from .errors import Stopped, disk_reason
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Schedules of the learning rate that need no numbers of their own.
+#: Learning rate schedules that need no parameters of their own.
 SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
 
 @dataclass
 class Prepared:
-    """All that a run needs, checked and in memory."""
+    """Everything a run needs, checked and in memory."""
 
     options: PostTrainOptions
     model: CMLMModel
@@ -68,27 +68,27 @@ class Prepared:
     counts: TextCounts
     checkpoint: Path | None
     arguments: CMLMTrainingArguments
-    settings: dict[str, Any]  # what a resumed run must have in common with this one
+    settings: dict[str, Any]  # what a resumed run must share with this one
 
 
 def prepare(options: PostTrainOptions) -> Prepared:
     """Check the options, read the texts, load tokenizer and model. Writes nothing.
 
-    Raises ValueError, OSError or ModuleNotFoundError, each with one line for the user.
+    Raises a ValueError, OSError or ModuleNotFoundError with a one-line message for the user.
     """
     check_numbers(options)
     options = replace(options, **{name: os.fspath(getattr(options, name)) for name in ("model", "train_file", "output_dir")})
     config = CMLMConfig.from_preset(options.preset, **options.objective)
     check_backend_here(options.backend)
     checkpoint = None
-    if ranks.is_main():  # it tells the others, when they run
+    if ranks.is_main():  # the other ranks get it in `run`
         checkpoint = check_output(Path(options.output_dir), overwrite=options.overwrite, resume=options.resume)
     start, folder = Path(options.model).resolve(), Path(options.output_dir).resolve()
     replaced = start == folder or any(path in checkpoints(folder) for path in (start, *start.parents))
     rule = "elsewhere than in output_dir, which overwrite writes anew"
     expect(not (options.overwrite and start.is_dir() and replaced), "model", rule, options.model)
     expect(Path(options.train_file).exists(), "train_file", "an existing file or folder", options.train_file)
-    # What the user must wait for comes after what can be said at once.
+    # Slow steps come after the checks that fail at once.
     from transformers import set_seed
 
     expect(options.scheduler in SCHEDULERS, "scheduler", f"one of {', '.join(SCHEDULERS)}", options.scheduler)
@@ -101,7 +101,7 @@ def prepare(options: PostTrainOptions) -> Prepared:
     with arguments_named(path="train_file", dataset="train_file", share="eval_share"):
         texts, counts = clean_texts(load_texts(options.train_file, **columns))
         train, held = split_evaluation(texts, options.eval_share, options.seed)
-    set_seed(options.seed)  # of a head that the checkpoint lacks, and the projection
+    set_seed(options.seed)  # initialises the projection, and a head that the checkpoint lacks
     model = load_model(options.model, config, options.trust_remote_code)
     known = not options.gradient_checkpointing or model.lm.supports_gradient_checkpointing
     expect(known, "gradient_checkpointing", f"off for {type(model.lm).__name__}, which has none", "on")
@@ -112,14 +112,14 @@ def prepare(options: PostTrainOptions) -> Prepared:
     arguments = _arguments(options)
     low = not options.low_precision_layer_norm or arguments.bf16 or arguments.fp16
     expect(low, "low_precision_layer_norm", "used with bf16 or fp16", "float32")
-    if options.max_steps > 0:  # else the trainer knows
+    if options.max_steps > 0:  # otherwise the trainer checks it
         arguments.check_schedule(options.max_steps)
     _check_reports(arguments)
     tokens: dict[str, Any] = {"max_length": length, "whole_word": options.whole_word}
     train = tokenize_texts(train, tokenizer, num_proc=processes_for(len(train)), **tokens)
     if held is not None:
         held = tokenize_texts(held, tokenizer, num_proc=processes_for(len(held)), **tokens)
-    if options.max_tokens is not None:  # its rules are those of the sampler
+    if options.max_tokens is not None:  # the sampler checks it
         TokenBudgetSampler(sequence_lengths(train), options.max_tokens, ranks=arguments.world_size)
     settings = settings_of(options, config, arguments) | {"max_length": length, "eval_share": options.eval_share}
     settings |= {"model": fingerprint_of_weights(model), "train_file": fingerprint_of_tokens(train),
@@ -133,9 +133,9 @@ def run(prepared: Prepared) -> dict[str, Any]:
     """Score, train, score, save; returns the summary that is also written to summary.json.
 
     Raises:
-        DiskError: a write failed; says what the folder still holds.
+        DiskError: a write failed; the message says what the folder still holds.
         DivergedError: the loss or a weight is not finite.
-        Stopped: SIGINT or SIGTERM; a training under way has finished its step and saved a checkpoint.
+        Stopped: SIGINT or SIGTERM; if training was under way, it has finished its step and saved a checkpoint.
     """
     from .callbacks import StopOnSignal
 
@@ -154,25 +154,25 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
     from .trainer import CMLMTrainer
 
     options, folder = prepared.options, Path(prepared.options.output_dir)
-    prepared.checkpoint = ranks.of_main(prepared.checkpoint)
-    finished: dict[str, Any] | None = ranks.of_main(finished_run(folder) if options.resume else None)
+    prepared.checkpoint = ranks.broadcast_from_main(prepared.checkpoint)
+    finished: dict[str, Any] | None = ranks.broadcast_from_main(finished_run(folder) if options.resume else None)
     if finished is not None:
         logger.warning("%s holds a finished run: nothing is left to do", folder)
         return finished
     size = sum(p.numel() * p.element_size() for p in prepared.model.parameters())
-    # The checkpoint at the end, and the Trainer's: weights and two moments each, one more than it keeps, but no more than it
-    # writes. Those of an earlier leg are there already.
+    # The final checkpoint, and the Trainer's: weights and two moments each, one more than it keeps, but no more than it
+    # writes. After a resume the earlier ones exist already.
     saved = 1 if prepared.checkpoint else options.save_total_limit + 1
     if options.save_steps and options.max_steps > 0:
         saved = min(saved, -(-options.max_steps // options.save_steps))
-    # Without checkpoints the model is saved once more with its scores.
+    # Without checkpoints the model is saved once more, with its scores.
     copies = 1 + (3 * saved if options.save_steps else prepared.evaluation is not None)
     fresh = prepared.checkpoint is None
     opening = open_output(folder, copies * size, fresh=fresh)
     ranks.in_turn(lambda: opened.enter_context(opening) if ranks.is_main() else None)
     metrics = MetricsFile(folder / "metrics.jsonl", prepared.checkpoint if ranks.is_main() else None)
     spent = TrainingTime(prepared.checkpoint)
-    with disk_errors(folder), use_backend(options.backend or chosen()), closing(QuietProgress()) as progress:
+    with disk_errors(folder), use_backend(options.backend or named_backend()), closing(QuietProgress()) as progress:
         if fresh and ranks.is_main():
             write_settings(folder, prepared.settings)
         trainer = CMLMTrainer(
@@ -183,22 +183,22 @@ def _run(prepared: Prepared, stop: StopOnSignal, opened: ExitStack) -> dict[str,
         trainer.add_callback(progress)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                # It would learn the folder when the training begins, and have the scores before in the working directory.
+                # By default it gets the folder when training begins, and would log earlier scores to the working directory.
                 callback.logging_dir = str(folder / REPORTS / time.strftime("%Y-%m-%d_%H-%M-%S"))
         before: dict[str, float] = {}
         if prepared.evaluation is not None and fresh:
-            if trainer.is_fsdp_enabled:  # FSDP shards model and optimizer together, when the training begins
+            if trainer.is_fsdp_enabled:  # FSDP shards model and optimizer together, when training begins
                 prepared.arguments.eval_on_start = True
             else:
                 before = trainer.evaluate()
-        stop.patient = not options.save_steps
+        stop.defer = not options.save_steps
         result = trainer.train(resume_from_checkpoint=str(prepared.checkpoint) if prepared.checkpoint else None)
         seconds = spent.seconds()
-        if stop.stopped and ranks.of_main((folder / f"checkpoint-{result.global_step}").exists()):
+        if stop.stopped and ranks.broadcast_from_main((folder / f"checkpoint-{result.global_step}").exists()):
             raise Stopped(stop.stopped)
         before = before or metrics.first_evaluation()
         summary = _summary(prepared, before, {}, result.global_step, seconds)
-        if stop.patient:  # what was trained is nowhere yet, and the scores may take long
+        if stop.defer:  # the trained model is not saved yet, and scoring may take long
             _save(trainer, prepared, summary, metrics)
             stop.release()
         if prepared.evaluation is not None:
@@ -218,7 +218,7 @@ def _save(trainer: CMLMTrainer, prepared: Prepared, summary: Mapping[str, Any], 
         prepared.tokenizer.save_pretrained(staging)
         try:
             plot_curves(metrics.entries(), staging / "curves.png")
-        except Exception as error:  # a picture is worth no weights
+        except Exception as error:  # a failed plot must not cost the weights
             if disk_reason(error) is not None:
                 raise
             (staging / "curves.png").unlink(missing_ok=True)
@@ -242,7 +242,7 @@ def _summary(prepared: Prepared, before: Mapping[str, float], after: Mapping[str
 
 
 def _check_reports(arguments: CMLMTrainingArguments) -> None:
-    """Raise ValueError where a service that metrics are to be reported to is unknown or not installed."""
+    """Raise ValueError if a reporting service is unknown or not installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     try:
@@ -257,14 +257,14 @@ def _arguments(options: PostTrainOptions) -> CMLMTrainingArguments:
     from .trainer import CMLMTrainingArguments
 
     gpu = torch.accelerator.is_available()
-    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer takes it where no option says otherwise
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # the Trainer uses it unless an option says otherwise
     agreed = launcher == "no" or options.fp16 or options.bf16 is not False
     expect(agreed, "bf16", f"left out or given where accelerate launch has mixed_precision {launcher}", "no bf16")
     fp16 = options.fp16 or (options.bf16 is None and launcher == "fp16")
     expect(gpu or not fp16, "mixed_precision", "no or bf16 without a GPU", "fp16")
     bf16 = not fp16 and (fast_in_bf16() or launcher == "bf16") if options.bf16 is None else options.bf16
     batches = (options.contrastive_batch_size or options.batch_size) // options.batch_size
-    names = ("activation_checkpointing", "gradient_checkpointing")  # what transformers calls it now, and did
+    names = ("activation_checkpointing", "gradient_checkpointing")  # its current and its former name in transformers
     name = next(name for name in names if name in {field.name for field in fields(CMLMTrainingArguments)})
     checkpointing: dict[str, Any] = {name: True} if options.gradient_checkpointing else {}
     return CMLMTrainingArguments(

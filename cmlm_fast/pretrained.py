@@ -1,4 +1,4 @@
-"""A `CMLMModel` on disk: a plain Hugging Face checkpoint, and beside it what belongs to the contrast alone."""
+"""A `CMLMModel` on disk: a plain Hugging Face checkpoint, with the state of the contrast in separate files."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ _CONTRAST = "contrast.safetensors"
 
 
 class PretrainedModel(nn.Module):
-    """How a `CMLMModel` is loaded and saved."""
+    """Loading and saving of a `CMLMModel`."""
 
     lm: Any
     cmlm: CMLMConfig
     loss: CMLMLoss
 
-    # Read by transformers.Trainer when a checkpoint is loaded; nothing is left out of one.
+    # transformers.Trainer reads this when it loads a checkpoint; checkpoints leave nothing out.
     _keys_to_ignore_on_save = None
 
-    _pooling: Mapping[str, bytes | None] = {}  # files of sentence-transformers that the start had
+    _pooling: Mapping[str, bytes | None] = {}  # sentence-transformers files of the starting checkpoint
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: CMLMConfig | None = None, **options: Any) -> Self:
-        """Load a masked LM, or an encoder without an LM head, which then gets one, tied to its embeddings
-        where its configuration ties them.
+        """Load a masked LM, or an encoder without an LM head, which then gets a new one.
+
+        The new head is tied to the embeddings if the configuration ties them.
 
         Args:
-            path: folder or hub id. Of what `save_pretrained` wrote also the projection and learned temperatures.
-            config: the objective; default: that of what `save_pretrained` wrote, else the preset "balanced".
-            options: as for `AutoModelForMaskedLM.from_pretrained`; dtype is float32 by default, whatever the file's, since
+            path: folder or hub id. If `save_pretrained` wrote it, the projection and learned temperatures are loaded as well.
+            config: the objective; default: the one that `save_pretrained` wrote, else the preset "balanced".
+            options: as for `AutoModelForMaskedLM.from_pretrained`; dtype defaults to float32, whatever the file's dtype, since
                 optimizer steps are lost in 16 bits.
 
         Raises:
-            ValueError: the checkpoint lacks weights of the encoder, or what its own objective asks for; see also `CMLMModel`.
+            ValueError: the checkpoint lacks encoder weights, or weights that its own objective needs; see also `CMLMModel`.
         """
         from transformers import AutoModelForMaskedLM
         from transformers.utils import logging as hf_logging
@@ -56,9 +57,9 @@ class PretrainedModel(nn.Module):
         if "torch_dtype" not in options:
             options.setdefault("dtype", torch.float32)
         resized = options.get("ignore_mismatched_sizes", False)
-        options["ignore_mismatched_sizes"] = True  # the error is below
+        options["ignore_mismatched_sizes"] = True  # mismatches are reported below
         verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()  # its table of missing weights says in 20 lines what follows in one
+        hf_logging.set_verbosity_error()  # its table of missing weights takes 20 lines, the warning below one
         try:
             lm, report = AutoModelForMaskedLM.from_pretrained(path, output_loading_info=True, **options)
         finally:
@@ -84,36 +85,36 @@ class PretrainedModel(nn.Module):
         if missing and config is None:
             rule = f"a folder whose {_CONTRAST} holds what its {OBJECTIVE} asks for"
             raise ValueError(f"CMLMModel: expected path to be {rule}, got {path} without {', '.join(missing)}")
-        if model.cmlm.token_temperature != saved.token_temperature:  # another than what was learned is asked for
-            model.loss.token.temperature.restart()
+        if model.cmlm.token_temperature != saved.token_temperature:  # the config asks for another one than was learned
+            model.loss.token.temperature.reset()
         if model.cmlm.sequence_temperature != saved.sequence_temperature:
-            model.loss.sequence.temperature.restart()
+            model.loss.sequence.temperature.reset()
         model._pooling = read_pooling(path, **options)
         return model
 
     def save_pretrained(self, path: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write a plain Hugging Face checkpoint, safetensors, that loads without this package.
 
-        What belongs to the contrast alone, the objective, projection and learned temperatures, goes into files of its own
-        beside it; so do the pooling files of sentence-transformers, where `from_pretrained` found some.
+        The parts that only the contrast uses (objective, projection, learned temperatures) go into separate files next to it;
+        so do the pooling files of sentence-transformers, if `from_pretrained` found any.
 
         Args:
-            path: folder, made where missing.
-            state_dict: this module's state, where it was gathered from several ranks.
+            path: folder, made if missing.
+            state_dict: this module's state, if it was gathered from several ranks.
         """
         from safetensors.torch import save_file
 
         state = self.state_dict() if state_dict is None else dict(state_dict)
         lm = {name.removeprefix("lm."): value for name, value in state.items() if name.startswith("lm.")}
-        # RoBERTa's positions begin behind the pad id of its configuration, which the Trainer overwrites with the tokenizer's.
+        # RoBERTa's positions begin after the pad id in its configuration, which the Trainer overwrites with the tokenizer's.
         if (pad := self.pad_of_positions()) is not None:
             self.lm.config.pad_token_id = pad
-        # In the names that the model has, not in those of the file that it came from (LayerNorm.gamma in BERT's of 2018):
-        # a checkpoint is read back by these.
+        # Use the model's weight names, not those of the original file (LayerNorm.gamma in BERT's of 2018): loading a
+        # checkpoint expects the model's.
         self.lm.save_pretrained(path, state_dict=lm, save_original_format=False)
-        for name in (OBJECTIVE, _CONTRAST):  # of what stood there before
+        for name in (OBJECTIVE, _CONTRAST):  # remove an earlier model's files
             (Path(path) / name).unlink(missing_ok=True)
-        if self.cmlm.token_weight + self.cmlm.sequence_weight > 0:  # MLM alone leaves a start like any other
+        if self.cmlm.token_weight + self.cmlm.sequence_weight > 0:  # with MLM alone the result is a plain starting checkpoint
             self.cmlm.save_pretrained(path)
         rest = {name: value.contiguous() for name, value in state.items() if not name.startswith("lm.")}
         if rest:
@@ -121,7 +122,7 @@ class PretrainedModel(nn.Module):
         write_pooling(self._pooling, Path(path))
 
     def copy_contrast(self, source: Path, target: Path) -> None:
-        """Have in another folder what `save_pretrained` wrote beside the plain checkpoint."""
+        """Copy what `save_pretrained` wrote next to the plain checkpoint to another folder."""
         for name in (OBJECTIVE, _CONTRAST):
             (target / name).unlink(missing_ok=True)
             if (source / name).exists():
@@ -129,12 +130,12 @@ class PretrainedModel(nn.Module):
         write_pooling(self._pooling, target)
 
     def load_contrast(self, path: str | Path) -> list[str]:
-        """Take projection and learned temperatures from a folder that `save_pretrained` wrote; returns what is not there.
+        """Load projection and learned temperatures from a folder that `save_pretrained` wrote; returns the missing ones.
 
-        What is there and the objective has no place for is left out, with a warning.
+        Weights that the objective does not use are ignored, with a warning.
 
         Raises:
-            ValueError: the projection there has another width, or the file is damaged.
+            ValueError: the projection in the file has another width, or the file is damaged.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -154,16 +155,16 @@ class PretrainedModel(nn.Module):
         return [name for name in report.missing_keys if not name.startswith("lm.")]
 
     def pad_of_positions(self) -> int | None:
-        """The pad id behind which RoBERTa's positions begin; None for encoders whose positions begin at 0."""
+        """The pad id after which RoBERTa's positions begin; None for encoders whose positions begin at 0."""
         pad = getattr(self.lm.base_model.embeddings, "padding_idx", None)
         return None if pad is None else int(pad)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take this module's own state, or that of a plain Hugging Face checkpoint: of the masked LM alone."""
+        """Load this module's own state, or that of a plain Hugging Face checkpoint, which covers the masked LM alone."""
         if not any(name.startswith("lm.") for name in state_dict):
             own = {name: value for name, value in self.state_dict().items() if not name.startswith("lm.")}
             state_dict = {**own, **{f"lm.{name}": value for name, value in state_dict.items()}}
-        # A file holds tied weights once, under one of their names.
+        # A file stores tied weights once, under one of their names.
         names = dict(self.named_parameters(remove_duplicate=False))
         held = {id(names[name]): value for name, value in state_dict.items() if name in names}
         tied = {name: held[id(p)] for name, p in names.items() if id(p) in held}

@@ -1,6 +1,6 @@
-"""One command in several processes (`torchrun`, `accelerate launch`): one of them speaks, and an error of any ends them all.
+"""One command in several processes (`torchrun`, `accelerate launch`): only one prints, and an error in any ends them all.
 
-Nothing here does anything in a run of one process.
+In a run of one process, all of this does nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 _T = TypeVar("_T")
-_group: Any = None  # of all, and patient: one may tokenise for hours while the others wait; None: the default one
-#: What a user can mend; anything else is a bug and keeps its traceback.
+_group: Any = None  # all ranks, with a long timeout: one may tokenise for hours while others wait; None: the default group
+#: Errors that a user can fix; anything else is a bug and keeps its traceback.
 EXPECTED = (ValueError, OSError, ModuleNotFoundError)
 
 
 def world_size() -> int:
-    """Processes of this run, as the launcher set it."""
+    """Number of processes in this run, as set by the launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -30,7 +30,7 @@ def is_main() -> bool:
 
 
 def join() -> None:
-    """Meet the other processes."""
+    """Join the process group."""
     global _group
     if world_size() > 1:
         from accelerate import PartialState
@@ -41,7 +41,7 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Part from them."""
+    """Leave the process group."""
     global _group
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -49,10 +49,10 @@ def leave() -> None:
 
 
 def in_turn(action: Callable[[], _T]) -> _T:
-    """`action()`, first on each machine's first process, then on its others, which find the caches filled.
+    """Run `action()` on each machine's first process, then on its others, which find the caches filled.
 
     Raises:
-        ValueError: with the message of the first rank that failed, on all of them.
+        ValueError: on all ranks, with the message of the first rank that failed.
     """
     if world_size() == 1:
         return action()
@@ -72,8 +72,8 @@ def in_turn(action: Callable[[], _T]) -> _T:
     return result
 
 
-def of_main(value: _T) -> _T:
-    """The main process's value, on all of them."""
+def broadcast_from_main(value: _T) -> _T:
+    """The main process's value, on all processes."""
     if world_size() == 1:
         return value
     values = [value]

@@ -1,4 +1,4 @@
-"""What a run shows at the end: tables on the terminal, curves in a picture."""
+"""The report of a run: tables on the terminal, curves in a picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-#: Panels of the curves: title, axis label, and the logged values each draws where they were logged.
+#: Panels of the curves: title, axis label, and the logged values to draw, if there are any.
 _PANELS = (
     ("Loss", "loss (nats)", ("loss", "mlm", "token", "sequence")),
     ("Retrieval and prediction", "share correct", ("masked_accuracy", "token_retrieval", "sequence_retrieval")),
@@ -19,7 +19,7 @@ _PANELS = (
 
 
 def print_table(console: Console, title: str, rows: Mapping[str, object], headings: Sequence[str] = ()) -> None:
-    """Print one table: a name per row, and its value or (for a sequence) its values, numbers to the right.
+    """Print one table: a name per row, and its value or (for a tuple) its values, right-aligned.
 
     Example:
         >>> print_table(Console(quiet=True), "Run", {"texts": 8530, "perplexity": (31.2, 12.9)}, ("", "before", "after"))
@@ -30,13 +30,13 @@ def print_table(console: Console, title: str, rows: Mapping[str, object], headin
     for i in range(columns):
         table.add_column(headings[i + 1] if headings else "", justify="right")
     for name, value in rows.items():
-        # As Text: in a folder's name brackets are no markup.
+        # As Text, since brackets in a folder's name are not markup.
         table.add_row(Text(name), *(Text(show(part)) for part in (value if isinstance(value, tuple) else (value,))))
     console.print(table)
 
 
 def show(value: object) -> str:
-    """A value as the tables print it: thousands apart, four significant digits, a dash for what was not measured.
+    """Format a value for the tables: thousands separators, four significant digits, a dash if not measured.
 
     >>> show(8530), show(8530.4), show(0.123456), show(None)
     ('8,530', '8,530', '0.1235', '–')
@@ -51,7 +51,7 @@ def show(value: object) -> str:
 
 
 def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the logged values over the optimizer steps: lines for training, dots for the held-out texts (eval_*)."""
+    """Plot the logged values over optimizer steps: lines for training, dots for the held-out texts (eval_*)."""
     figure = new_figure(1, len(_PANELS))
     for axes, (title, label, names) in zip(figure.axes, _PANELS, strict=True):
         for number, name in enumerate(names):
@@ -64,14 +64,14 @@ def plot_curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # beside the curves
+            axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # clear of the curves
         else:
             axes.text(0.5, 0.5, "not logged in this run", ha="center", va="center", transform=axes.transAxes)
     figure.savefig(path, dpi=120)
 
 
 def new_figure(rows: int, columns: int, width: float = 4.6, height: float = 4.0) -> Any:
-    """A figure of rows × columns axes, inches each. Not by pyplot, whose window system is the user's."""
+    """A figure of rows × columns axes, sizes in inches. Avoids pyplot, whose window system belongs to the user."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -96,7 +96,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 def plot_demo(summary: Mapping[str, Any], result: Mapping[str, Any], path: Path) -> None:
-    """Draw what the demo's table says: three scores on held-out text, and the few-shot accuracies, before and after."""
+    """Plot the demo's table: three scores on held-out text, and the few-shot accuracies, before and after."""
     figure = new_figure(1, 4, width=3.2)
     scores = result["held_out_before_after"]
     panels = (("MLM perplexity", "perplexity"), ("Masked-token retrieval", "token_retrieval"),

@@ -1,7 +1,7 @@
-"""A `transformers.Trainer` that survives: whole checkpoints, none of a loss that is not finite, one way back.
+"""A `transformers.Trainer` that survives crashes: checkpoints are whole, and none has a loss that is not finite.
 
-The Trainer writes checkpoint-N in place and deletes old ones by their age. Here it writes into a hidden folder, which is
-sealed and renamed once all ranks are done; see `checkpoints`.
+The Trainer writes checkpoint-N in place and deletes old ones by age. Here it writes into a hidden folder, which is sealed
+and renamed once all ranks are done; see `checkpoints`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _NEVER = 2**62
 
 
 class ResumableTrainer(Trainer):
-    """The Trainer with whole checkpoints. `output_dir` must be one that all ranks see, as for any Trainer."""
+    """The Trainer with whole checkpoints. All ranks must see the same `output_dir`, as with any Trainer."""
 
     _staging: Path | None = None
-    _begin = 0  # the step that this training goes on from
-    _asked = False  # a checkpoint, before an evaluation says whether it is the best
-    _postponed: bool | None = None  # an epoch's last step is done, its end is not; whether a checkpoint was asked for
-    _diverged: Tensor | None = None  # on the device: the first step whose loss was not finite
+    _begin = 0  # the step that this training resumes from
+    _asked = False  # a checkpoint was asked for, before an evaluation says whether it is the best
+    _postponed: bool | None = None  # between an epoch's last step and its end: whether a checkpoint was asked for
+    _diverged: Tensor | None = None  # on the device: the first step with a non-finite loss
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's. True takes the newest whole checkpoint in `output_dir`.
 
         Raises:
-            ValueError: no whole checkpoint there, or the given one is damaged.
+            ValueError: no whole checkpoint in `output_dir`, or the given one is damaged.
             DivergedError: the loss or a weight is not finite.
         """
         self._diverged = self._postponed = None
@@ -55,14 +55,16 @@ class ResumableTrainer(Trainer):
         try:
             result = super().train(resume_from_checkpoint or None, **options)
         finally:
-            self.is_in_train = False  # after an error, too: what is logged then is no training's
+            self.is_in_train = False  # even after an error: later logs do not belong to training
         self._check_finite()
         self._check_weights(self.model)
         return result
 
     def _init_training_state(self, max_steps: int, steps: int, epochs: int, checkpoint: str | None, trial: Any) -> Any:
-        """As the Trainer's; how often a resumed run logs, saves and evaluates is what its own arguments say, and its best
-        checkpoint may have moved with it."""
+        """As the Trainer's, but a resumed run logs, saves and evaluates as often as its own arguments say.
+
+        Its best checkpoint may have moved along with the folder.
+        """
         result = super()._init_training_state(max_steps, steps, epochs, checkpoint, trial)
         self.state.compute_steps(self.args, max_steps)
         if checkpoint is not None:
@@ -73,15 +75,17 @@ class ResumableTrainer(Trainer):
         return result
 
     def _load_callback_state(self) -> None:
-        """As the Trainer's; a callback that the checkpoint does not know can be saved with the next."""
+        """As the Trainer's; a callback that the checkpoint does not know is saved with the next one."""
         super()._load_callback_state()
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
-        """As the Trainer's; a checkpoint at an epoch's last step is written behind what is done at the epoch's end, which a
-        run that is resumed from it would leave out."""
+        """As the Trainer's, but a checkpoint at an epoch's last step is written after the end-of-epoch work.
+
+        Otherwise a run that resumes from it would skip that work.
+        """
         asked = self.control.should_save or bool(self._postponed)
         if self._postponed is None and self.state.epoch and self.state.epoch == int(self.state.epoch):
             self._postponed, asked = asked, False
@@ -91,7 +95,7 @@ class ResumableTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **options)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As the Trainer's, which with save_strategy "best" saves where this is true; or where a callback asked for it."""
+        """As the Trainer's, which with save_strategy "best" saves if this is true; also true if a callback asked to save."""
         best: bool = super()._determine_best_metric(metrics, trial)
         if self._postponed is None:
             return best or self._asked
@@ -100,8 +104,10 @@ class ResumableTrainer(Trainer):
         return False
 
     def _finalize_training(self, *args: Any, **options: Any) -> Any:
-        """As the Trainer's, which with save_total_limit 1 removes all but the best checkpoint; of a training that was stopped
-        the newest stays, too."""
+        """As the Trainer's, which with save_total_limit 1 removes all but the best checkpoint.
+
+        If training was stopped, the newest stays as well.
+        """
         limit = self.args.save_total_limit
         if self.state.global_step < self.state.max_steps:
             self.args.save_total_limit = None
@@ -111,7 +117,7 @@ class ResumableTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def resume_from(self, checkpoint: str) -> None:
-        """Called with a whole checkpoint, beside what the Trainer loads from it."""
+        """Hook: load from a whole checkpoint what the Trainer itself does not."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -119,7 +125,7 @@ class ResumableTrainer(Trainer):
             self.resume_from(resume_from_checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As the Trainer's; weights that a checkpoint lacks would stay what they were before it."""
+        """As the Trainer's, but missing weights are an error, since they would keep their previous values."""
         if missing := load_result.missing_keys:
             rule = "a checkpoint with all of the model's weights"
             raise ValueError(f"{type(self).__name__}: expected {rule}, got one without {', '.join(sorted(missing)[:5])}")
@@ -135,7 +141,7 @@ class ResumableTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's, after a look whether the loss is finite: here the device is waited for anyway."""
+        """As the Trainer's, after a check that the loss is finite: logging waits for the device anyway."""
         if self.is_in_train:
             self._check_finite()
         super().log(logs, start_time)
@@ -148,7 +154,7 @@ class ResumableTrainer(Trainer):
             raise DivergedError(f"the loss is not finite at step {step}; {self._way_back(step)}")
 
     def _check_weights(self, model: nn.Module) -> None:
-        """A gradient that is not finite shows in the next loss only, which is too late for what is saved now."""
+        """A non-finite gradient shows only in the next loss, too late for the checkpoint saved now."""
         finite = [value.isfinite().all() for value in map(_local, model.parameters())]
         bad = (~torch.stack(finite)).any().int() if finite else torch.zeros((), dtype=torch.int32)
         if int(self.accelerator.gather(bad.reshape(1).to(self.args.device)).max()):
@@ -157,7 +163,7 @@ class ResumableTrainer(Trainer):
 
     def _way_back(self, step: int) -> str:
         before = [path for path in checkpoints.sealed(Path(self.args.output_dir)) if checkpoints.step_of(path) < step]
-        return f"{before[-1].name} is of before that" if before else "there is no checkpoint of before that"
+        return f"{before[-1].name} is from before that" if before else "there is no checkpoint from before that"
 
     def _get_output_dir(self, trial: Any) -> str:
         folder: str = super()._get_output_dir(trial)
@@ -172,11 +178,11 @@ class ResumableTrainer(Trainer):
         try:
             self._on_all_ranks(lambda: shutil.rmtree(staging, ignore_errors=True) if self.args.should_save else None)
             self._staging = staging
-            # The Trainer would wait for all ranks once the model is written, also for one that could not write it, and look
+            # The Trainer would wait for all ranks once the model is written, even for one that failed to write it, and look
             # for the best checkpoint in the hidden folder.
             self.state.best_global_step = None
             self._on_all_ranks(lambda: save(model, trial))
-            if best and best == self.state.global_step:  # one of another step that stands there may be another run's
+            if best and best == self.state.global_step:  # a checkpoint of another step may belong to another run
                 self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
             self.state.best_global_step = best
             self._on_all_ranks(lambda: self._put_in_place(staging / name, folder / name) if self.args.should_save else None)
@@ -188,20 +194,20 @@ class ResumableTrainer(Trainer):
             self._push_from_checkpoint(str(folder / name))
 
     def _put_in_place(self, written: Path, target: Path) -> None:
-        self.state.save_to_json(str(written / "trainer_state.json"))  # with the best checkpoint
+        self.state.save_to_json(str(written / "trainer_state.json"))  # now with the best checkpoint
         checkpoints.seal(written, checkpoints.next_number(target.parent))
         checkpoints.publish(written, target)
         limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
         checkpoints.rotate(target.parent, limit, best)
 
     def _on_all_ranks(self, action: Callable[[], None]) -> None:
-        """`action()`; then wait for all ranks, and raise on all of them where one failed."""
+        """Run `action()`, then wait for all ranks, and raise on all of them if one failed."""
         error = None
         try:
             action()
         except Exception as caught:
             error = caught
-            if self.is_fsdp_enabled:  # the other ranks may be in the middle of a gathering: the launcher ends them
+            if self.is_fsdp_enabled:  # other ranks may be in the middle of a gather: the launcher ends them
                 raise
         failed = torch.tensor([int(error is not None)], device=self.args.device)
         failed = self.accelerator.gather(failed).sum()
@@ -211,11 +217,11 @@ class ResumableTrainer(Trainer):
             raise OSError(errno.EIO, "another rank could not write its part of the checkpoint")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # else it would upload from a folder that is about to be renamed
+        if self._staging is None:  # otherwise it would upload a folder that is about to be renamed
             super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter."""
+    """This rank's shard of a parameter."""
     local: Tensor = getattr(parameter, "to_local", lambda: parameter)()
     return local.detach()

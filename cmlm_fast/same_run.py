@@ -1,6 +1,6 @@
-"""What a run that is resumed must have in common with the one that was cut: all that its numbers depend on.
+"""The settings that a resumed run must share with the interrupted one: everything its results depend on.
 
-`settings.json` in the output folder says it; the first run writes it before it trains.
+`settings.json` in the output folder records them; the first run writes it before it trains.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     from .modeling import CMLMModel
 
 _NAME = "settings.json"
-_LATER = {"low_precision_layer_norm": False}  # settings that earlier runs had no name for
-_CONTENTS = ("model", "train_file", "held-out texts")  # whose values are fingerprints
+_LATER = {"low_precision_layer_norm": False}  # settings that older runs did not record
+_CONTENTS = ("model", "train_file", "held-out texts")  # settings whose values are fingerprints
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the settings of a run that begins, whole or not at all."""
+    """Write the settings of a new run atomically."""
     with replacing(folder / _NAME) as draft:
         draft.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise ValueError where a setting is another than that of the run to go on from."""
+    """Raise ValueError if a setting differs from that of the run to resume."""
     path = folder / _NAME
     if not path.exists():
         raise ValueError(f"expected output_dir to hold {_NAME} of the run to resume, got {folder} without it")
@@ -54,7 +54,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def settings_of(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTrainingArguments) -> dict[str, Any]:
-    """What a run's numbers depend on, beside its texts. Ranks may change where the sequences of a step do not."""
+    """The settings, apart from the texts, that results depend on. Ranks may change if the sequences per step do not."""
     names = ("seed", "epochs", "max_steps", "batch_size", "max_tokens", "contrastive_batch_size", "learning_rate",
              "weight_decay", "warmup", "scheduler", "freeze_encoder", "whole_word", "torch_compile",
              "low_precision_layer_norm")  # fmt: skip
@@ -65,12 +65,12 @@ def settings_of(options: PostTrainOptions, config: CMLMConfig, arguments: CMLMTr
     batch = 1 if options.max_tokens is not None else options.batch_size
     name = "ranks × batch_size × gradient_accumulation"
     settings = {**asdict(config), **kept, name: step * batch, "bf16": arguments.bf16, "fp16": arguments.fp16}
-    # An epoch's number of batches by tokens is a multiple of the ranks, so the ranks decide where they are cut.
+    # With token batches, the number of batches per epoch is a multiple of the ranks, so the ranks affect the cuts.
     return settings if options.max_tokens is None else {**settings, "ranks": arguments.world_size}
 
 
 def fingerprint_of_weights(model: CMLMModel, settings: str = "") -> str:
-    """A fingerprint of all weights of the masked LM, and of what else it depends on."""
+    """Fingerprint of all weights of the masked LM, and of `settings`."""
     digest = hashlib.sha256(settings.encode())
     for name, value in sorted(model.lm.state_dict().items()):
         digest.update(name.encode())
@@ -79,7 +79,7 @@ def fingerprint_of_weights(model: CMLMModel, settings: str = "") -> str:
 
 
 def fingerprint_of_tokens(rows: Dataset | None) -> str | None:
-    """Of all token ids, in order."""
+    """Fingerprint of all token ids, in order."""
     if rows is None:
         return None
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
-"""The checkpoint that a run starts from: tokenizer and model, loaded and checked against one another.
+"""The checkpoint that a run starts from: tokenizer and model, loaded and checked against each other.
 
-Every fault is a ValueError of one line.
+Every fault is a one-line ValueError.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from .options import expect, first_line
 if TYPE_CHECKING:
     from .modeling import CMLMModel
 
-_LEAST = 8  # tokens of a sequence that positions must be left for
+_MIN_POSITIONS = 8  # positions that must remain for the tokens of a sequence
 
 
 def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a checkpoint that can be post-trained; every fault is a ValueError of one line."""
+    """Load the tokenizer of a checkpoint and check that it can be post-trained; every fault is a one-line ValueError."""
     from transformers import AutoTokenizer
 
     path = Path(model)
@@ -27,16 +27,16 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
     rule = "a folder, or a hub id that can be reached, with a tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except Exception as error:  # of others' code, which names no kinds
+    except Exception as error:  # third-party code, which may raise anything
         raise ValueError(f"expected model to be {rule}, got {model}: {first_line(error)}") from error
-    # transformers makes up a tokenizer of special tokens alone where a folder has none.
+    # If a folder has no tokenizer, transformers makes one of special tokens alone.
     expect(len(tokenizer) > len(tokenizer.all_special_ids), "model", rule, model)
     expect(tokenizer.mask_token_id is not None, "model", "one whose tokenizer has a mask token", model)
     return tokenizer
 
 
 def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) -> CMLMModel:
-    """`CMLMModel.from_pretrained`; every fault is a ValueError of one line."""
+    """`CMLMModel.from_pretrained`; every fault is a one-line ValueError."""
     from .modeling import CMLMModel
 
     try:
@@ -47,7 +47,7 @@ def load_model(model: str, config: CMLMConfig, trust_remote_code: bool = False) 
 
 
 def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
-    """Raise ValueError where the tokenizer has ids that the model's embedding has no row for."""
+    """Raise ValueError if the tokenizer has ids without a row in the model's embedding."""
     from .data import mask_settings
 
     rows, ids = len(model.lm.get_input_embeddings().weight), mask_settings(tokenizer)["vocab_size"]
@@ -55,13 +55,13 @@ def check_vocabulary(model: CMLMModel, tokenizer: Any) -> None:
 
 
 def sequence_length(model: CMLMModel, tokenizer: Any, asked: int | None, jitter: int) -> int:
-    """The most tokens of a sequence; None asks for 128, or what the model takes where that is less.
+    """Maximum tokens per sequence; None asks for 128, or the model's maximum if that is less.
 
-    Raises ValueError where the model has no positions for as many, shifted by as many as `jitter`.
+    Raises ValueError if the model has too few positions for them, shifted by up to `jitter`.
     """
     most = _most_tokens(model, jitter)
-    rule = f"<= {most + jitter - _LEAST}, which leaves {_LEAST} positions of those the model has"
-    expect(jitter == 0 or most >= _LEAST, "position_jitter", rule, jitter)
+    rule = f"<= {most + jitter - _MIN_POSITIONS}, which leaves {_MIN_POSITIONS} positions of those the model has"
+    expect(jitter == 0 or most >= _MIN_POSITIONS, "position_jitter", rule, jitter)
     if asked is None:
         return min(128, int(tokenizer.model_max_length), most)
     expect(asked <= most, "max_length", f"<= {most}, the positions the model has", asked)

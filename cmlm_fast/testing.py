@@ -1,8 +1,8 @@
-"""What tests and benchmarks share: the eager formulas of the ops, errors against float64, poisoned memory.
+"""Shared by tests and benchmarks: the eager formulas of the ops, errors against float64, poisoned memory.
 
 The eager formulas are what a user would write in PyTorch, with autograd, in the inputs' own dtype. In float64 they are the
-truth; in a lower dtype their error is the yardstick: a kernel may err at most twice as much. They share no line with the ops'
-references, which are judged by them too.
+truth; in a lower dtype their error is the yardstick: a kernel may err at most twice as much. The ops'
+references are judged by them as well; the two share only the candidates' mask and dropout's random bits.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .ops.varlen_attention import keep_mask
 
 #: Slack for outputs that eager happens to round exactly: a few units in the last place of the dtype.
 ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-#: Below this a float64 sum of terms around 1 is one of roundings.
+#: A float64 sum of terms around 1 that is below this consists of rounding errors.
 NOISE = 1e-13
 
 
 def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
-    """`F.cross_entropy` of each row. In float64, where it is the truth, the target stays apart from the others: of a softmax
-    that has decided, 1 − p would be a rounding."""
+    """`F.cross_entropy` of each row. In float64, where it is the truth, the target is kept apart from the others: for a
+    saturated softmax, 1 − p would be a rounding error."""
     if scores.dtype != torch.float64:
         return F.cross_entropy(scores, target, reduction="none")
     own, others = scores.gather(1, target[:, None]), scores.scatter(1, target[:, None], -torch.inf)
@@ -145,8 +145,8 @@ def value_and_gradients(function: Callable[..., Any], name: str, args: tuple[Any
 
 
 def error(value: Tensor, truth: Tensor, noise: float = 0.0) -> float:
-    """‖value − truth‖ / ‖truth‖ over finite entries; infinities must agree, NaN never passes (it gives infinity). Where both
-    are below `noise`, ‖value − truth‖."""
+    """‖value − truth‖ / ‖truth‖ over finite entries; infinities must agree, NaN never passes (it gives infinity). If both
+    norms are below `noise`, ‖value − truth‖."""
     if not torch.equal(torch.isfinite(value), torch.isfinite(truth)) or value.isnan().any():
         return float("inf")
     finite = torch.isfinite(truth)
@@ -155,7 +155,7 @@ def error(value: Tensor, truth: Tensor, noise: float = 0.0) -> float:
 
 
 def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]:
-    """`args` with every number of the floating tensors off by up to `relative` of itself."""
+    """`args` with every entry of the floating tensors off by up to `relative` of itself."""
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(x: Tensor) -> Tensor:
@@ -164,13 +164,13 @@ def nudged(args: tuple[Any, ...], relative: float, seed: int) -> tuple[Any, ...]
     return tuple(nudge(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: int = 8,
+def errors_vs_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: int = 8,
                         ours: list[Tensor] | None = None) -> Iterator[tuple[str, float, float]]:  # fmt: skip
-    """(what, the op's error, eager's error) against float64, for the output and each gradient; `ours`, where it is known
-    already, is `value_and_gradients` of the op.
+    """(what, the op's error, eager's error) against float64, for the output and each gradient.
 
-    Where a sum cancels, eager may be right by luck, and a small loss is one number: eager's error counts as no less than
-    what inputs that are off by their own last bit cause in float64, at the worst of `nudges` draws.
+    Where a sum cancels, eager may be right by luck, and a small loss is a single number. Eager's error therefore counts as at
+    least the one that inputs off by their last bit cause in float64, the worst of `nudges` draws. `ours` is the op's
+    `value_and_gradients`, if already known.
     """
     dtype = args[contracts[name].differentiable[0]].dtype
     wide = cast(args, torch.float64)
@@ -180,26 +180,26 @@ def errors_beside_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: i
     ours = value_and_gradients(op(name, suffix), name, args) if ours is None else ours
     labels = ["output", *(f"gradient {position}" for position in contracts[name].differentiable)]
     for label, got, exact, *others in zip(labels, ours, truth, eager, *near, strict=True):
-        # In float64 the truth has roundings of its own; else probabilities below float32's normal numbers lose their digits
-        # before they are divided by τ >= 0.01.
+        # In float64 the truth has rounding errors of its own; otherwise, probabilities below float32's normal numbers lose
+        # digits before the division by τ >= 0.01.
         noise = NOISE if dtype == torch.float64 else 100 * torch.finfo(torch.float32).tiny
         yield label, error(got, exact, noise), max(error(other, exact) for other in others) + ROUNDING[dtype] / 2
 
 
 def assert_no_worse_than_eager(name: str, suffix: str, args: tuple[Any, ...], nudges: int = 8, times: float = 2.0) -> None:
     """The op's output and gradients err at most `times` as much as the eager formula in the same dtype."""
-    for label, ours, eager in errors_beside_eager(name, suffix, args, nudges):
+    for label, ours, eager in errors_vs_eager(name, suffix, args, nudges):
         if not ours <= times * eager:
             raise AssertionError(f"{name}{suffix} {label}: error {ours:.3g} against float64, eager's {eager:.3g}")
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Within, `torch.empty` of any caller, C++ too, is filled with NaN (integers: the largest value)."""
+    """Fill every `torch.empty` in the block, also C++ callers', with NaN (integers: the largest value)."""
     settings: Any = torch.utils.deterministic
     mode = torch.get_deterministic_debug_mode()
     fills, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, True
-    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() would import Inductor, for seconds
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms() would import Inductor, which takes seconds
     try:
         yield
     finally:

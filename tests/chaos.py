@@ -1,9 +1,9 @@
-"""The kill loop: a training is killed by SIGKILL at random moments and resumed, until it ends as if nothing had been.
+"""The kill loop: a training is killed by SIGKILL at random moments and resumed, until it ends as if nothing had happened.
 
     python tests/chaos.py --kills 12 --steps 60 --seed 0
 
 Runs of `cmlm-fast post-train` are forked from a process that has imported everything, so that most of their life is training.
-Dropout, learned temperatures, a projection, accumulation and checkpoints at every other step are on. Prints one JSON line.
+Dropout, learned temperatures, a projection, accumulation and a checkpoint every other step are on. Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def newest_step(output: Path) -> int:
 
 
 def kill_loop(folder: Path, kills: int, steps: int, seed: int) -> dict[str, object]:
-    """Run once whole and once with `kills` kills; compare all that is left."""
+    """Run once whole and once with `kills` kills; compare what the two leave."""
     arguments = (*prepare(folder), "--max-steps", str(steps))
     whole, cut, log = folder / "whole", folder / "cut", folder / "log"
     begin = time.monotonic()
@@ -75,7 +75,7 @@ def kill_loop(folder: Path, kills: int, steps: int, seed: int) -> dict[str, obje
             time.sleep(draw.uniform(0, 2 * span / steps))
             os.kill(process, signal.SIGKILL)
         code = wait(process)
-        if code == 0:  # the end, or it was faster than the kill: what it made counts, and the next begins anew
+        if code == 0:  # the end, or a run faster than the kill: its result counts, and the next one starts over
             equal = equal and same(whole, cut)
             if done == kills:
                 break

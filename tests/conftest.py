@@ -11,8 +11,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-# With a worker on every core, threads that wait must sleep; and those of NumPy, whose products Triton's interpreter makes, do
-# not sleep. Read when torch and NumPy are imported.
+# With a worker on every core, waiting threads must sleep. NumPy, which computes products for Triton's interpreter, has threads
+# that do not, so it gets only one. Both settings are read when torch and NumPy are imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -23,7 +23,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # the shipped entries are what is tested, not what was tuned here
+os.environ["CMLM_FAST_TRITON_CONFIGS"] = ""  # test the shipped entries, not those tuned here
 
 # Read when `datasets` and `huggingface_hub` are first imported, hence before any test module is.
 _cache = tempfile.TemporaryDirectory(prefix="cmlm_fast_tests_")
@@ -46,8 +46,10 @@ def make_sentences() -> list[str]:
 
 
 def make_tokenizer() -> Any:
-    """A BERT-like WordPiece tokenizer of 200 tokens, so few that long words split; made of `make_sentences` once, since such a
-    training differs from run to run."""
+    """A BERT-like WordPiece tokenizer of 200 tokens, so few that long words split.
+
+    It was trained on `make_sentences` once, since such training differs from run to run.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -73,8 +75,10 @@ _modules = 0
 
 @pytest.fixture(autouse=True)
 def _imports_are_no_garbage() -> None:
-    """`Trainer.train` ends with a collection of garbage, which looks for half a second at what torch and transformers made when
-    they were imported: the collector is told that those stay."""
+    """Exempt imported objects from garbage collection.
+
+    `Trainer.train` ends with a collection, which would spend half a second on what torch and transformers made when imported.
+    """
     global _modules
     if len(sys.modules) > _modules:
         gc.collect()
@@ -83,7 +87,7 @@ def _imports_are_no_garbage() -> None:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # what looks for leaks when Python ends would find all of it
+    gc.unfreeze()  # otherwise leak checks at the exit of Python would report it all
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +117,7 @@ def tiny_tokenizer() -> Any:
 
 
 def make_lm(kind: str = "bert", vocabulary: int = 220, layers: int = 2, **options: Any) -> Any:
-    """A masked LM of a few thousand parameters, of any kind that is supported, without dropout."""
+    """A masked LM of a few thousand parameters, of any supported kind, without dropout."""
     from transformers import AutoConfig, AutoModelForMaskedLM
 
     heads = {"n_heads": 4, "dim": 32, "hidden_dim": 64, "n_layers": layers, "dropout": 0.0, "attention_dropout": 0.0}
@@ -155,7 +159,7 @@ def tiny_checkpoint(tmp_path: Any, tiny_tokenizer: Any) -> str:
 
 @pytest.fixture
 def sentence_file(tmp_path: Any, sentences: list[str]) -> str:
-    """The sentences, one a line."""
+    """The sentences, one per line."""
     path = tmp_path / "sentences.txt"
     path.write_text("\n".join(sentences) + "\n", encoding="utf-8")
     return str(path)

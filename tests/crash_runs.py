@@ -1,7 +1,7 @@
 """What can go wrong in a run of `cmlm-fast post-train`, for tests/test_crash.py: `python tests/crash_runs.py FOLDER`.
 
-Real processes, real signals, a real full disk where mounting is allowed. Each case leaves its exit code, its output and what
-the folder then holds in FOLDER/cases.json.
+Processes and signals are real, and so is the full disk if mounting is allowed. For each case, FOLDER/cases.json gets its exit
+code, its output and what the folder then holds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def command(arguments: tuple[str, ...], *more: object) -> Callable[[], None]:
 
 
 def with_callback(callback: TrainerCallback) -> None:
-    """Let every trainer of this (forked) process have one callback more."""
+    """Give every trainer of this (forked) process one more callback."""
     def init(self: Any, *arguments: Any, callbacks: Any = (), **options: Any) -> None:
         _INIT(self, *arguments, callbacks=[*callbacks, callback], **options)
 
@@ -51,7 +51,7 @@ def with_callback(callback: TrainerCallback) -> None:
 
 
 class At(TrainerCallback):
-    """Does something once a step is done, or once its checkpoint is."""
+    """Does something once a step is done, or once its checkpoint is saved."""
 
     def __init__(self, step: int, action: Callable[[], None], saved: bool = False) -> None:
         self.step, self.action, self.saved = step, action, saved
@@ -74,7 +74,7 @@ class Cases:
         self.arguments = (*base[:position], *base[position + 2:], "--max-steps", str(STEPS))
 
     def run(self, name: str, *more: object, before: Callable[[], None] | None = None, output: str | None = None) -> None:
-        """One run in a process of its own, and what it left."""
+        """Run once in a separate process, and keep what it left."""
         log, out = self.folder / f"{name}.log", self.folder / (output or name)
         action = command(self.arguments, "--output-dir", out, *more)
         process = fork(lambda: (before and before(), action()), log)
@@ -87,7 +87,7 @@ class Cases:
                             "equal": self.equal(out)}  # fmt: skip
 
     def equal(self, out: Path) -> bool | None:
-        """Whether the final weights are those of the run that nothing happened to; None without any."""
+        """Whether the final weights are those of the undisturbed run; None if there are none."""
         whole = self.folder / "whole"
         if not (out / "model.safetensors").exists():
             return None
@@ -105,7 +105,7 @@ class Cases:
         self.run(f"{name} resumed", "--resume", output=name)
 
     def damaged(self) -> None:
-        """Killed at step 9, checkpoint-8 then truncated, or changed in one byte; then checkpoint-6 too."""
+        """Killed at step 9; checkpoint-8 is then truncated, then changed in one byte; then checkpoint-6 is damaged too."""
         out = self.folder / "damaged"
         self.run("killed", before=lambda: with_callback(At(9, lambda: os.kill(os.getpid(), signal.SIGKILL))), output="damaged")
         victim = out / "checkpoint-8" / "optimizer.pt"
@@ -130,7 +130,7 @@ class Cases:
         self.run("diverged", "--logging-steps", "5", before=poison)
 
     def disks(self) -> None:
-        """A tmpfs of this process's own: filled up after the first checkpoint, emptied again; and one that is read-only."""
+        """A private tmpfs, filled up after the first checkpoint and emptied again; and a read-only one."""
         def mount(folder: Path, options: str) -> None:
             if ctypes.CDLL(None, use_errno=True).unshare(0x20000):  # CLONE_NEWNS
                 os._exit(77)
@@ -175,7 +175,7 @@ class Cases:
         self.run("long line", "--train-file", text, "--max-steps", "2", "--eval-share", "0", "--save-steps", "0")
 
     def ranks(self) -> None:
-        """Two ranks: a bad input, a signal to one of them, and a disk that is full for the one that writes."""
+        """Two ranks: a bad input, a signal to one of them, and a full disk for the one that writes."""
         def run(name: str, *more: object, after: Callable[[list[int], Path], None] | None = None,
                 before: Callable[[], None] | None = None) -> None:  # fmt: skip
             out, log = self.folder / name, self.folder / f"{name}.log"

@@ -1,4 +1,4 @@
-"""Real processes without the price of imports: a script imports everything once and forks what it runs."""
+"""Real processes without the cost of imports: a script imports everything once and forks what it runs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
     if process:
         return process
     code = 1
-    gc.freeze()  # what was imported is no garbage: see conftest.py
+    gc.freeze()  # imported objects are not garbage: see conftest.py
     _progress_bars_of_its_own()
     try:
         os.environ.update(environment)
         with log.open("ab") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        faulthandler.enable(file=2)  # a process that crashes says where
+        faulthandler.enable(file=2)  # a process that crashes shows where
         action()
         code = 0
     except SystemExit as end:
@@ -40,7 +40,7 @@ def fork(action: Callable[[], Any], log: Path, **environment: str) -> int:
 
 
 def _progress_bars_of_its_own() -> None:
-    """The lock of all bars is a semaphore that forked processes share: one that is killed within would keep it for ever."""
+    """Replace the bars' lock, a semaphore shared by forked processes: one killed while holding it would never release it."""
     kinds: list[type[tqdm[Any]]] = [tqdm]
     for kind in kinds:
         kind.set_lock(RLock())
@@ -48,12 +48,12 @@ def _progress_bars_of_its_own() -> None:
 
 
 def wait(process: int) -> int:
-    """The exit code of a forked process; minus the signal that killed it."""
+    """The exit code of a forked process, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def fork_ranks(world: int, action: Callable[[], Any], log: Path) -> list[int]:
-    """Fork `world` ranks, told of each other as torchrun does; each writes to a log of its own, log.0, log.1, ..."""
+    """Fork `world` ranks with the environment that torchrun sets; each writes to its own log: log.0, log.1, ..."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

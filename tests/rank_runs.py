@@ -1,6 +1,6 @@
 """Trainings on 1, 2 and 3 gloo ranks, under DDP and FSDP2, for tests/test_ranks.py: `python tests/rank_runs.py FOLDER`.
 
-33 sequences and 24 a step: the last step of an epoch has 9, which leaves one of 2 ranks and one of 3 without any.
+There are 33 sequences, 24 per step: the last step of an epoch has 9, so one of 2 ranks, or one of 3, gets none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONFIG = CMLMConfig(scope="sequence", sequence_weight=1.0, learn_temperature=Tru
 
 
 class Gradients(TrainerCallback):
-    """Keeps the gradients of every step, whole, and how many times DDP added them up over the ranks."""
+    """Keeps the unsharded gradients of every step, and how many times DDP all-reduced them."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, torch.Tensor]] = []
@@ -46,7 +46,7 @@ class Gradients(TrainerCallback):
                            if p.grad is not None})  # fmt: skip
 
 
-def _noted_allreduce(reduced, bucket):  # without annotations, of which DDP takes none that are strings
+def _noted_allreduce(reduced, bucket):  # no annotations: DDP rejects those that are strings
     reduced[-1] += bucket.is_last()
     return allreduce_hook(dist.group.WORLD, bucket)
 
@@ -56,7 +56,7 @@ def whole(tensor: Any) -> torch.Tensor:
 
 
 def use_fsdp2() -> None:
-    """accelerate shards on accelerators alone; told that these ranks are some, it runs its FSDP2 on the CPU, over gloo.
+    """Let accelerate run FSDP2 on the CPU over gloo: it shards only on accelerators, so it is told that these ranks are some.
 
     The environment is what `accelerate launch` makes of a configuration file.
     """
@@ -77,7 +77,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
     world, rank = (int(os.environ[key]) for key in ("WORLD_SIZE", "RANK"))
     if fsdp:
         use_fsdp2()
-    # At larger learning rates steps multiply what rounding differs by.
+    # At larger learning rates, steps amplify differences in rounding.
     usual = {"learning_rate": 2e-3, "num_train_epochs": 2, "optim": "sgd", "max_grad_norm": 0.0, "save_strategy": "steps",
              "save_steps": 2, "logging_steps": 1, "per_device_train_batch_size": 24 // world, "per_device_eval_batch_size": 8,
              "ddp_backend": "gloo" if world > 1 else None}  # fmt: skip
@@ -140,7 +140,7 @@ def train(folder: Path, name: str, rows: Any, tokenizer: Any, fsdp: bool = False
 
 
 def full_disk(trainer: CMLMTrainer, step: int, path: Path) -> None:
-    """The disk is full when a step's model is written; saves what the training raised."""
+    """Train with a disk that is full when a step's model is written; save what training raised."""
     save = CMLMModel.save_pretrained
 
     def fail(self: CMLMModel, *args: Any, **options: Any) -> None:
@@ -157,7 +157,7 @@ def full_disk(trainer: CMLMTrainer, step: int, path: Path) -> None:
 
 
 def batches_without_the_last(trainer: CMLMTrainer, rows: Any) -> tuple[int, int]:
-    """Batches of the training, of ten rows each, which leaves a last round out that is not full, and of held-out rows."""
+    """Number of training batches, of ten rows each and without an incomplete last round, and of held-out batches."""
     trainer.args.dataloader_drop_last, trainer._train_batch_size = True, 10
     train, held = (sum(1 for _ in loader) for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader(rows)))
     return train, held
@@ -186,10 +186,10 @@ def main() -> None:
         run(f"cached-{world}", world, contrastive_batch_size=24 // world, **micro)
     run("uneven-3", 3, per_device_train_batch_size=8, contrastive_batch_size=8)  # the last step leaves a rank without any
     run("evaluated-2", 2, evaluate_first=True)
-    # What has no part in the loss, the LM head or the projection, has no gradient for DDP to wait for.
+    # Parameters outside the loss (LM head or projection) have no gradient for DDP to wait for.
     run("headless-2", 2, config=CMLMConfig(mlm_weight=0.0), num_train_epochs=1)
     run("flat-2", 2, config=CMLMConfig(sequence_weight=0.0, projection=8), num_train_epochs=1)
-    # An untied head of BERT has a second bias without a part. Nothing is logged before the end.
+    # An untied BERT head has a second bias that the loss does not use. Nothing is logged before the end.
     for world in (1, 2):
         run(f"untied-{world}", world, tied=False, logging_steps=500)
     run("full-2", 2, full_at=4, eval_strategy="steps", eval_steps=2, metric_for_best_model="loss")

@@ -1,4 +1,4 @@
-"""Attention by PyTorch's kernels, where the op has none, and of padded batches that need no mask."""
+"""Attention by PyTorch's kernels where the op has none, and over padded batches that need no mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from cmlm_fast.attention import Packing, attention_forward
 
-# Both views, as an encoder's row has them: those of equal length next to each other in each, and again in the second.
+# Both views, as in an encoder's row: sequences of equal length are adjacent within each, and recur in the second.
 LENGTHS = (7, 4, 4, 1) * 2
 MODULE = nn.Module()
 
@@ -18,7 +18,7 @@ def packing(lengths, device="cpu"):
 
 
 def written_out(query, key, value, scale, window):
-    """[1, T, heads, D] of one sequence [1, heads, T, D]."""
+    """Attention over one sequence [1, heads, T, D], as [1, T, heads, D]."""
     position = torch.arange(query.shape[2])
     far = (position[:, None] - position).abs() >= (window or len(position) + 1)
     scores = (query @ key.mT * scale).masked_fill(far, -torch.inf)
@@ -65,7 +65,7 @@ def test_a_padded_batch_without_a_mask(window):
 
 
 def test_dropout_of_packed_sequences():
-    # Equal scores, values that are unit vectors: what comes out is the weights.
+    # Scores are equal and values are unit vectors, so the output is the weights.
     scores = torch.zeros(1, 2, 400, 40)
     value = torch.eye(40).repeat(10, 1).expand(1, 2, -1, -1)
     torch.manual_seed(0)

@@ -40,17 +40,17 @@ def test_auto_takes_the_first_available_backend(name):
 
 def test_choices_are_well_formed_and_every_device_has_an_answer():
     for rules in CHOICES.values():
-        assert rules[-1] == Rule(rules[-1].order)  # what fits whenever nothing before does
+        assert rules[-1] == Rule(rules[-1].order)  # applies whenever no rule before it does
         for rule in rules:
             assert set(rule.order) <= set(BACKENDS) and rule.order[-1] == "reference"
             assert rule.op is None or rule.op in contracts
-            assert not rule.least or (rule.op and rule.dtypes)
+            assert not rule.min_size or (rule.op and rule.dtypes)
     assert preference("info_nce", "meta") == ("reference",)
 
 
-@pytest.mark.parametrize("rule", [rule for rule in CHOICES["cuda"] if rule.least], ids=lambda rule: rule.op)
+@pytest.mark.parametrize("rule", [rule for rule in CHOICES["cuda"] if rule.min_size], ids=lambda rule: rule.op)
 def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
-    monkeypatch.setattr(backends, "_absence", lambda *_: None)  # as where everything is there
+    monkeypatch.setattr(backends, "_why_unavailable", lambda *_: None)  # as if every backend were there
     monkeypatch.setattr(backends, "_resolved", {})
     device, dtype = torch.device("cuda"), rule.dtypes[0]
 
@@ -58,11 +58,11 @@ def test_on_a_gpu_the_choice_follows_dtype_and_size(rule, monkeypatch):
         return str(resolve(rule.op, device, backend, dtype, size)).split(".")[1]
 
     for _ in range(2):  # found, and remembered
-        assert chosen(dtype, rule.least) == f"{rule.op}_{rule.order[0]}"
-        assert chosen(dtype, rule.least - 1) == chosen(torch.complex64, rule.least) == rule.op
-        assert chosen(dtype, rule.least, "reference") == f"{rule.op}_reference"
+        assert chosen(dtype, rule.min_size) == f"{rule.op}_{rule.order[0]}"
+        assert chosen(dtype, rule.min_size - 1) == chosen(torch.complex64, rule.min_size) == rule.op
+        assert chosen(dtype, rule.min_size, "reference") == f"{rule.op}_reference"
     with cmlm_fast.use_backend("cuda"):
-        assert chosen(dtype, rule.least) == rule.op
+        assert chosen(dtype, rule.min_size) == rule.op
 
 
 def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
@@ -77,7 +77,7 @@ def test_no_kernel_is_there_for_a_gpu_that_it_has_no_code_for(monkeypatch):
         reasons = cmlm_fast.available("info_nce", "cuda")
         assert (reasons["cuda"] is None, reasons["triton"] is None) == expected, capability
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda on: (7, 5))
-    reason = "Triton kernels are there for 80, not for compute capability 7.5"
+    reason = "Triton kernels are built for 80, not for compute capability 7.5"
     assert cmlm_fast.available("info_nce", "cuda")["triton"] == reason
 
 
@@ -140,7 +140,7 @@ def test_ops_in_the_place_of_functions_of_pytorch_heed_the_named_backend(backend
 def test_on_a_gpu_functions_of_pytorch_are_replaced_by_kernels_alone(backend):
     with cmlm_fast.use_backend(backend):
         for name in ("dropout", "softmax_loss", "varlen_attention"):
-            assert backends.instead(name, torch.device("cuda")) is None
+            assert backends.replacement_op(name, torch.device("cuda")) is None
 
 
 def test_environment_variable_names_the_backend():
@@ -151,8 +151,9 @@ def test_environment_variable_names_the_backend():
 
 
 def test_a_name_that_is_none_is_said_by_every_op(monkeypatch):
-    monkeypatch.setattr(backends, "_current", "cuda_")  # by the environment variable
-    for call in (lambda: resolve("info_nce", CPU), lambda: backends.instead("dropout", CPU), lambda: check_backend_here(None)):
+    monkeypatch.setattr(backends, "_current", "cuda_")  # as the environment variable sets it
+    replace = backends.replacement_op
+    for call in (lambda: resolve("info_nce", CPU), lambda: replace("dropout", CPU), lambda: check_backend_here(None)):
         with pytest.raises(ValueError, match=r"expected backend to be auto or one of .*, got 'cuda_'"):
             call()
 
@@ -184,7 +185,7 @@ def test_a_library_that_does_not_load_is_a_reason_not_an_error(tmp_path):
             "import cmlm_fast; print(cmlm_fast.available('info_nce')['cpp'])")  # fmt: skip
     warned, reason = python(code, CMLM_FAST_LIBRARY=str(tmp_path / "broken.so")).splitlines()
     assert reason.startswith("broken.so does not load: ") and warned == f"cmlm_fast: {reason}; without it ops are slower"
-    assert "file too short" in reason  # what the loader says
+    assert "file too short" in reason  # the loader's message
 
 
 @pytest.mark.skipif("_C" in _library.load_errors, reason="no compiled CPU kernels")
@@ -193,7 +194,7 @@ def test_a_library_of_other_schemas_is_not_loaded(monkeypatch):
     assert info["schemas"] == _library.SCHEMAS
     monkeypatch.setattr(_library, "load_errors", {})
     monkeypatch.setattr(_library, "SCHEMAS", _library.SCHEMAS + 1)
-    reason = "_C.so is of another version of the package: install it again"
+    reason = "_C.so was built for another version of the package: install it again"
     with pytest.warns(UserWarning, match=re.escape(reason)):
         _library.load_kernels()
     assert _library.load_errors["_C"] == reason
@@ -231,7 +232,7 @@ def test_a_backend_of_cuda_is_chosen_inside_torch_compile(build, monkeypatch):
 
     torch._dynamo.reset()
     assert torch.compile(choose, fullgraph=True, backend="eager")(torch.zeros(())) == 1
-    assert not backends._resolved  # compiled code would depend on what was found before, and be made anew
+    assert not backends._resolved  # otherwise compiled code would depend on what was found before, and be recompiled
 
 
 def test_blocks_of_use_backend_that_end_in_another_order_leave_no_trace():

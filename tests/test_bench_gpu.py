@@ -60,5 +60,5 @@ def test_a_provider_that_differs_or_does_not_fit_has_no_time(monkeypatch):
     monkeypatch.setattr(bench_gpu, "providers", providers)
     row = measure(SHAPES[2], "cpu", clock=lambda call: 1.0)
     assert row["ms"] == {"eager": 1.0}
-    differs = "differs from the reference"  # the loss of one, the gradient alone of the other
+    differs = "differs from the reference"  # one in its loss, the other only in its gradient
     assert row["absent"] == {"triton": differs, "backwards": differs, "large": "out of memory"}

@@ -1,4 +1,4 @@
-"""benchmarks/bench_train_gpu.py on the CPU: a small encoder, nothing of the device is asked, nothing is compiled."""
+"""benchmarks/bench_train_gpu.py on the CPU with a small encoder: nothing is asked of a device, nothing is compiled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.bench_train_gpu import batches, make_rows, measure, report, seco
 
 
 class Event:
-    """torch.cuda.Event, of the host."""
+    """Stands in for torch.cuda.Event, with the host's clock."""
 
     def __init__(self, enable_timing: bool) -> None:
         assert enable_timing

@@ -30,12 +30,14 @@ COMMITTED = Results.load(verdicts.COMMITTED)
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_body_is_right_at_its_smallest_size(op):
-    """A wrong answer of ours raises; one of others, or a peer that fails, is absent with that reason. Triton's kernels, here
-    interpreted, have tests of their own."""
+    """A wrong answer of ours raises; a peer that answers wrongly or fails is absent, with the reason.
+
+    Triton's kernels, interpreted here, have tests of their own.
+    """
     bodies = [provider.name for provider in op.providers if provider.name != "ours/triton"]
     rows, absent = [], []
     for number, shape in enumerate(op.chosen("smoke")):
-        if number == 1:  # each compilation takes seconds, and there is nothing of ours in it
+        if number == 1:  # each compilation takes seconds and involves nothing of ours
             bodies = [name for name in bodies if name != "torch.compile"]
         for found, more in zip((rows, absent), run.measure(op, shape, CPU, 0.0, bodies), strict=True):
             found += more
@@ -100,7 +102,7 @@ def test_ceilings_are_measured():
 
 def test_the_automatic_choice_is_right_on_every_op():
     for op in OPS:
-        if op.name != "train_step":  # seconds, and its one provider of ours is the choice
+        if op.name != "train_step":  # takes seconds, and our only provider is the choice
             problem = op.build(CPU, **op.chosen("smoke")[0].sizes)
             problem.check("ours/auto", op.auto(problem)())  # raises Wrong
 
@@ -211,7 +213,7 @@ def test_compare_of_files_fails_where_a_row_is_slower(tmp_path):
 
 
 def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
-    """Two workers, one of a package whose info_nce takes three times as long: other tests run beside this one."""
+    """Two workers, one with an info_nce that takes three times as long: other tests run at the same time."""
     source = compare.ROOT / "cmlm_fast"
     shutil.copytree(source, tmp_path / "slow" / "cmlm_fast", ignore=shutil.ignore_patterns("__pycache__"))
     with (tmp_path / "slow" / "cmlm_fast" / "__init__.py").open("a") as file:
@@ -287,13 +289,13 @@ def test_docs_say_what_the_results_file_says():
 
 def test_committed_results_cover_the_quick_suite_beside_six_peers():
     quick = {(op.name, shape.label) for op, shape in chosen(None, None, "quick") if shape.sizes.get("dtype") != "bfloat16"}
-    assert set(COMMITTED.groups()) >= quick  # bfloat16 is for CPUs that multiply it
+    assert set(COMMITTED.groups()) >= quick  # bfloat16 is only for CPUs that multiply it
     assert len({row.provider for row in COMMITTED.rows if not row.is_ours}) >= 6
 
 
 @pytest.mark.parametrize(("op", "shape"), COMMITTED.groups())
 def test_the_automatic_choice_is_our_fastest_backend(op, shape):
-    """Within 10 %, where two backends are as good as equal."""
+    """Within 10 %, for backends that are as good as equal."""
     group = COMMITTED.groups()[op, shape]
     choice = automatic(group, COMMITTED.machine["type"])
     assert choice.p50 <= 1.1 * min(row.p50 for row in group if row.is_ours)

@@ -1,4 +1,4 @@
-"""Claims whose violation leaves the other tests green: what an evaluation sees, which step is measured, who gets what."""
+"""Claims whose violation would leave the other tests green: what an evaluation sees, which step is measured, who gets what."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from cmlm_fast.ops._philox import position_shift
 
 
 class MadeError(Exception):
-    """Ends a training when its trainer is made."""
+    """Raised to end a training once its trainer is made."""
 
 
 def test_a_shift_is_of_its_word_of_philox():
@@ -50,7 +50,7 @@ def test_dropout_drops_its_share_and_others_each_time():
 def test_what_is_left_out_has_the_value_that_is_said(tiny_tokenizer):
     tokenizer, seen = copy.deepcopy(tiny_tokenizer), []
     text = " ".join(["fox"] * 700)
-    for most in (10**30, 300):  # transformers gives a tokenizer without a length the first
+    for most in (10**30, 300):  # the first is what transformers gives a tokenizer without a length
         tokenizer.model_max_length = most
         left_out, given = (tokenize_texts([text], tokenizer, **said) for said in ({}, {"max_length": min(most, 512)}))
         assert left_out["input_ids"][:] == given["input_ids"][:]
@@ -191,19 +191,19 @@ def test_a_cell_is_another_with_every_setting_it_depends_on(tiny_checkpoint, fil
 
 
 def test_macro_f1_weighs_every_class_that_is_tested_alike(tiny_checkpoint, sentences, monkeypatch):
-    # Everything is taken for "a", whose precision is 3/4; "c" is not tested.
+    # Everything is predicted as "a", whose precision is 3/4; "c" is not among the test labels.
     monkeypatch.setattr(finetune.np, "argmax", lambda scores, axis: np.zeros(len(scores), dtype=np.int64))
     test = ["a", "a", "a", "b"]
     score = fine_tune(tiny_checkpoint, sentences[:6], ["a", "b", "c"] * 2, sentences[6:10], test, epochs=1)
     assert score.accuracy == 0.75 and score.macro_f1 == pytest.approx((2 * 0.75 / 1.75 + 0) / 2)
-    # One is taken for "c", which still is not tested.
+    # One is predicted as "c", which is still not among the test labels.
     monkeypatch.setattr(finetune.np, "argmax", lambda scores, axis: np.array([2, 0, 0, 0]))
     score = fine_tune(tiny_checkpoint, sentences[:6], ["a", "b", "c"] * 2, sentences[6:10], ["a"] * 4, epochs=1)
     assert score.accuracy == 0.75 and score.macro_f1 == pytest.approx(2 * 0.75 / 1.75)
 
 
 def test_a_fine_tuning_is_told_contrast_seed_and_length(tiny_checkpoint, sentences, monkeypatch):
-    make_lm().bfloat16().save_pretrained(tiny_checkpoint)  # weights are trained in float32 all the same
+    make_lm().bfloat16().save_pretrained(tiny_checkpoint)  # weights are trained in float32 regardless
 
     def trainer(contrast, model, arguments, train_dataset, **options):
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -269,5 +269,5 @@ def test_a_learned_temperature_stays_in_bounds(tmp_path, tiny_rows, tiny_tokeniz
     with torch.no_grad():
         trainer.model.loss.token.temperature.logit_scale.fill_(6.0)
     trainer.train()
-    # At the beginning of a step a scale is at most log 100; one step of 1e-3 leaves it near that.
+    # At the start of a step the scale is at most log 100; one step of 1e-3 leaves it near that.
     assert history(trainer, "token_temperature")[-1] == pytest.approx(0.01, rel=0.01)

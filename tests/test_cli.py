@@ -1,4 +1,4 @@
-"""The command line on a real file: what it writes, resumes and refuses; each bad input is one line and leaves nothing."""
+"""The command line on a real file: what it writes, resumes and refuses; a bad input gives one line and leaves nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, report, use_backend
-from cmlm_fast.backends import chosen
+from cmlm_fast.backends import named_backend
 from cmlm_fast.callbacks import QuietProgress, StopOnSignal
 from cmlm_fast.cli import Preset, app, post_train_command
 from cmlm_fast.config import PRESETS
@@ -63,7 +63,8 @@ def lines(folder):
 
 def test_the_backend_is_that_chosen_outside_where_no_option_names_one(tiny_checkpoint, sentence_file, tmp_path, monkeypatch):
     seen, train = [], CMLMTrainer.train
-    monkeypatch.setattr(CMLMTrainer, "train", lambda *args, **options: (seen.append(chosen()), train(*args, **options))[1])
+    monkeypatch.setattr(CMLMTrainer, "train",
+                        lambda *args, **options: (seen.append(named_backend()), train(*args, **options))[1])
     with use_backend("reference"):
         for name, more in (("outside", ()), ("named", ("--backend", "auto"))):
             result = post_train(tiny_checkpoint, sentence_file, tmp_path / name, "--max-steps", "1", "--eval-share", "0", *more)
@@ -190,14 +191,14 @@ def test_a_finished_run_is_left_as_it_is(tiny_checkpoint, sentence_file, tmp_pat
     assert "optimizer steps" in result.stdout and files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     caplog.clear()
     model, logged = (folder / "model.safetensors").read_bytes(), lines(folder)
-    # Lost; of a run killed while it wrote.
+    # Files that were lost, or that a run was killed before writing.
     for gone in (["model.safetensors"], ["tokenizer.json", "curves.png"], ["model.safetensors", "summary.json"]):
         for name in gone:
             (folder / name).unlink()
         result = post_train(tiny_checkpoint, sentence_file, folder, "--resume")
         assert result.exit_code == 0 and not caplog.text and (folder / "model.safetensors").read_bytes() == model
         assert all((folder / name).exists() for name in gone)
-        again = lines(folder)  # the last line are scores, with their seconds
+        again = lines(folder)  # the last line holds scores and their seconds
         assert again[:-1] == logged[:-1] and again[-1]["eval_loss"] == logged[-1]["eval_loss"]
 
 
@@ -339,7 +340,7 @@ def limit_files(size):
 
 @pytest.mark.parametrize("size", [50_000, 250_000])
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(size, tiny_checkpoint, sentence_file, tmp_path):
-    # A limit on a file's size fails writes as a full disk does: at once, or only when the (larger) checkpoint is written.
+    # A limit on file size fails writes as a full disk does: at once, or only when the (larger) checkpoint is written.
     out = tmp_path / "out"
     command = [sys.executable, "-c", "from cmlm_fast.cli import main; main()", "post-train", "--model", tiny_checkpoint,
                "--train-file", sentence_file, "--output-dir", str(out), *QUICK]  # fmt: skip
@@ -402,7 +403,7 @@ def test_options_reach_the_trainer_and_decide_what_may_be_resumed(tiny_checkpoin
     plain, low = (prepare(replace(base, bf16=True, low_precision_layer_norm=value)) for value in (False, True))
     assert low.arguments.low_precision_layer_norm
     earlier = {name: value for name, value in plain.settings.items() if name != "low_precision_layer_norm"}
-    (tmp_path / "settings.json").write_text(json.dumps(earlier))  # of a run before there was the option
+    (tmp_path / "settings.json").write_text(json.dumps(earlier))  # from a run before the option existed
     check_settings(tmp_path, plain.settings)
     with pytest.raises(ValueError, match="expected low_precision_layer_norm to be False, as in the run to resume, got True"):
         check_settings(tmp_path, low.settings)
@@ -416,7 +417,7 @@ def test_ranks_may_change_where_the_sequences_of_a_step_do_not():
 
     assert settings(1, 4) == settings(2, 2) == settings(4, 1) != settings(2, 4)
     assert settings(1, 4, contrasted=128) == settings(2, 2, contrasted=64) != settings(2, 2, contrasted=128)
-    assert settings(1, 2, max_tokens=4096) != settings(2, 1, max_tokens=4096)  # which cut an epoch into other batches
+    assert settings(1, 2, max_tokens=4096) != settings(2, 1, max_tokens=4096)  # ranks change how an epoch is cut into batches
 
 
 def test_a_fingerprint_of_tokens_says_where_a_sequence_ends():

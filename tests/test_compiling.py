@@ -44,7 +44,7 @@ def test_equal_to_uncompiled_and_compiled_once(masked):
     compiled.compile_layers()
     assert list(compiled.state_dict()) == list(plain.state_dict())
     graphs = []
-    # The first batch has 8 bounds and heads are 8 wide: sizes that are equal by chance are not to be taken for a rule.
+    # The first batch has 8 bounds and heads are 8 wide: sizes that are equal by chance must not be taken for a rule.
     for number, rows in enumerate([(0, 5, 9), (1, 2, 3), (7, 8), range(11), (300, 301, 302, 17), (400,), range(40, 70)]):
         with torch._dynamo.config.patch(error_on_recompile=True):
             batch = masked(rows, number)
@@ -57,7 +57,7 @@ def test_equal_to_uncompiled_and_compiled_once(masked):
 
 @pytest.mark.parametrize("device", [pytest.param(d, marks=[pytest.mark.gpu] if d == "cuda" else []) for d in DEVICES])
 def test_where_pytorch_attends_layers_are_compiled_once_more(device, masked, monkeypatch):
-    # As on a GPU, where sequences above 128 tokens are another's; here, where there are few of them.
+    # As on a GPU, where sequences above 128 tokens go to PyTorch; here, small numbers of sequences do.
     monkeypatch.setattr("cmlm_fast.encoding.packing_of", lambda *args: (packing_of if len(args[0]) > 6 else Packing)(*args))
     plain, compiled = (CMLMModel(make_lm(), CMLMConfig(token_temperature=0.2)).to(device) for _ in range(2))
     compiled.compile_layers()
@@ -76,7 +76,7 @@ def test_layer_norms_of_low_precision_differ_by_roundings(compiled, masked):
     use_low_precision_layer_norm(low.lm)
     assert list(low.state_dict()) == list(plain.state_dict())
     if compiled:
-        low.compile_layers(backend="aot_eager")  # the inductor takes many times as long
+        low.compile_layers(backend="aot_eager")  # Inductor takes many times as long
     seen = set()
     for layer in low.lm.base_model.encoder.layer:
         layer.register_forward_hook(lambda module, args, out: seen.add((out if torch.is_tensor(out) else out[0]).dtype))
@@ -104,10 +104,10 @@ def test_the_backward_pass_drops_what_the_forward_pass_dropped(compiled, device)
     value.requires_grad_()
     counters.clear()
     out, _ = attend(torch.nn.Module(), query, key, value, None, dropout=0.3, packing=packing)
-    assert not counters["graph_break"]  # a layer's code is one piece
+    assert not counters["graph_break"]  # a layer is one graph
     weighted = out * upstream.transpose(1, 2)
     (gradient,) = torch.autograd.grad(weighted.sum(), value)
-    # Outputs are linear in the values: these are equal where the same weights were dropped, and else differ by 1e-3.
+    # Outputs are linear in the values: these sums are equal if the same weights were dropped, else differ by 1e-3.
     assert abs((gradient * value).sum() - weighted.sum()) < 1e-5 * weighted.abs().sum()
     again, _ = attend(torch.nn.Module(), query, key, value, None, dropout=0.3, packing=packing)
     assert not torch.equal(again, out)
@@ -122,13 +122,13 @@ def test_recomputed_activations_and_a_pass_without_gradient_draw_the_same(masked
     torch.manual_seed(0)
     vectors = model(**batch, vectors_only=True)[0]
     torch.manual_seed(0)
-    with torch.no_grad():  # as the first pass of gradient caching
+    with torch.no_grad():  # as in the first pass of gradient caching
         torch.testing.assert_close(model(**batch, vectors_only=True)[0], vectors, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
     before = counters["stats"]["unique_graphs"]
     model.activation_checkpointing_enable()
     again = step(model, batch)
-    assert counters["stats"]["unique_graphs"] > before  # PyTorch would run them uncompiled
+    assert counters["stats"]["unique_graphs"] > before  # PyTorch by itself would run them uncompiled
     torch.testing.assert_close(again, (loss, gradient), rtol=1e-5, atol=1e-6)
 
 

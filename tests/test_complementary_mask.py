@@ -126,7 +126,7 @@ def test_a_sequence_masks_the_same_alone_padded_packed_and_in_any_order(backend,
 
 
 def slower(backend):
-    """By what to divide the samples of a test for kernels that are interpreted."""
+    """The factor by which to divide a test's samples for interpreted kernels."""
     return 40 if backend == "triton" and not torch.cuda.is_available() else 1
 
 
@@ -214,7 +214,7 @@ def test_bad_values_say_so(backend):
     units = torch.arange(10, dtype=torch.int32)
     units[7] = -2
     where = torch.ones(10, dtype=torch.bool)
-    where[4] = False  # an id that cannot be masked is nobody's business: padding may be -1
+    where[4] = False  # an id that cannot be masked is not checked: padding may be -1
     padded = torch.tensor([[-1, *range(10, 18), 1000]])
     for sampling in ("exact", "bernoulli"):
         with pytest.raises(RuntimeError, match="expected unit_ids to be >= 0, got -2"):
@@ -254,7 +254,7 @@ def test_fake_tensors_are_not_kept_for_later_calls(ids):
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def mask(ids):  # with special ids that no other call has
+    def mask(ids):  # with special ids that no other call uses
         return complementary_mask(ids, mask_token_id=3, vocab_size=30, special_ids=(3, 29, len(ids), -7)).view1
 
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -282,7 +282,7 @@ def test_position_shift_is_uniform_and_bounded():
 
 @pytest.mark.parametrize("backend", HERE)
 def test_units_of_one_random_word_are_in_the_order_of_their_ids(backend):
-    tied = 370055, 381083  # whose first words are equal for seed 0, step 0, sample 0
+    tied = 370055, 381083  # units whose first Philox words are equal for seed 0, step 0, sample 0
     assert len({philox(unit, 0, 0, 0, 0, 0)[0] for unit in tied}) == 1
     for order, roles in ((tied, [1, 0]), (tied[::-1], [0, 1])):
         masked = complementary_mask(torch.tensor([[5, 6]]), unit_ids=torch.tensor([order], dtype=torch.int32), rate=0.5,

@@ -1,4 +1,4 @@
-"""Killed, stopped, out of space, damaged, diverged: a run says one line, loses nothing, and ends as if nothing had been."""
+"""Killed, stopped, out of space, damaged, diverged: a run prints one line, loses nothing, and ends as if nothing happened."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def cases(script_folder):
 
 
 def messages(case):
-    """What the run said beside its progress bars and tables."""
+    """What the run printed besides progress bars and tables."""
     lines = [line.rpartition("\r")[2] for line in case["output"].splitlines()]
     return [line for line in lines if re.match(r"error: |stopped|.* is damaged|Traceback", line)]
 
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(cases):
-    # The long form is `make chaos`.
+    # The long version is `make chaos`.
     found = cases["kills"]
     assert found["kills"] == 3 and found["equal"] and not found["left_over"]
 
@@ -59,14 +59,14 @@ def test_a_damaged_checkpoint_is_passed_over_in_one_line(cases):
     case = cases["all damaged"]
     assert case["code"] == 2 and len(messages(case)) == 3, case["output"]
     assert "checkpoint-6 is damaged (model.safetensors is missing)" in messages(case)[1]
-    rule = "a whole checkpoint-N to resume from (--overwrite begins anew)"
+    rule = "a whole checkpoint-N to resume from (--overwrite starts over)"
     assert messages(case)[-1].startswith(f"error: expected output_dir to hold {rule}, got ")
 
 
 def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(cases):
     case = cases["diverged"]
     assert case["code"] == 2
-    assert messages(case) == ["error: the loss is not finite at step 7; checkpoint-6 is of before that"]
+    assert messages(case) == ["error: the loss is not finite at step 7; checkpoint-6 is from before that"]
     assert case["whole"] == ["checkpoint-4", "checkpoint-6"] and "config.json" not in case["files"]
 
 
@@ -127,7 +127,7 @@ def test_a_signal_after_the_last_step_ends_the_run():
 
 def test_a_handler_that_python_did_not_set_makes_room_for_the_default():
     with StopOnSignal() as stop:
-        before, stop._before = stop._before, {signal.SIGTERM: None}  # what signal.signal returns for one
+        before, stop._before = stop._before, {signal.SIGTERM: None}  # what signal.signal returns for such a handler
     try:
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
@@ -168,17 +168,17 @@ def test_damage_says_what_differs(tmp_path, caplog):
 
 
 def test_rotation_keeps_the_newest_the_best_and_what_was_never_sealed(tmp_path):
-    for number, step in enumerate((2, 20, 4, 6, 8), 1):  # 20 is of a run before
+    for number, step in enumerate((2, 20, 4, 6, 8), 1):  # 20 is from an earlier run
         assert checkpoints.next_number(tmp_path) == number
         make_checkpoint(tmp_path, step, number)
     (tmp_path / "checkpoint-1").mkdir()
     names = lambda: [path.name for path in checkpoints.checkpoints(tmp_path)]  # noqa: E731
     checkpoints.rotate(tmp_path, None)
-    checkpoints.rotate(tmp_path, 5, keep=str(tmp_path / "checkpoint-8"))  # is among them anyway
+    checkpoints.rotate(tmp_path, 5, keep=str(tmp_path / "checkpoint-8"))  # is among those kept anyway
     assert names() == [f"checkpoint-{n}" for n in (2, 20, 4, 6, 8, 1)]
     checkpoints.rotate(tmp_path, 3, keep=os.path.relpath(tmp_path / "checkpoint-2"))
     assert names() == [f"checkpoint-{n}" for n in (2, 6, 8, 1)]
-    checkpoints.rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-2"))  # of 1 and a best one the newest stays, too
+    checkpoints.rotate(tmp_path, 1, keep=str(tmp_path / "checkpoint-2"))  # with a limit of 1, the newest stays besides the best
     assert names() == [f"checkpoint-{n}" for n in (2, 8, 1)]
     assert not list(tmp_path.glob(f"{checkpoints.STAGING}*"))
 
@@ -236,7 +236,7 @@ def test_a_new_run_takes_nothing_of_an_earlier_one_and_a_full_disk_leaves_no_fol
     with open_output(tmp_path, 1, fresh=True):
         assert {path.name for path in tmp_path.iterdir()} == {REPORTS}
     (tmp_path / "settings.json").write_text('{"token_weight": 0.3}')
-    assert check_output(tmp_path, overwrite=False, resume=False) is None  # one that was only begun, with its reports
+    assert check_output(tmp_path, overwrite=False, resume=False) is None  # a run that was only begun, with its reports
     monkeypatch.setattr("cmlm_fast.output._fill", full)
     new = tmp_path / "a" / "b"
     with pytest.raises(DiskError, match="room for 3 MB, got No space"), open_output(new, 3_000_000, fresh=True):
@@ -279,7 +279,7 @@ def test_what_is_kept_is_a_sealed_checkpoint(tmp_path):
 
 def test_metrics_of_a_finished_run_are_written_once_more_not_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    # The first leg was stopped after step 1, the second one reached its end at step 2.
+    # The first leg was stopped after step 1; the second reached the end at step 2.
     entries = [{"step": 0, "eval_loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "train_runtime": 1.0},
                {"step": 2, "loss": 1.9}, {"step": 2, "train_runtime": 1.0}, {"step": 2, "eval_loss": 2.5}]  # fmt: skip
     path.write_text("".join(f"{json.dumps(entry)}\n" for entry in entries))
@@ -303,7 +303,7 @@ def test_a_line_of_metrics_is_json_whatever_a_number_is(tmp_path):
     metrics.on_log(None, state, None, {"loss": 1.5, "grad_norm": float("inf"), "epoch": 1})
     line = json.loads(metrics.path.read_text(), parse_constant=refuse)
     assert line == {"step": 3, "loss": 1.5, "grad_norm": None, "epoch": 1} and metrics.entries() == [line]
-    metrics.path.write_text('{"step": 3, "grad_norm": NaN}\n')  # of an earlier version
+    metrics.path.write_text('{"step": 3, "grad_norm": NaN}\n')  # from an earlier version
     MetricsFile(metrics.path, tmp_path / "checkpoint-3")
     assert json.loads(metrics.path.read_text(), parse_constant=refuse) == {"step": 3, "grad_norm": None}
 

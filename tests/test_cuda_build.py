@@ -1,4 +1,4 @@
-"""The compiled CUDA library, looked at without a GPU: architectures, no spills, tensor cores in place, no growth."""
+"""The compiled CUDA library, inspected without a GPU: architectures, no spills, tensor cores in place, no growth."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_every_symbol_is_torchs_or_the_systems():
     torch_cpu = f"{torch.__path__[0]}/lib/libtorch_cpu.so"
     exported = subprocess.run([nm, "-D", "--defined-only", torch_cpu], check=True, capture_output=True, text=True).stdout
     missing = wanted - {line.split()[-1] for line in exported.splitlines()}
-    # These two are in libtorch_cuda; `make cuda-link` sees to them.
+    # These two are in libtorch_cuda; `make cuda-link` checks them.
     of_cuda = {"aoti_torch_get_current_cuda_stream", "torch_get_current_cuda_blas_handle"}
     assert missing - of_cuda == set()
     assert of_cuda <= wanted

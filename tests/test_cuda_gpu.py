@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: captured in a graph, without a wait for the device, on the stream and device that are current."""
+"""The CUDA kernels on a GPU: captured in a graph, never waiting for the device, on the current stream and device."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Step:
     """One training step's ops on fixed memory; calling it returns losses, gradients and masks."""
 
     def __init__(self, device="cuda", large=False):
-        n, m, b = (2048, 4097, 5001) if large else (200, 300, 70)  # odd: their products take padded copies
+        n, m, b = (2048, 4097, 5001) if large else (200, 300, 70)  # odd sizes, whose products take padded copies
         self.leaves = [rows(k, seed=s, device=device).requires_grad_() for s, k in enumerate((n, m, b, b))]
         self.leaves.append(torch.tensor(0.07, device=device, requires_grad=True))
         self.target = torch.arange(n, device=device)
         self.start = torch.arange(n, device=device, dtype=torch.int32) // 2
         self.ids = torch.randint(4, 1000, (8, 128), device=device)
-        complementary_mask(self.ids, **VOCABULARY, backend="cuda")  # the special ids go to the device once
+        complementary_mask(self.ids, **VOCABULARY, backend="cuda")  # copies the special ids to the device, once
 
     def __call__(self):
         query, key, z1, z2, tau = self.leaves
@@ -93,11 +93,11 @@ def test_work_goes_to_the_current_stream():
     expected = step()
     torch.cuda.synchronize()
     late, side = [leaf.detach().clone() for leaf in step.leaves], torch.cuda.Stream()
-    torch.cuda.synchronize()  # else the side stream may overwrite what is still being copied
+    torch.cuda.synchronize()  # otherwise the side stream may overwrite what is still being copied
     with torch.no_grad(), torch.cuda.stream(side):
         for leaf in step.leaves[:4]:
             leaf.zero_()
-        torch.cuda._sleep(50_000_000)  # what runs on another stream would see the zeros
+        torch.cuda._sleep(50_000_000)  # work on another stream would see the zeros
         for leaf, value in zip(step.leaves, late, strict=True):
             leaf.copy_(value)
         with torch.enable_grad():
@@ -146,5 +146,5 @@ def test_memory_beside_inputs_and_gradients():
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     token_contrastive(query, key, target, backend="cuda").backward()
-    # The chunk of scores, one of the query's gradient, and the key's in float while it grows.
+    # A chunk of scores, one of the query's gradient, and the key's gradient in float while it accumulates.
     assert torch.cuda.max_memory_allocated() - before <= 2 * gradients + (144 << 20) + key.numel() * 4

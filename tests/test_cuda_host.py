@@ -1,4 +1,4 @@
-"""The CUDA kernels run on the CPU (tests/cuda_host): right, whatever the order of threads, and within their arrays."""
+"""The CUDA kernels run on the CPU (tests/cuda_host): correct in any order of threads, and within their arrays."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run(command: list[str], library: Path, **variables: str) -> subprocess.Compl
 
 
 def checked(command: list[str], library: Path) -> list[tuple[int, int]]:
-    """How many of how many checks failed, for each of what was run."""
+    """How many checks failed, and of how many, for each thing that was run."""
     result = run(command, library)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     print(result.stdout)
@@ -37,7 +37,7 @@ def checked(command: list[str], library: Path) -> list[tuple[int, int]]:
 def test_every_sample_and_order(library):
     least = {"complementary_mask": 60, "token_similarity": 200, "token_contrastive-tiles": 200, "token_contrastive-rows": 200,
              "info_nce-tiles": 200, "info_nce-rows": 200}  # fmt: skip
-    found = checked([*CHECK, *least], library)  # one process: what it imports takes longer than some of the checks
+    found = checked([*CHECK, *least], library)  # one process: imports take longer than some of the checks
     for (wrong, checks), (what, enough) in zip(found, least.items(), strict=True):
         assert wrong == 0, what
         assert checks > enough, what
@@ -79,7 +79,7 @@ def test_harness_finds_an_index_beyond_an_output(tmp_path):
     guarded = "if (to + k >= begin && to + k < end) x[to + k] = from[k];"
     faulty = planted(tmp_path, guarded, guarded.replace("to + k < end", "to + k <= end"), "complementary_mask.cuh")
     result = run([*CHECK, "complementary_mask"], faulty)
-    # Inside the tensor it is a neighbour's token, past its end a write that is caught.
+    # Inside the tensor, this overwrites a neighbour's token; past its end, the write is caught.
     assert "heap-buffer-overflow" in result.stderr or not result.stdout.splitlines()[-1].startswith("0 of")
 
 

@@ -74,7 +74,7 @@ def test_a_saved_folder_that_carries_a_format_is_read_as_its_rows(kind, tmp_path
 
 def test_tokens_do_not_depend_on_how_many_texts_are_tokenised_together(sentences, tiny_tokenizer, monkeypatch):
     whole = tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict()
-    monkeypatch.setattr("cmlm_fast.data.tokens._BATCH_BYTES", 150)  # two or three, as of long documents
+    monkeypatch.setattr("cmlm_fast.data.tokens._BATCH_BYTES", 150)  # two or three texts at a time, as with long documents
     sizes = []
     monkeypatch.setattr(Dataset, "map", _noted(Dataset.map, sizes))
     assert tokenize_texts(sentences[:50], tiny_tokenizer, max_length=12).to_dict() == whole and sizes[0] in (1, 2, 3)
@@ -122,7 +122,7 @@ def test_quotation_marks_of_a_tsv_are_text_unless_they_quote(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ".CSV"])
 def test_awkward_texts_survive_every_format(tmp_path: Path, suffix: str) -> None:
     frame = pd.DataFrame({"id": range(len(AWKWARD)), "sentence": AWKWARD, "note": "x"})
-    path = tmp_path / f"part[1]*{suffix}"  # a name that reads as a pattern
+    path = tmp_path / f"part[1]*{suffix}"  # a name that looks like a pattern
     if suffix.lower() == ".csv":
         frame.to_csv(path, index=False, encoding="utf-8-sig", lineterminator="\r\n")
     elif suffix == ".tsv":
@@ -173,7 +173,7 @@ def test_columns_are_chosen_and_renamed(tmp_path: Path) -> None:
     assert load_texts(odd)["text"][:] == ["fine"]
     assert load_texts(write(tmp_path / "f.csv", "a;b\nx;y\n"), text_column="a;b")["text"][:] == ["x;y"]
     assert load_texts(write(tmp_path / "g.jsonl", '{"review; en": "x"}\n'))["text"][:] == ["x"]
-    late = write(tmp_path / "d.csv", "q,a\n" + "x,\n" * 1000 + "x,y\n")  # a column that begins after the rows looked at
+    late = write(tmp_path / "d.csv", "q,a\n" + "x,\n" * 1000 + "x,y\n")  # a column whose values begin after the rows inspected
     assert load_texts(late)["text"][:2] == ["x", "x"]
     assert load_texts(late, text_pair_column="a")["text_pair"][999:] == ["", "y"]
 
@@ -184,7 +184,7 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     rows += [{"text": None, "n": 5, "late": "x", "later": "z"}, {"n": "five", "meta": [1.5]}]
     rows.append({"text": "last", "new": True, "late": "y"})
     path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n\n" for row in rows))
-    for _ in range(2):  # read, and from the cache
+    for _ in range(2):  # read, then from the cache
         assert load_texts(path, text_pair_column="late")[-4:] == {
             "text": [dates[-1], None, None, "last"], "text_pair": [None, "x", None, "y"]
         }  # fmt: skip
@@ -200,8 +200,8 @@ def test_of_json_only_the_columns_asked_for_matter(tmp_path: Path) -> None:
     assert load_texts(path)[-1] == {"text": "changed"}
     listed = write(tmp_path / "a.json", json.dumps([*rows[-1:], "plain"]))
     assert load_texts(listed)["text"][:] == ["last", "plain"]
-    for wrong, got in (('["a", 3]', "row 2 is no object but int"), ('"a"', "row 1 is no object but str"),
-                       ('{"a": "b', "neither a list of objects nor an object a line: Unterminated string starting$"),
+    for wrong, got in (('["a", 3]', "row 2 is not an object but int"), ('"a"', "row 1 is not an object but str"),
+                       ('{"a": "b', "neither a list of objects nor an object per line: Unterminated string starting$"),
                        ('{"a": "b"}\n{"a"', "line 2: Expecting ':' delimiter$")):  # fmt: skip
         with pytest.raises(ValueError, match=f"valid .json file, got .*: {got}"):
             load_texts(write(tmp_path / "b.json", wrong))
@@ -255,7 +255,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_full_disk_is_not_blamed_on_the_file(tmp_path: Path) -> None:
     path = write(tmp_path / "full.txt", "some line\n" * 50_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file may grow further, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # files may not grow further, as on a full disk
     try:
         with pytest.raises(OSError, match=r"load_texts: .*full\.txt could not be cached in .*: File too large"):
             load_texts(path)

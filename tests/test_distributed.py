@@ -1,4 +1,4 @@
-"""info_nce over real gloo processes with uneven batches: loss and gradients of one process on the joined batch."""
+"""info_nce over real gloo processes with uneven batches: loss and gradients equal one process's on the joined batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loss_and_gradients(z1, z2, labels, kind, group=None):
 
 
 def half(z1, z2, labels, kind, group=None):
-    """Gradients of float16 rows under a loss scale, whose own are so small that float16 holds few of their bits."""
+    """Gradients of float16 rows under a loss scale; unscaled, they are so small that float16 holds few of their bits."""
     z1, z2 = ((5000 * z).half().requires_grad_() for z in (z1, z2))
     options = {**KINDS[kind], **({"labels": labels} if kind == "supcon" else {})}
     (2.0**16 * info_nce(z1, z2, temperature=0.1, group=group, **options)).backward()
@@ -47,7 +47,7 @@ def half(z1, z2, labels, kind, group=None):
 
 
 def learned(z1, z2, group):
-    """Gradient of a learned temperature, the group given to the "module" or to its "call", or none."""
+    """Gradient of a learned temperature, with the group given to the "module", to its "call", or not at all."""
     given = {"group": dist.group.WORLD} if group else {}
     loss = InfoNCELoss(0.1, learn_temperature=True, **(given if group == "module" else {}))
     loss(z1, z2, **({} if group == "module" else given)).backward()
@@ -77,7 +77,7 @@ def test_equals_one_process_on_the_joined_batch(world, tmp_path):
         loss, grad1, grad2, grad_tau = loss_and_gradients(*batch(), kind)
         for rank in ranks:
             torch.testing.assert_close(rank[kind][0], loss)
-        # As of any parameter: the ranks' parts add up, so that DDP treats a temperature like the weights behind z1, z2.
+        # As for any parameter, the ranks' parts add up, so that DDP treats a temperature like the weights behind z1, z2.
         torch.testing.assert_close(sum(rank[kind][3] for rank in ranks), grad_tau)
         torch.testing.assert_close(torch.cat([rank[kind][1] for rank in ranks]), grad1)
         torch.testing.assert_close(torch.cat([rank[kind][2] for rank in ranks]), grad2)

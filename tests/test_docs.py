@@ -1,4 +1,4 @@
-"""What the docs show runs: the README's Python, with a tiny encoder in the place of a hub's, and the docstrings' examples."""
+"""What the docs show runs: the README's Python, with a tiny encoder instead of the hub's, and the docstrings' examples."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_readme_python_runs(tiny_checkpoint, sentence_file, tmp_path, monkeypatc
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_the_loop_of_the_docs_computes_what_the_model_does(scope, tiny_checkpoint, tmp_path, monkeypatch):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ops.md").read_text(encoding="utf-8"), re.S)
-    if scope == "sequence":  # as its first hint says
+    if scope == "sequence":  # as the page's first hint says
         for at in ("at1", "at2"):
             bounds = f"key_start=({at} // L * L).int(), key_end=({at} // L * L + L).int(), "
             code = code.replace(f"query_token=name[{at}]", f"{bounds}query_token=name[{at}]")
@@ -96,7 +96,7 @@ def test_pages_name_commands_and_link_to_headings_that_exist(page):
 
 
 def headings(page):
-    """As GitHub names them in links."""
+    """The page's headings, as GitHub names them in links."""
     titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
@@ -130,7 +130,7 @@ def test_scale_table_is_what_its_formulas_give():
 
 
 def table(page, head):
-    """The rows of the table whose first line begins so: lists of cells."""
+    """The rows, as lists of cells, of the table whose first line begins with `head`."""
     lines = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"\n{head}")[2].splitlines()[2:]
     rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]

@@ -108,4 +108,4 @@ def test_the_demo_leaves_texts_model_picture_and_result(tmp_path, capsys, monkey
     assert json.loads((tmp_path / "demo" / "result.json").read_text()) == result
     assert [len(values) for values in result["few_shot"]["accuracy"].values()] == [1, 1]
     printed = capsys.readouterr().out
-    assert "What post-training changed" in printed and "few-shot accuracy (2 a class)" in printed
+    assert "What post-training changed" in printed and "few-shot accuracy (2 per class)" in printed

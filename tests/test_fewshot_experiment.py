@@ -1,4 +1,4 @@
-"""The experiment: what it writes, that it resumes and repeats itself to the bit, what it refuses; and warm-head."""
+"""The experiment: what it writes, that it resumes and repeats bit for bit, what it refuses; and warm-head."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def experiment(checkpoint, files, folder, **options):
 
 @pytest.fixture
 def with_dropout(tiny_checkpoint):
-    """Without it, two passes of a text are the same."""
+    """A checkpoint with dropout: without it, two passes over a text are the same."""
     file = Path(tiny_checkpoint) / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_dropout_prob": 0.1}))
     return tiny_checkpoint
@@ -79,7 +79,7 @@ def test_every_method_runs_and_the_tables_say_what_the_cells_hold(with_dropout, 
     with (folder / "results.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == len(cells) + len(METHODS)  # and the mean over both conditions
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name[:6] for path in (folder / "models").iterdir()] == ["start-"]  # the others went when they were done
+    assert [path.name[:6] for path in (folder / "models").iterdir()] == ["start-"]  # others are deleted once done
 
 
 def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint, files, tmp_path):
@@ -98,18 +98,18 @@ def test_an_interrupted_run_goes_on_and_a_cell_is_the_same_again(tiny_checkpoint
     (cut / "cells.jsonl").write_text(before + '{"dataset": "te')  # as a crash would leave it
     said = []
     again = experiment(tiny_checkpoint, files, cut, **options).run(said.append)
-    assert [path.name[:6] for path in (cut / "models").iterdir()] == ["start-"]  # also what the first run left behind
+    assert [path.name[:6] for path in (cut / "models").iterdir()] == ["start-"]  # the first run's leftovers are gone too
     assert said[0] == "texts: 12 cells, 3 of them done before"
-    # Of draw 0 it is kept from before the stop; each draw has its own.
+    # Draw 0's is kept from before the stop; each draw has its own.
     assert [f"draw {d}, cmlm: post-trained" in " ".join(said) for d in (0, 1)] == [False, True]
     assert (cut / "cells.jsonl").read_text().startswith(before) and scores(again) == scores(whole)
-    # Nothing is left to do; then one cell alone, in another place and order.
+    # Nothing is left to do; then one cell by itself, in another place and order.
     lines = (cut / "cells.jsonl").read_text()
     experiment(tiny_checkpoint, files, cut, **options).run()
     assert (cut / "cells.jsonl").read_text() == lines
     alone = experiment(tiny_checkpoint, files, tmp_path / "alone", methods=("seq-eda",), shots=(4,), draws=2).run()
     assert scores(alone) == [s for s in scores(whole) if s[0] == "seq-eda" and s[1] == 4]
-    # Another schedule is another cell for what was post-trained, and the same for what was not.
+    # Another schedule means another cell for a post-trained method, and the same cell for one that was not.
     changed = experiment(tiny_checkpoint, files, cut, **{**options, "max_steps": 3})
     keys = {c["key"] for c in whole}
     grid = changed.check()
@@ -120,7 +120,7 @@ def test_a_cell_is_another_one_where_anything_is_that_its_number_depends_on(with
     def keys(**options):
         grid = experiment(with_dropout, files, tmp_path / "out", methods=("ft", "cmlm", "scl"), **options).check()
         one, two = (grid.facts("cmlm", 2, d)["post_training"] for d in (0, 1))
-        assert one != two  # a draw that is kept is no other draw's
+        assert one != two  # one draw's kept model is not taken for another's
         return [fingerprint(grid.facts(name, 2, 0)) for name in ("ft", "cmlm", "scl")]
 
     others = {}
@@ -133,7 +133,7 @@ def test_a_cell_is_another_one_where_anything_is_that_its_number_depends_on(with
     found = [keys(**change) for change in changes]
     assert len({key for each in found for key in each}) == 3 * len(changes)
     usual, changed = found[0], [{"max_steps": 3}, {"epochs": 2.0}, {"batch_size": 4}, {"learning_rate": 1e-3}, {"warmup": 0.5}]
-    for change in changed:  # of the post-training
+    for change in changed:  # settings of the post-training
         assert [key == before for key, before in zip(keys(**change), usual, strict=True)] == [True, False, True], change
 
 
@@ -142,7 +142,7 @@ def test_a_signal_says_what_is_kept(number, monkeypatch, tmp_path):
     monkeypatch.setattr(FewShotExperiment, "run", lambda *_: os.kill(os.getpid(), number))
     result = cli("few-shot", "--model", "m", "--train", "t.csv", "--test", "t.csv", "--output-dir", tmp_path / "out")
     assert result.exit_code == 128 + number
-    assert result.stderr == f"stopped by {number.name}; the same command goes on from the finished cells\n"
+    assert result.stderr == f"stopped by {number.name}; the same command continues from the finished cells\n"
 
 
 def test_draws_are_nested_and_validation_texts_are_drawn_from_no_longer(tiny_checkpoint, files, tmp_path):
@@ -196,7 +196,7 @@ def test_two_names_of_one_method_are_done_once_and_have_a_row_each(tiny_checkpoi
 def test_one_method_that_diverges_leaves_the_others(tiny_checkpoint, files, tmp_path):
     broken = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("tapt", "ft", "cmlm:token_temperature=1e-30"),
                         shots=(2,), draws=1, learning_rate=1e30)  # fmt: skip
-    with pytest.raises(DivergedError, match="texts: 2 of 3 cells failed; 2 a class, draw 0, tapt: fine_tune: NaN"):
+    with pytest.raises(DivergedError, match="texts: 2 of 3 cells failed; 2 per class, draw 0, tapt: fine_tune: NaN"):
         broken.run()
     assert [c["method"] for c in read_cells(tmp_path / "out" / "cells.jsonl")] == ["ft"]
     assert "| ft | 1 |" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
@@ -212,7 +212,7 @@ def test_a_fine_tuning_that_diverges_leaves_the_other_shots(tiny_checkpoint, fil
 
     real = grid.fine_tune
     monkeypatch.setattr(grid, "fine_tune", fine_tune)
-    with pytest.raises(DivergedError, match="texts: 2 of 4 cells failed; 2 a class, draw 0, ft: NaN scores"):
+    with pytest.raises(DivergedError, match="texts: 2 of 4 cells failed; 2 per class, draw 0, ft: NaN scores"):
         experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "tapt"), shots=(2, 4), draws=1).run()
     cells = read_cells(tmp_path / "out" / "cells.jsonl")
     assert [(c["method"], c["shots"]) for c in cells] == [("ft", 4), ("tapt", 4)]
@@ -318,7 +318,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny_checkpoint, files, senten
     cases = {
         "shots": (["--shots", "500"], "error: expected shots to be <= 80, the texts labelled"),
         "no shots": (["--shots", "0"], "expected shots to be at least one number, all >= 1"),
-        "words": (["--shots", "few"], "expected shots to be whole numbers between commas, got few"),
+        "words": (["--shots", "few"], "expected shots to be comma-separated whole numbers, got few"),
         "method": (["--methods", "ft,bert"], "expected methods to be among ft, scl, tapt"),
         "paraphrases": (["--methods", "cssl"], "expected paraphrase_column to be given for method cssl"),
         "paraphrase column": (["--methods", "cssl", "--paraphrase-column", "no"], "expected paraphrase_column to be one of"),

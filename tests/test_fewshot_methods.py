@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, CMLMTrainingArguments
 from cmlm_fast.data import CMLMDataCollator
-from cmlm_fast.fewshot.augment import Eda, like_tokens
+from cmlm_fast.fewshot.augment import Eda, similar_tokens
 from cmlm_fast.fewshot.contrast import ContrastTrainer
 from cmlm_fast.fewshot.methods import METHODS, Contrast, find_method
 from cmlm_fast.fewshot.paired import PairCollator, PairedModel
@@ -34,7 +34,7 @@ def test_masks_drawn_apart_overlap_and_the_overlap_is_no_anchor(tiny_rows, tiny_
     role = batch["role"]
     content = ~torch.isin(batch["input_ids"], batch["special_ids"])
     shares = [((role & bit) > 0)[content].double().mean().item() for bit in (1, 2)]
-    # View 2 hides (1 − rate)·complement_rate of the units, as it does behind complementary masks; both overlap by chance.
+    # View 2 hides (1 − rate)·complement_rate of the units, as with complementary masks; the two overlap by chance.
     assert shares[0] == pytest.approx(0.4, abs=0.04) and shares[1] == pytest.approx(0.3, abs=0.04)
     assert (role == 3)[content].double().mean().item() == pytest.approx(0.4 * 0.3, abs=0.03)
     assert not role[~content].any()
@@ -84,7 +84,7 @@ def test_pairs_of_texts_are_contrasted_as_written_out(packed, tiny_rows, tiny_to
 
 def eda_of(tokens, seed=0, share=0.2, **options):
     embeddings = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
-    return Eda(like_tokens(embeddings, torch.tensor(tokens)), SPECIAL, seed, max_length=32, share=share, **options)
+    return Eda(similar_tokens(embeddings, torch.tensor(tokens)), SPECIAL, seed, max_length=32, share=share, **options)
 
 
 def test_eda_does_as_much_as_it_says():
@@ -97,9 +97,9 @@ def test_eda_does_as_much_as_it_says():
         gone.append(len(pairs) - len(fewer))
         eda.swap(other := list(pairs))
         moved.append(sum(one != two for one, two in zip(pairs, other, strict=True)))
-    assert np.mean(gone) == pytest.approx(0.2 * 19, abs=0.3)  # of 20 tokens one stays in any case
+    assert np.mean(gone) == pytest.approx(0.2 * 19, abs=0.3)  # one of 20 tokens always stays
     assert max(moved) > 4  # several swaps, not one
-    alone = Eda({token: [token + 50] for token in content}, (2, 3), 0, 32, share=0.2)  # the like ones are not in the text
+    alone = Eda({token: [token + 50] for token in content}, (2, 3), 0, 32, share=0.2)  # the similar tokens are not in the text
     alone.insert(more := list(pairs))
     assert sum(token >= 60 for token, _ in more) == 4
     kinds = set()
@@ -112,10 +112,10 @@ def test_eda_does_as_much_as_it_says():
 
 
 @pytest.mark.parametrize("rows", [1024, 2])
-def test_like_tokens_are_the_nearest_that_occur(rows, monkeypatch):
+def test_similar_tokens_are_the_nearest_that_occur(rows, monkeypatch):
     monkeypatch.setattr("cmlm_fast.fewshot.augment._ROWS", rows)
     embeddings = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.6], [0.0, 1.0], [1.0, 0.01]])
-    assert like_tokens(embeddings, torch.tensor([0, 1, 2, 3, 3]), most=2) == {0: [1, 2], 1: [0, 2], 2: [1, 0], 3: [2, 1]}
+    assert similar_tokens(embeddings, torch.tensor([0, 1, 2, 3, 3]), most=2) == {0: [1, 2], 1: [0, 2], 2: [1, 0], 3: [2, 1]}
 
 
 def test_eda_keeps_what_each_operation_promises():
@@ -139,7 +139,7 @@ def test_eda_keeps_what_each_operation_promises():
         assert sorted(results["swap"]) == sorted(pair)
         assert {t for t in results["swap"] if t[1] == 0} == {t for t in pair if t[1] == 0}  # within its own text
         changed = [(a, b) for a, b in zip(pair, results["replace"], strict=True) if a != b]
-        assert len(changed) == 4 and all(b[0] in eda.like[a[0]] for a, b in changed)
+        assert len(changed) == 4 and all(b[0] in eda.similar[a[0]] for a, b in changed)
 
 
 def test_eda_of_a_row_repeats_itself_fits_and_leaves_at_least_one_token():

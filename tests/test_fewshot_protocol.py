@@ -16,7 +16,7 @@ from test_fewshot_experiment import experiment, files  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer
 
 from cmlm_fast import CMLMConfig, CMLMModel
-from cmlm_fast.backends import chosen
+from cmlm_fast.backends import named_backend
 from cmlm_fast.data import CMLMDataCollator
 from cmlm_fast.demo_assets import demo_model_path
 from cmlm_fast.fewshot import draw, grid, post_training, starting
@@ -55,15 +55,15 @@ def test_every_cell_is_trained_as_it_was_described(tiny_checkpoint, files, tmp_p
 def test_a_cell_holds_what_was_scored_and_done(tiny_checkpoint, files, tmp_path, monkeypatch):  # noqa: F811
     said, backends = [], []
     score = FewShotScore(0.75, 0.5, 3.0)
-    monkeypatch.setattr(grid, "fine_tune", lambda *args, **options: backends.append(chosen()) or score)
+    monkeypatch.setattr(grid, "fine_tune", lambda *args, **options: backends.append(named_backend()) or score)
     made = experiment(tiny_checkpoint, files, tmp_path / "out", methods=("ft", "tapt"), shots=(2,), draws=1, seed=7,
                       backend="reference", baseline="tapt", keep_models=True, cache_dir=str(tmp_path / "models"))  # fmt: skip
     ft, tapt = made.run(said.append)
     for cell in (ft, tapt):
         assert (cell["accuracy"], cell["macro_f1"], cell["fine_tune_seconds"]) == score
         assert (cell["setup"]["seed"], cell["setup"]["max_length"]) == (7, 32)
-    assert "texts, 2 a class, draw 0, tapt: accuracy 0.7500, macro-F1 0.5000, 3 s" in said
-    assert backends == ["reference"] * 2 and chosen() is None
+    assert "texts, 2 per class, draw 0, tapt: accuracy 0.7500, macro-F1 0.5000, 3 s" in said
+    assert backends == ["reference"] * 2 and named_backend() is None
     assert "schedule" in tapt and "schedule" not in ft and not (tmp_path / "out" / "models").exists()
     (kept,) = (folder for folder in (tmp_path / "models").iterdir() if not folder.name.startswith("start-"))
     done = json.loads((kept / post_training.FACTS).read_text())
@@ -167,7 +167,7 @@ def test_an_encoder_that_returns_tuples_is_post_trained(packed, tiny_rows, tiny_
 
 def test_a_start_is_the_same_one_whatever_is_done_with_it(tiny_checkpoint, files, tmp_path):  # noqa: F811
     tokenizer = make_tokenizer()
-    tokenizer(["a text"], truncation=True, max_length=64, padding=True)  # stands in tokenizer.json from now on
+    tokenizer(["a text"], truncation=True, max_length=64, padding=True)  # is in tokenizer.json from now on
     tokenizer.save_pretrained(tiny_checkpoint)
     found = {experiment(tiny_checkpoint, files, tmp_path / "out", methods=methods).check().start.id
              for methods in (("ft",), ("ft", "cmlm-whole-word"))}  # fmt: skip
@@ -181,7 +181,7 @@ def test_what_a_tokenizer_does_beside_its_file_is_of_the_start_where_it_is_unusu
         with_settings(copy, "tokenizer_config.json", **settings)
         found.add(experiment(str(copy), files, tmp_path / "out").check().start.id)
     assert len(found) == 3
-    assert starting._unusual(AutoTokenizer.from_pretrained(demo_model_path())) == []  # as of the cells in benchmarks/results
+    assert starting._unusual(AutoTokenizer.from_pretrained(demo_model_path())) == []  # as for the cells in benchmarks/results
 
 
 def test_a_paraphrase_of_a_repeat_is_taken_and_one_of_a_blank_text_is_not(tiny_checkpoint, files, tmp_path):  # noqa: F811

@@ -42,10 +42,10 @@ def test_differences_are_paired_and_have_their_interval():
     noise = [made_up(x, name, 0, data) for data, pair in (("a", (0.1, 0.3)), ("b", (0.3, 0.1)))
              for name, x in zip(("ft", "cmlm"), pair, strict=True)]  # fmt: skip
     assert rows_of(noise)[-1].ahead == 0 and "| -0.0 |" not in markdown(rows_of(noise), "ft")
-    # The same name with another objective is a row of its own.
+    # The same name with another objective gets its own row.
     names = [row.method for row in rows_of([*cells[:10], {**made_up(0.9, "cmlm", 0), "method_id": "other"}])]
     assert names == ["ft", "cmlm #cmlm", "cmlm #other"]
-    # Schedules that differ are told apart beside one another; a condition of two setups is in no mean over all.
+    # Different schedules side by side are told apart; a condition with two setups enters no overall mean.
     tapt, cmlm = ({**made_up(0.9, name, 0), "schedule": {"epochs": n}} for n, name in enumerate(("tapt", "cmlm")))
     assert [row.method for row in rows_of([cells[0], tapt, cmlm])] == ["ft", "tapt #tapt", "cmlm #cmlm"]
     assert [row.dataset for row in rows_of([cells[0], {**cells[0], "setup_id": "t"}, cells[10]])] == ["a", "a", "b"]
@@ -121,7 +121,7 @@ def test_the_tables_say_in_what_settings_differ(tmp_path):
     write_tables(tmp_path, [cell("ft"), cell("ft", rate=2e-5, model="other"), cell("cmlm"), cell("cmlm", mask=0.4),
                             cell("tapt", epochs=4, mask=0.15)])  # fmt: skip
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
-    assert text.endswith("""### In what the settings differ
+    assert text.endswith("""### How the settings differ
 
 - a, setup 0.0002: model start, fine_tuning.learning_rate 0.0002
 - a, setup 2e-05: model other, fine_tuning.learning_rate 2e-05
@@ -137,7 +137,7 @@ def test_every_heading_of_a_data_set_with_several_setups_carries_its_own(tmp_pat
     first, other = {"setup_id": "s"}, {"setup_id": "a"}
     cells = [made_up(0.5, "ft", 0) | first, made_up(0.5, "ft", 0) | other, made_up(0.5, "ft", 0, shots=8) | other,
              made_up(0.5, "ft", 0, "b") | {"setup_id": "b"}]  # fmt: skip
-    assert [row.setup for row in rows_of(cells)] == ["s", "a", "a", "b"]  # as they were run
+    assert [row.setup for row in rows_of(cells)] == ["s", "a", "a", "b"]  # in the order they were run
     write_tables(tmp_path, cells)
     headings = [line for line in (tmp_path / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("### ")]
     assert headings == ["### a, 4 labels per class (setup s)", "### a, 4 labels per class (setup a)",
@@ -151,9 +151,9 @@ def test_a_torn_line_costs_that_line_alone(cut, kept, tmp_path, caplog):
     with path.open("a") as file:
         file.write(json.dumps(two)[: -cut or None])
     assert [cell["key"] for cell in read_cells(path)] == kept[:-1]
-    assert ("line 2 is no cell" in caplog.text) == (len(kept) == 2)
+    assert ("line 2 is not a cell" in caplog.text) == (len(kept) == 2)
     append_cell(path, three)
-    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == kept  # whoever reads it
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == kept  # for any reader
 
 
 def test_a_line_that_is_no_cell_is_skipped_and_named(tmp_path, caplog):
@@ -162,7 +162,7 @@ def test_a_line_that_is_no_cell_is_skipped_and_named(tmp_path, caplog):
     with path.open("a") as file:
         file.write('{"a": 1}\n5\nnull\n')
     assert [row.method for row in tables_of(tmp_path)] == ["ft"]
-    assert all(f"line {number} is no cell and was skipped" in caplog.text for number in (2, 3, 4))
+    assert all(f"line {number} is not a cell and was skipped" in caplog.text for number in (2, 3, 4))
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path):

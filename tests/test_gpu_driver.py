@@ -31,12 +31,12 @@ def python(name, code, seconds=60, needs_gpu=False):
 def test_budgets_leave_the_run_below_nine_minutes():
     assert sum(step.seconds for step in STEPS if not (step.asked or step.beside)) <= LIMIT < 9 * 60
     for step, after in pairwise(STEPS):
-        assert not step.beside or step.seconds <= after.seconds  # is at its end when the next one is
+        assert not step.beside or step.seconds <= after.seconds  # ends no later than the next one
     assert len({step.name for step in STEPS}) == len(STEPS)
 
 
 def test_dry_run_does_what_needs_no_gpu_and_prints_the_rest(monkeypatch, tmp_path, capsys):
-    steps = tuple(step for step in STEPS if step.name != "build")  # which would build the library that is in use
+    steps = tuple(step for step in STEPS if step.name != "build")  # which would rebuild the library in use
     code, outcomes = drive(monkeypatch, tmp_path, "--dry", steps=steps)
     assert code == 0
     steps = tuple(step for step in steps if not step.asked)

@@ -1,4 +1,4 @@
-"""info_nce: what only it has. Across processes: test_distributed."""
+"""info_nce: what only it has. test_distributed tests it across processes."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def rows(n, d, dtype=torch.float32, seed=0):
        dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
        kind=st.sampled_from(["cross", "one-sided", "nt_xent", "labels"]), classes=st.integers(1, 60),
        reduction=st.sampled_from(["mean", "sum", "none"]), tau=st.sampled_from([0.01, 0.05, 1.0]))  # fmt: skip
-# All has been decided; so few rows that s_ij may not be s_ji; a loss far below eager's roundings; the mean of all positives.
+# A saturated softmax; so few rows that s_ij may not be s_ji; a loss far below eager's rounding; the mean of all positives.
 @example(b=2, d=2, seed=39, dtype=torch.float64, kind="cross", classes=1, reduction="mean", tau=0.01)
 @example(b=2, d=6, seed=0, dtype=torch.float32, kind="nt_xent", classes=1, reduction="mean", tau=0.01)
 @example(b=2, d=6, seed=20, dtype=torch.float32, kind="nt_xent", classes=1, reduction="mean", tau=0.01)
 @example(b=51, d=4, seed=0, dtype=torch.float32, kind="labels", classes=1, reduction="none", tau=1.0)
 def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduction, tau):
-    if kind == "labels":  # of fewer, all may have decided: what is left are roundings, in eager PyTorch too
+    if kind == "labels":  # with fewer, the softmax may saturate: only rounding is left, in eager PyTorch too
         b = max(b, 3)
     labels = torch.randint(0, classes, (b,), generator=torch.Generator().manual_seed(seed)) if kind == "labels" else None
     args = (rows(b, d, dtype, seed), rows(b, d, dtype, seed + 1), torch.tensor(tau, dtype=loss_dtype(dtype)), labels,
             "nt_xent" if kind == "nt_xent" else "cross", kind != "one-sided", True, reduction, True, True)  # fmt: skip
-    # At τ = 0.01 scores are 100 times as large as what they are rounded to: 8 draws found too low a floor for 1 input in 300.
-    # Where every pair is a positive the gradient by τ cancels; eager errs there by 1.09e-6 with AVX2 and 0.87e-6 with AVX-512.
+    # At τ = 0.01 scores are 100 times as large as what is rounded: 8 nudges found too low a floor for 1 input in 300.
+    # If every pair is a positive, the gradient by τ cancels; eager errs there by 1.09e-6 with AVX2 and 0.87e-6 with AVX-512.
     times = 3.0 if backend == "triton" and kind == "labels" and classes == 1 else 2.0
     assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args, nudges=32, times=times)
 
@@ -48,7 +48,7 @@ def test_any_shape_and_options(backend, b, d, seed, dtype, kind, classes, reduct
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_that_all_lie_far_below_zero(backend, symmetric, dtype):
-    z1, z2 = 5 + rows(40, 24, dtype) * 0.3, -5 + rows(40, 24, dtype, 1) * 0.3  # -600 and less: a maximum begins at none
+    z1, z2 = 5 + rows(40, 24, dtype) * 0.3, -5 + rows(40, 24, dtype, 1) * 0.3  # -600 and less: a maximum must not start above
     args = (z1, z2, torch.tensor(1.0, dtype=dtype), None, "cross", symmetric, False, "mean", True, True)
     assert_no_worse_than_eager("info_nce", _SUFFIX[backend], args)
 
@@ -58,7 +58,7 @@ def test_scores_that_all_lie_far_below_zero(backend, symmetric, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_cross_chunks(backend, kind, dtype):
     b, d = (1700, 24) if kind in ("cross", "one-sided") else (900, 24)
-    if backend == "triton":  # interpreted, its panels are small: this crosses all of them both ways
+    if backend == "triton":  # interpreted, its panels are small: this still crosses all of them both ways
         b //= 6
     labels = torch.arange(b) % 211 if kind == "labels" else None
     args = (rows(b, d, dtype), rows(b, d, dtype, 1), torch.tensor(0.05), labels,
@@ -69,8 +69,8 @@ def test_sizes_that_cross_chunks(backend, kind, dtype):
 @pytest.mark.skipif("cpp" not in HERE, reason="no compiled kernels")
 @pytest.mark.parametrize("labels", [None, torch.arange(888) // 2])
 def test_one_row_that_all_others_are_near_to(labels):
-    # Each row's weight of it is nearly 1. Of six rows beside chunks of 590 BLAS would round scores otherwise than of the same
-    # two rows in another chunk.
+    # Each row gives it a weight near 1. In a chunk of six rows next to chunks of 590, BLAS would round a score differently than
+    # for the same two rows in another chunk.
     hub, others = (x / x.norm(dim=1, keepdim=True) for x in (rows(1, 384), rows(1776, 384, seed=1)))
     z1, z2 = (hub + others).split(888)
     z2[-1] = hub
@@ -82,7 +82,7 @@ def test_one_row_that_all_others_are_near_to(labels):
 @pytest.mark.parametrize("scheme", ["cross", "nt_xent"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_that_are_made_twice(scheme, dtype):
-    b = 4200 if scheme == "cross" else 2100  # of 4,096 rows all would be kept
+    b = 4200 if scheme == "cross" else 2100  # with 4,096 rows, all would be kept
     args = (rows(b, 8, dtype), rows(b, 8, dtype, 1), torch.tensor(0.05), None, scheme, True, True, "mean", True, True)
     assert_no_worse_than_eager("info_nce", "", args, nudges=0)
 
@@ -136,7 +136,7 @@ def test_supcon_by_loops(backend):
         losses.append(sum(normaliser - z[i] @ z[p] / 0.05 for p in positives) / len(positives))
     got = info_nce(z1, z2, labels=labels, reduction="none", backend=backend)
     torch.testing.assert_close(got.double(), torch.stack(losses), rtol=1e-4, atol=1e-5)
-    # With both views there is always one positive: the other view. So distinct labels are NT-Xent.
+    # With both views there is always one positive: the other view. So distinct labels give NT-Xent.
     distinct = info_nce(z1, z2, labels=torch.arange(6), backend=backend)
     torch.testing.assert_close(distinct, info_nce(z1, z2, scheme="nt_xent", backend=backend))
 
@@ -163,7 +163,7 @@ def test_frozen_view_and_learned_temperature(backend, kind):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize(("scale", "size"), [(2.0**11, 4096), (2.0**16, 1)])  # of long rows gradients are small
+@pytest.mark.parametrize(("scale", "size"), [(2.0**11, 4096), (2.0**16, 1)])  # long rows have small gradients
 @pytest.mark.parametrize("kind", ["cross", "nt_xent"])
 def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, kind, scale, size):
     b = 24 if backend == "triton" else 256
@@ -202,7 +202,7 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32():
 
 @pytest.mark.parametrize("factor", [1 / 3, 1.0035])
 def test_the_upstream_gradient_is_not_rounded_to_the_rows_dtype(factor):
-    """Else all of a gradient would be off by one and the same factor."""
+    """Otherwise the whole gradient would be off by one common factor."""
     def grads(scale):
         generator = torch.Generator().manual_seed(0)
         z1, z2 = (torch.randn(20, 16, generator=generator).bfloat16().requires_grad_() for _ in range(2))

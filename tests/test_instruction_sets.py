@@ -1,4 +1,4 @@
-"""The CPU kernels of every instruction set that this machine has, not of the one alone that it takes for itself."""
+"""The CPU kernels of every instruction set that this machine has, not only of the one chosen by default."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_every_measure_is_the_one_written_out(rows, tiny_rows, tiny_tokenizer, t
         hits.append(own[-1] >= cosine[negative].max().item())
     z1, z2 = (F.normalize(torch.stack([h[b][can[b]].mean(0) for b in range(len(ids))]), dim=-1) for h in hidden)
     retrieved = ((z1 @ z2.T).argmax(1) == torch.arange(len(ids))).double().mean().item()
-    assert 0 < np.mean(hits) < 1 and 0 < retrieved < 1  # else a wrong one might give the same
+    assert 0 < np.mean(hits) < 1 and 0 < retrieved < 1  # otherwise a wrong measure might give the same value
     expected = {"token_retrieval": np.mean(hits), "positive_similarity": np.mean(own), "negative_similarity": np.mean(others),
                 "sequence_retrieval": retrieved, "alignment": (z1 - z2).square().sum(1).mean().item(),
                 "uniformity_kernel": torch.exp(-2 * torch.pdist(z1).square()).mean().item()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the benchmarks' numbers are made of: a clock that is not the machine's, operations that PyTorch counts itself."""
+"""How the benchmarks compute their numbers: tested with a fake clock, and against operations that PyTorch counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BY_NAME = {op.name: op for op in OPS}
 
 
 class Clock:
-    """`time`, of calls that last as long as they say."""
+    """A stand-in for `time`, with calls that last as long as they say."""
 
     def __init__(self, monkeypatch, *modules):
         self.now, self.calls = 0.0, []
@@ -35,7 +35,7 @@ class Clock:
             monkeypatch.setattr(module.time, "perf_counter", lambda: self.now)
 
     def call(self, name, seconds):
-        """A call of that many seconds; of a list, the next one each time."""
+        """A call of that many seconds; given a list, each call takes the next entry."""
         seconds = seconds if isinstance(seconds, list) else [seconds]
 
         def lasts():
@@ -58,7 +58,7 @@ def flops(call):
 def test_a_sample_is_the_mean_of_its_calls_and_every_provider_has_its_turn(monkeypatch):
     clock = Clock(monkeypatch, timing)
     assert timing.sample(clock.call("a", [1.0, 2.0, 6.0]), 3, CPU) == pytest.approx(3.0)
-    assert timing.repeats_of(clock.call("warm", [9.0, 1e-3]), CPU) == 1  # of the first call alone
+    assert timing.repeats_of(clock.call("warm", [9.0, 1e-3]), CPU) == 1  # timed by the first call alone
     assert timing.repeats_of(clock.call("short", [0.05, 1e-3]), CPU) == 5
     clock.calls.clear()
     samples = timing.interleaved({name: clock.call(name, 0.125) for name in "xyz"}, CPU, seconds=2.0, least=2)
@@ -119,7 +119,7 @@ def test_the_work_of_a_task_is_what_its_ceiling_does(op):
         if kind == "flop":
             assert flops(problem.ceiling) == amount
             eager = flops(next(p for p in op.providers if p.name == "eager").make(problem))
-            # A sequence's scores alone, and one half of a symmetric matrix and of its gradients, are work; eager does it all.
+            # Only a sequence's own scores, or half of a symmetric matrix and its gradients, count; eager computes everything.
             assert eager == amount * (3 if "sequence scope" in shape.label else 2 if "nt_xent" in shape.label else 1)
         else:
             masked = op.auto(problem)()
@@ -196,14 +196,14 @@ def test_a_floor_is_products_and_adamw_at_the_best_rates_of_all_rounds(tmp_path,
     monkeypatch.setattr(bench_train, "best", lambda call: next(times))
     for round_of_two_shapes in range(2):
         floor.measure()
-        assert floor.gemm == 3e9 and floor.copy == 2 * 4 * 2**26 / (2.0, 0.5)[round_of_two_shapes]
-    floor.flops, floor.bytes, floor.gemm, floor.copy = 3e9, 5e9, 2e9, 4e9
+        assert floor.gemm_rate == 3e9 and floor.copy_rate == 2 * 4 * 2**26 / (2.0, 0.5)[round_of_two_shapes]
+    floor.flops, floor.bytes, floor.gemm_rate, floor.copy_rate = 3e9, 5e9, 2e9, 4e9
     assert floor.row() == {"GFLOP": 3.0, "GEMM GFLOP/s": 2.0, "AdamW MB": 5000.0, "copy GB/s": 4.0, "ms": 2750.0}
 
 
 def test_the_fastest_of_some_calls_is_a_rate(monkeypatch):
     clock = Clock(monkeypatch, bench_train)
-    assert bench_train.best(clock.call("a", [0.125, 3.0, 2.0, 5.0])) == 2.0  # the first warms
+    assert bench_train.best(clock.call("a", [0.125, 3.0, 2.0, 5.0])) == 2.0  # the first call warms up
     times = iter([0.5, 0.25])
     monkeypatch.setattr(bench_train, "has_onednn", lambda dtype: True)
     monkeypatch.setattr(bench_train, "best", lambda call: next(times))
@@ -241,7 +241,7 @@ def test_a_step_is_compared_by_the_time_of_a_token(monkeypatch, tmp_path):
     row = bench_train.measure(torch.float32, 3, ("ours", "strong", "naive"))
     mixed = [length for n in (5, 15, 25, 35, 45) for length in range(32 * n + 1, 32 * n + 33)]
     assert row["ms"] == {"ours": 200.0, "strong": 300.0, "naive": 1000.0}
-    assert set(row["tokens"].values()) == {round(2 * sum(mixed) / 5)}  # these lie sorted already
+    assert set(row["tokens"].values()) == {round(2 * sum(mixed) / 5)}  # the rows are sorted already
     assert row["speedup"] == {"strong": 1.5, "naive": 5.0} and row["share of floor"] == 0.75
     sizes = iter((100.0, 200.0, 400.0))
     monkeypatch.setattr(bench_train, "tokens", lambda work: next(sizes))
@@ -278,7 +278,7 @@ def test_a_worker_gives_the_mean_of_its_batches(monkeypatch):
         monkeypatch.setattr(bench_train, name, value)
     bench_train._serve(line, "strong", torch.float32, torch.get_num_threads())
     assert sent == [None, 3.0, 3.0] and not kept
-    assert len(clock.calls) == 5 + 2 * (2 + 5)  # each batch once before, and two before what is timed
+    assert len(clock.calls) == 5 + 2 * (2 + 5)  # each batch once at first, and two before each timed round
     asked = iter(["stop"] * 2)
     for provider in ("ours", "strong kept"):
         bench_train._serve(line, provider, torch.float32, torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""What the contrasts hold beside their inputs and gradients: never all scores."""
+"""What the contrasts hold besides inputs and gradients: never all scores."""
 
 from __future__ import annotations
 

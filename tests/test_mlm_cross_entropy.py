@@ -62,7 +62,7 @@ SMALL = [case for case in cases() if case.values[0] == "softmax_loss" and case.v
 @pytest.mark.parametrize(EVERY, [case for case in SMALL if case.values[3].itemsize == 2])
 def test_a_slope_is_rounded_once(name, suffix, device, dtype, label):
     logits, target = sample(name, dtype, device, label)
-    logits = logits.scatter(1, target[:, None], 10)  # p near 1, which has no digits left of 1 - p in 16 bits
+    logits = logits.scatter(1, target[:, None], 10)  # p near 1, where 16 bits leave no digits of 1 - p
     _, slopes = op(name, suffix)(logits, target)
     true = torch.softmax(logits.double(), 1).scatter_add(1, target[:, None], -torch.ones_like(logits[:, :1]).double())
     torch.testing.assert_close(slopes.double(), true, rtol=torch.finfo(dtype).eps, atol=1e-6)
@@ -95,7 +95,7 @@ def test_where_nothing_checks_it_a_target_that_is_no_word_gives_nan(label, devic
     pytest.importorskip("triton")
     from cmlm_fast.kernels import softmax_loss as kernel
 
-    monkeypatch.setattr(kernel, "interpreted", lambda tensor: False)  # which checks values
+    monkeypatch.setattr(kernel, "interpreted", lambda tensor: False)  # the interpreter checks values
     logits = torch.randn(2, 32, device=device)
     logits[:, 30:] = float("-inf")  # a banned word: as in F.cross_entropy
     losses, slopes = kernel.softmax_loss(logits, torch.tensor([label, 3], device=device))
@@ -123,7 +123,7 @@ def test_on_a_gpu_a_vocabulary_that_cublas_is_slow_with(bias, dtype):
         got = mlm_cross_entropy(ours[0], ours[1], ours[2] if bias else None, target.cuda())
     assert "cmlm_fast::softmax_loss_triton" in {event.key for event in profile.key_averages()}
     beyond = mlm_cross_entropy(ours[0], ours[1], None, target.cuda().clamp_min(1003), reduction="none")
-    assert beyond.isnan().all()  # no word, though the product may have such a column
+    assert beyond.isnan().all()  # not a word, though the product may have such a column
     near = 1e-5 if dtype == torch.float32 else 2e-2
     assert got.item() == pytest.approx(exact.item(), rel=near)
     for found, true in zip(torch.autograd.grad(got, ours), torch.autograd.grad(exact, truth), strict=True):
@@ -190,7 +190,7 @@ def test_shapes_alone_and_traces_hold_every_row(reduction):
 
     target = torch.tensor([1, -100, 4])
     traced = make_fx(gradients)(*leaves, target)
-    for other in (target, torch.tensor([-100, 0, -100])):  # with another count of rows than the trace has seen
+    for other in (target, torch.tensor([-100, 0, -100])):  # also with a number of rows that the trace has not seen
         for got, expected in zip(traced(*leaves, other), gradients(*leaves, other), strict=True):
             torch.testing.assert_close(got, expected)
     with FakeTensorMode() as mode:

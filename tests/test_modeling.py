@@ -38,7 +38,7 @@ def batch_of(rows, tokenizer, config, indices=(0, 5, 9, 200), step=0):
 
 
 def written_out(model, batch):
-    """The objective by full logits, whole score matrices and one pass a view."""
+    """The objective from full logits and whole score matrices, with one pass per view."""
     config, lm = model.cmlm, model.lm
     ids, role = batch["input_ids"], batch["role"]
     attention = batch["attention_mask"].bool()
@@ -183,7 +183,7 @@ def test_packed_equals_padded(kind, changes, tiny_lm, tiny_rows, tiny_tokenizer)
     torch.testing.assert_close(packed.sums, padded.sums, rtol=1e-5, atol=1e-5)
     assert torch.equal(packed.counts, padded.counts)
     for name, value in packed.measures.items():
-        near_tie = 1 if name.endswith(("retrieval", "accuracy")) else 1e-5  # which of two equal scores is first is rounding
+        near_tie = 1 if name.endswith(("retrieval", "accuracy")) else 1e-5  # rounding decides which equal score is first
         torch.testing.assert_close(value, padded.measures[name], rtol=1e-5, atol=near_tie)
     for a, b in zip(packed_gradients, padded_gradients, strict=True):
         if a is not None and b is not None:
@@ -203,7 +203,7 @@ def test_layer_norms_of_low_precision_in_every_encoder(kind, tiny_lm, tiny_rows,
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         found.append((loss, torch.cat([g.flatten() for g in gradients if g is not None]), states.dtype))
     (loss, gradient, dtype), (loss_low, gradient_low, dtype_low) = found
-    # A projection of the embeddings gives 16 bits, and what begins so stays so on a CPU, where autocast leaves norms alone.
+    # A projection of the embeddings outputs 16 bits, which then stay on a CPU, where autocast leaves norms alone.
     assert dtype_low == torch.bfloat16 and (dtype == torch.float32 or kind in ("electra", "albert"))
     torch.testing.assert_close(loss_low, loss, rtol=0.01, atol=0)
     assert (gradient_low - gradient).norm() < 0.03 * gradient.norm()
@@ -235,7 +235,7 @@ def test_packed_pairs_keep_their_token_types(kind, tiny_lm, sentences, tiny_toke
 
 
 def test_packed_dropout_is_dropout(tiny_lm, tiny_rows, tiny_tokenizer):
-    # The mean over many draws is the pass without dropout, as far as its spread allows.
+    # The mean over many draws equals the pass without dropout, within its spread.
     model = CMLMModel(tiny_lm(attention_probs_dropout_prob=0.3, layers=1), CMLMConfig())
     batch, _ = packed_and_padded(model, tiny_rows, tiny_tokenizer, (0, 5, 9))
     arguments = (batch["view1"], batch["view2"], batch["cu_seqlens"], batch["lengths"], None, None)

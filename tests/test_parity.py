@@ -55,7 +55,7 @@ SCORES = [case for case in cases((torch.float32, torch.bfloat16, torch.float16),
 
 @cache
 def reaches_the_row_before(dtype):
-    """Whether NaN in one row makes another row of torch's own product NaN: oneDNN's with AMX, where the depth is odd."""
+    """Whether NaN in one row makes another row of torch's own product NaN, as oneDNN with AMX does if the depth is odd."""
     rows = torch.ones(130, 33, dtype=dtype)
     rows[65, 0] = float("nan")
     return (rows @ torch.ones(257, 33, dtype=dtype).T)[:65].isnan().any().item()

@@ -67,7 +67,7 @@ def test_held_out_scores_do_not_depend_on_the_ranks(name, runs):
 
 @pytest.mark.parametrize("name", ["ddp-1", "ddp-2", "ddp-3"])
 def test_held_out_batches_are_all_seen_whatever_the_training_leaves_out(name, runs):
-    # Of 33 rows three full batches, of 21 held-out ones two and a short one.
+    # 33 rows make three full batches; 21 held-out rows, two full ones and a short one.
     assert [rank["batches"] for rank in load(runs, name)] == {"1": [(3, 3)], "2": [(1, 2)] * 2, "3": [(1, 1)] * 3}[name[-1]]
 
 
@@ -127,7 +127,7 @@ def test_fsdp2_in_bfloat16_keeps_losses_in_float32(runs):
 
 
 def test_fsdp2_goes_back_to_its_best_checkpoint(runs):
-    for rank in load(runs, "fsdp-best"):  # the first of two epochs: the larger loss is the better one there
+    for rank in load(runs, "fsdp-best"):  # from the first of two epochs, since here the larger loss counts as better
         assert rank["scores"]["eval_loss"] == pytest.approx(rank["best"], rel=1e-5)
         assert rank["best"] == max(rank["evaluated"]) > min(rank["evaluated"])
 

@@ -11,7 +11,7 @@ import cmlm_fast
 from cmlm_fast._library import contracts, op
 from cmlm_fast.backends import BACKENDS
 
-# What is registered of an op is the same for every sample: those of another form.
+# An op's registration is the same for every sample, so only samples of different form are needed.
 FORMS = [case for case in cases((torch.float32, torch.int64), FEW) if case.values[4] in (*FEW, "non-contiguous", "empty")]
 
 
@@ -51,7 +51,7 @@ def test_gradcheck_in_double(name, suffix, device, dtype, label):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["info_nce", "token_contrastive"])
 def test_a_gradient_belongs_to_who_asked_for_it(name, dtype):
-    """The forward pass has made it: changed in place, it must not be what the kept graph gives next."""
+    """The forward pass made it: after a change in place, a retained graph must still return the original."""
     one, two = (torch.randn(6, 32, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_() for i in (0, 1))
     rest = () if name == "info_nce" else (torch.arange(6),)
     once = torch.autograd.grad(getattr(cmlm_fast, name)(one, two, *rest), (one, two))
@@ -109,7 +109,7 @@ def test_public_function_compiles_once(name):
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     plain = [call(step).item() for step in range(2, 8)]
     assert [compiled(step).item() for step in range(2, 8)] == pytest.approx(plain, rel=1e-6)
-    # A changing step becomes a dynamic integer at its first change; everything else compiles once.
+    # A changing step becomes a dynamic integer on its first change; everything else compiles once.
     assert counter.frame_count <= (2 if name in ("complementary_mask", "varlen_attention") else 1)
 
 

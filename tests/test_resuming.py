@@ -1,4 +1,4 @@
-"""A run that was cut and goes on ends as one that was not, whatever it evaluates, logs and saves, and in whatever folder."""
+"""An interrupted and resumed run ends like an uninterrupted one, whatever it evaluates, logs and saves, in any folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPOCHS = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "steps", "sav
 
 
 class At(TrainerCallback):
-    """Does something behind a step."""
+    """Does something after a step."""
 
     def __init__(self, step, action):
         self.step, self.action = step, action
@@ -126,7 +126,7 @@ def test_a_callback_that_the_checkpoint_does_not_know_is_saved_with_the_next(mak
     assert resumed.state.global_step == 6 and "EarlyStoppingCallback" in resumed.state.stateful_callbacks
 
 
-@pytest.mark.parametrize("step", [2, 3, 4])  # 3: an epoch's last; at all of them the score is worse than the first
+@pytest.mark.parametrize("step", [2, 3, 4])  # 3 ends an epoch; at all of them the score is worse than the first
 def test_a_signal_saves_also_where_a_checkpoint_must_be_the_best(step, make, tmp_path):
     options = {"max_steps": 9, "save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1,
                "metric_for_best_model": "loss", "greater_is_better": True}  # fmt: skip
@@ -145,7 +145,7 @@ def test_a_signal_leaves_its_checkpoint_also_beside_the_best_alone(make, tmp_pat
     left = [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "run")]
     assert trainer.args.save_total_limit == 1 and trainer.state.best_global_step == 2 and left in ([2, 3], [2, 4])
     trainer = make("run", stop, **options)
-    with stop:  # knows nothing of the signal before
+    with stop:  # no longer knows of the earlier signal
         trainer.train(resume_from_checkpoint=True)
     assert stop.stopped is None and trainer.state.global_step == 6
     assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
@@ -199,12 +199,12 @@ def test_what_is_pushed_during_a_training_is_the_whole_model(make, tmp_path, mon
 
 
 def test_ctrl_c_saves_also_where_workers_read_the_rows(make, tmp_path):
-    def press():  # a terminal tells every process
+    def press():  # a terminal signals every process
         workers = active_children()
         assert workers
         for process in (*(worker.pid for worker in workers), os.getpid()):
             os.kill(process, signal.SIGINT)
-        time.sleep(1)  # a worker that ended would be found now
+        time.sleep(1)  # a worker that ended would be noticed now
 
     with StopOnSignal() as stop:
         make("run", At(2, press), stop, max_steps=9, save_strategy="steps", save_steps=5, dataloader_num_workers=2).train()
@@ -241,7 +241,7 @@ def test_an_evaluation_leaves_a_cached_contrast_its_dropout(make):
 def test_weights_that_are_not_finite_are_not_saved(make, tmp_path):
     trainer = make("run", save_strategy="steps", save_steps=2)
     trainer.add_callback(At(2, lambda: next(trainer.model.parameters()).data.fill_(float("nan"))))
-    with pytest.raises(DivergedError, match="weights are not finite after step 2; there is no checkpoint of before that"):
+    with pytest.raises(DivergedError, match="weights are not finite after step 2; there is no checkpoint from before that"):
         trainer.train()
     assert not list((tmp_path / "run").glob("*checkpoint*"))
 
@@ -266,7 +266,7 @@ def test_a_stream_is_scored_by_the_sequence(make, tiny_rows):
 
 def test_ddp_looks_for_idle_parameters_where_an_objective_has_them(make):
     trainers = [make("run", config=config) for config in (CMLMConfig(), CMLMConfig.from_preset("seq"), CMLMConfig())]
-    trainers[1].args = trainers[0].args  # of a first trainer, given to a second
+    trainers[1].args = trainers[0].args  # one trainer's arguments, given to another
     trainers[1].create_accelerator_and_postprocess()
     assert [t.accelerator.ddp_handler.find_unused_parameters for t in trainers] == [False, True, False]
     assert all(trainer.args.ddp_find_unused_parameters is None for trainer in trainers)
@@ -285,7 +285,7 @@ def test_the_best_at_an_epochs_last_step_is_saved(make, tmp_path):
     trainer.train()
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     best = [step for step in losses if all(losses[step] < losses[before] for before in losses if before < step)]
-    assert 3 in best  # an epoch's last
+    assert 3 in best  # the last step of an epoch
     assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path / "run")] == best
 
 

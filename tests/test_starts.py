@@ -1,4 +1,4 @@
-"""What a run begins with: checkpoints that lack something, are damaged, or are of a kind that the package does not know."""
+"""What a run begins with: checkpoints that lack something, are damaged, or are of a kind unknown to the package."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_all_modules_behind_the_encoder_come_along(tiny_checkpoint, tmp_path, ti
     config.write_text(json.dumps({**json.loads(config.read_text()), "max_seq_length": 24}))
     model = CMLMModel.from_pretrained(tmp_path / "start")
     start = SentenceTransformer(str(tmp_path / "start"), device="cpu")
-    shutil.rmtree(tmp_path / "start")  # what it had was read with it
+    shutil.rmtree(tmp_path / "start")  # what it holds was read along with the model
     arguments = CMLMTrainingArguments(str(tmp_path / "run"), max_steps=1, save_steps=1, learning_rate=1e-9, use_cpu=True,
                                       report_to="none", disable_tqdm=True)  # fmt: skip
     CMLMTrainer(model, arguments, train_dataset=tiny_rows, processing_class=tiny_tokenizer).train()

@@ -1,4 +1,4 @@
-"""What makes a step fast changes nothing in it: token budgets, gradient caching, fast layers, no wait for the device."""
+"""What makes a step fast does not change its result: token budgets, gradient caching, fast layers, no wait for the device."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from torch.utils.data import SequentialSampler
 from cmlm_fast import CMLMConfig, CMLMModel, CMLMTrainer, complementary_mask
 from cmlm_fast._library import native_kernels, op
 from cmlm_fast.data import CMLMDataCollator, TokenBudgetSampler, mask_settings, sequence_lengths, tokenize_texts
-from cmlm_fast.data.collate import by_table
+from cmlm_fast.data.collate import as_table_rows
 from cmlm_fast.data.fetch import TableRows
 from cmlm_fast.gradient_cache import GradientCache
-from cmlm_fast.layers import TiedEmbedding, head_joins, use_fast_layers
+from cmlm_fast.layers import TiedEmbedding, tied_head, use_fast_layers
 from cmlm_fast.ops import _linear
 
 
@@ -36,7 +36,7 @@ def test_a_token_budget_deals_every_row_once(lengths, times, ranks, epoch):
     try:
         samplers = [TokenBudgetSampler(lengths, budget, seed=3, rank=rank, ranks=ranks) for rank in range(ranks)]
     except ValueError:
-        assert ranks > 1  # too few rows for so many
+        assert ranks > 1  # too few rows for so many ranks
         return
     batches = []
     for sampler in samplers:
@@ -83,7 +83,7 @@ def test_batches_read_as_tables_are_those_of_rows(sentences, tiny_tokenizer):
     some = concatenate_datasets([made.select(range(90, 200)), made.select(range(90))]).shuffle(seed=1)
     for dataset in (some, some.remove_columns("unit_ids"), made.select(range(3, 50)).add_column("text", ["more"] * 47)):
         collate = CMLMDataCollator(tiny_tokenizer, packed=True)
-        tables = by_table(dataset, collate)
+        tables = as_table_rows(dataset, collate)
         assert isinstance(tables, TableRows) and len(tables) == len(dataset)
         for indices in ([5, 2, 40, 2], list(range(20, 47)), [7]):
             one, other = collate([dataset[i] for i in indices]), collate(tables.__getitems__(indices))
@@ -101,7 +101,7 @@ def test_a_null_in_a_table_is_named(sentences, tiny_tokenizer, column):
     for value in (None, [None, 4]) if column != "sample_id" else (None,):
         rows = made.to_dict()
         rows[column][1] = value
-        tables = by_table(Dataset.from_dict(rows), CMLMDataCollator(tiny_tokenizer, packed=True))
+        tables = as_table_rows(Dataset.from_dict(rows), CMLMDataCollator(tiny_tokenizer, packed=True))
         with pytest.raises(ValueError, match=f"expected rows to be without null in {column}, got 1 of them"):
             CMLMDataCollator(tiny_tokenizer, packed=True)(tables.__getitems__([0, 1, 2]))
 
@@ -117,7 +117,7 @@ def test_samplers_see_the_data_set_itself(tmp_path, tiny_rows, tiny_tokenizer):
 @pytest.mark.parametrize("options", [{}, {"max_tokens": 200}])
 def test_the_trainer_reads_tables_where_nobody_sees_the_rows(tmp_path, tiny_rows, tiny_tokenizer, options):
     class Custom(CMLMDataCollator):
-        """May look at rows."""
+        """A subclass may look at rows."""
 
     def loader(rows=tiny_rows, collate=CMLMDataCollator, **more):
         trainer = make_trainer(tmp_path, rows, tiny_tokenizer, **more, **options)
@@ -131,7 +131,7 @@ def test_the_trainer_reads_tables_where_nobody_sees_the_rows(tmp_path, tiny_rows
     for one, other in zip(fast, slow, strict=True):
         assert list(one) == list(other) and all(np.array_equal(one[name], other[name]) for name in one)
     class Own(Dataset):
-        """May do something of its own with rows."""
+        """A subclass may treat rows in its own way."""
 
     own = Own(tiny_rows.data, tiny_rows.info)
     hidden = tiny_rows.with_format(None, columns=["input_ids", "attention_mask", "sample_id"])  # not token_type_ids
@@ -175,7 +175,7 @@ def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
     model = trainer.model.train()
     batches = [trainer.mask(trainer.data_collator([tiny_rows[i] for i in range(at, at + 5)]), 0) for at in (0, 40, 90)]
     torch.manual_seed(5)
-    whole = [model(**batch, vectors_only=True) for batch in batches]  # all graphs at once, the memory that caching spares
+    whole = [model(**batch, vectors_only=True) for batch in batches]  # all graphs at once, the memory that caching saves
     total = model.loss.sequence_sum(*(torch.cat(z) for z in zip(*whole, strict=True)))
     expected = torch.autograd.grad(total, list(model.lm.base_model.parameters()), allow_unused=True)
     torch.manual_seed(5)
@@ -193,7 +193,7 @@ def test_a_cached_contrast_replays_dropout(tmp_path, tiny_rows, tiny_tokenizer):
     torch.manual_seed(5)
     for batch in batches:
         model(**batch, vectors_only=True)
-    assert torch.equal(after, torch.get_rng_state())  # a later step draws as if there had been one pass
+    assert torch.equal(after, torch.get_rng_state())  # later draws are as if there had been a single pass
 
 
 def test_a_contrast_that_does_not_fit_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
@@ -223,7 +223,7 @@ class NoWait(TorchDispatchMode):
 
 @pytest.mark.parametrize("changes", [{}, {"scope": "sequence", "pooling": "cls", "mlm_views": "first"}])
 def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_rows, tiny_tokenizer):
-    # As on a GPU: no dropout, whose seeds the CPU's layers read; PyTorch's embedding; a loss looked at where it is logged.
+    # As on a GPU: no dropout, whose seeds the CPU's layers read; PyTorch's embedding; the loss checked only when logged.
     monkeypatch.setattr(CMLMTrainer, "_check_finite", lambda self: None)
     monkeypatch.setattr(TiedEmbedding, "forward", torch.nn.Embedding.forward)
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig(**changes), logging_steps=100)
@@ -237,20 +237,20 @@ def test_a_step_never_waits_for_the_device(changes, monkeypatch, tmp_path, tiny_
     role = inputs["role"]
     can = ~torch.isin(batch["input_ids"], trainer._masker.special_ids)
     assert inputs["sizes"] == ((role == 1).sum(), (role == 2).sum(), can.sum())
-    with pytest.raises(AssertionError, match="nonzero"), NoWait():  # the watch is awake
+    with pytest.raises(AssertionError, match="nonzero"), NoWait():  # NoWait does catch waits
         trainer.training_step(trainer.model, {**inputs, "sizes": None})
 
 
 @pytest.mark.parametrize(("options", "streamed"), [({}, False), ({"max_tokens": 200}, False), ({"packed": False}, False),
                                                    ({}, True)])  # fmt: skip
 def test_batches_wait_on_the_host_for_their_masks(options, streamed, tmp_path, tiny_rows, tiny_tokenizer):
-    # accelerate's loaders would copy them to the device and wait until that is done with the step before.
+    # accelerate's loaders would copy them to the device and wait until it has finished the previous step.
     rows = tiny_rows.to_iterable_dataset() if streamed else tiny_rows
     trainer = make_trainer(tmp_path, rows, tiny_tokenizer, max_steps=2, **options)
     loaders = [trainer.get_train_dataloader(), trainer.get_eval_dataloader(rows), trainer.get_test_dataloader(rows)]
     for loader in (*loaders, skip_first_batches(loaders[0], 1)):
         assert loader.device is None
-        # What moves a batch looks at each element of a tuple, a mapping or a list.
+        # Code that moves a batch visits each element of a tuple, a mapping or a list.
         assert not [name for name, value in next(iter(loader)).items() if isinstance(value, (tuple, list, dict))]
 
 
@@ -298,7 +298,7 @@ def test_the_embeddings_rows_join_the_gradient_of_the_head(bf16, tmp_path, tiny_
         return weight.grad, calls.names
 
     ours, calls = gradient()
-    assert calls.count("aten::add_.Tensor") == 1 and "aten::add.Tensor" not in calls  # one table, and no sum beside it
+    assert calls.count("aten::add_.Tensor") == 1 and "aten::add.Tensor" not in calls  # one table, and no separate sum
     monkeypatch.setattr(TiedEmbedding, "forward", torch.nn.Embedding.forward)
     plain, _ = gradient()
     assert ours.layout is torch.strided and ours.norm() > 0
@@ -313,9 +313,9 @@ def test_an_encoder_trained_on_alone_has_dense_gradients():
     assert embedding.weight.grad.layout is torch.strided
     torch.optim.AdamW(model.lm.base_model.parameters()).step()  # refuses sparse gradients
     embedding.weight.grad = None
-    with head_joins(embedding, model.lm.get_output_embeddings()) as head:
+    with tied_head(embedding, model.lm.get_output_embeddings()) as head:
         model.lm.base_model(input_ids=torch.arange(5, 17)[None]).last_hidden_state.sum().backward()
-    assert head.shape == embedding.weight.shape and embedding.weight.grad.layout is torch.strided  # no part of the head
+    assert head.shape == embedding.weight.shape and embedding.weight.grad.layout is torch.strided  # without the head's part
     assert embedding.weight.grad[5:17].any() and not embedding.weight.grad[17:].any()
 
 
@@ -323,7 +323,7 @@ def test_a_decoder_untied_after_the_start_is_trained_by_itself():
     model = CMLMModel(make_lm(), CMLMConfig(token_weight=0.0, sequence_weight=0.0))
     decoder, embedding = model.lm.get_output_embeddings(), model.lm.get_input_embeddings()
     decoder.weight = torch.nn.Parameter(decoder.weight.detach().clone())
-    with head_joins(embedding, decoder) as head:
+    with tied_head(embedding, decoder) as head:
         assert head is None
     assert isinstance(embedding, TiedEmbedding) and decoder.weight is not embedding.weight
 
@@ -335,7 +335,7 @@ def test_layers_take_what_torch_takes():
     plain[0](vector).sum().backward()
     torch.testing.assert_close(vector.grad, plain[0].weight.sum(0))
     plain[1](dropped)
-    assert 300 < (dropped == 0).sum() < 700  # in place
+    assert 300 < (dropped == 0).sum() < 700  # dropped in place
     one = torch.nn.Sequential(torch.nn.Dropout(0.5))
     use_fast_layers(one)
     assert one(torch.ones(())).item() in (0.0, 2.0)
@@ -359,7 +359,7 @@ def test_layers_are_torchs_where_a_seed_cannot_be_read_or_a_derivative_would_be_
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert layer(torch.ones(3, 4)).shape == (3, 64)
     graph = make_fx(layer)(rows)
-    assert not torch.equal(graph(rows), graph(rows))  # no seed became a constant
+    assert not torch.equal(graph(rows), graph(rows))  # the graph holds no seed as a constant
     with torch.device("meta"):
         assert layer(rows).count_nonzero() > 0
 
@@ -403,7 +403,7 @@ def eager_objective(lm, batch, view1, view2, role, config, special):
 
 
 def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny_rows, tiny_tokenizer):
-    # In float64, where rounding has no time to grow: the packed trainer against eager PyTorch on padded batches.
+    # In float64, so that rounding cannot grow: the packed trainer against eager PyTorch on padded batches.
     config, seen = CMLMConfig(token_temperature=0.2), []
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=config, lm=make_lm(layers=1).double(), max_steps=200,
                            lr_scheduler_type="constant", weight_decay=0.0)  # fmt: skip
@@ -428,7 +428,7 @@ def test_two_hundred_steps_are_those_of_the_written_out_objective(tmp_path, tiny
     assert len(losses) == 200 and losses[-1] < 0.8 * losses[0]
     assert history(trainer, "loss") == pytest.approx(losses, rel=1e-6)
     for a, b in zip(trainer.model.lm.parameters(), lm.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # Adam divides a gradient by its size, be it only rounding
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)  # Adam divides a gradient by its size, even mere rounding
 
 
 def test_a_cached_contrast_is_in_the_dtype_of_the_batch(tmp_path, tiny_rows, tiny_tokenizer):

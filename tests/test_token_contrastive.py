@@ -61,7 +61,7 @@ def test_each_option_may_come_alone(backend, alone):
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_scores_that_all_lie_far_below_zero(backend, dtype):
-    # The largest is some -20,000: whatever hides a candidate must lie lower still, and a maximum begins at none.
+    # The largest is about -20,000: the value that hides a candidate must be lower still, and a maximum must not start above.
     query, key = 50 + rows(20, 24, dtype) * 0.01, -20 + rows(70, 24, dtype, 7) * 0.01
     temperature = torch.tensor(1.0, dtype=dtype)
     args = (query, key, torch.arange(20), temperature, None, None, None, None, False, "mean", True, True)
@@ -97,7 +97,7 @@ def test_same_token_elsewhere_is_no_negative_but_the_positive_stays(backend):
     torch.testing.assert_close(losses, F.cross_entropy(scores, target, reduction="none"), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in HERE if backend != "triton"])  # whose products are of all rows
+@pytest.mark.parametrize("backend", [backend for backend in HERE if backend != "triton"])  # Triton's products take all rows
 def test_what_an_ignored_row_holds_reaches_nothing(backend):
     query, key, target = rows(5, 8), rows(7, 8).requires_grad_(), torch.tensor([0, 1, -100, 3, 4])
     found = []
@@ -124,7 +124,7 @@ def test_target_outside_its_range_is_a_candidate(backend):
 @pytest.mark.parametrize("size", [1e3, 3e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_scores_have_finite_losses_and_gradients(backend, size, dtype):
-    """Scores of 1e15 have a last place of 1e8: the maximum is subtracted with the rounding that it was found with."""
+    """A score of 1e15 is rounded to 1e8: the maximum must be subtracted with the same rounding that it was found with."""
     query = (rows(40, 16) * size).to(dtype).requires_grad_()
     target, key = torch.arange(40), query.detach().flip(0)
     losses = token_contrastive(query, key, target, temperature=0.07, normalize=False, reduction="none", backend=backend)
@@ -204,7 +204,7 @@ def test_extreme_inputs_stay_finite(backend, dtype):
     big = torch.finfo(dtype).max ** 0.5 / 32 if dtype == torch.float16 else 1e4
     query, key = (rows(20, 64, dtype) * big).requires_grad_(), (rows(30, 64, dtype, 3) * big).requires_grad_()
     with torch.no_grad():
-        key[:20] = query  # the positive at cosine 1, temperature 0.01: exp(100) and more without care
+        key[:20] = query  # positives at cosine 1, temperature 0.01: exp(100) and more without care
         query[3] = 0
     loss = token_contrastive(query, key, torch.arange(20), temperature=0.01, backend=backend)
     loss.backward()
@@ -222,7 +222,7 @@ def test_gradient_can_be_taken_twice_with_other_upstream_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize(("scale", "size"), [(1.0, 1), (2.0**11, 4096), (2.0**16, 1)])  # of long rows gradients are small
+@pytest.mark.parametrize(("scale", "size"), [(1.0, 1), (2.0**11, 4096), (2.0**16, 1)])  # long rows have small gradients
 def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, scale, size):
     n = 40 if backend == "triton" else 512
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +233,7 @@ def test_float16_keeps_the_gradients_of_a_scaled_loss(backend, scale, size):
     for x, y in zip((query, key), exact, strict=True):
         expected = scale * y.grad
         error = (x.grad.double() - expected).norm() / expected.norm()
-        assert error < (0.02 if scale == 1 else 0.002), float(error)  # unscaled, its smallest numbers are float16's own
+        assert error < (0.02 if scale == 1 else 0.002), float(error)  # unscaled, the smallest values are float16's smallest
 
 
 @pytest.mark.parametrize("backend", HERE)
@@ -259,7 +259,7 @@ def test_autocast_multiplies_in_its_dtype_and_returns_float32():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_that_cross_chunks(backend, chunked, dtype):
     n, m, d = chunked
-    if backend == "triton":  # interpreted, its panels are small: this crosses all of them both ways
+    if backend == "triton":  # interpreted, its panels are small: this still crosses all of them both ways
         n, m = min(n, 200), min(m, 600)
     target = torch.arange(n) % m
     target[::5] = -100

@@ -65,8 +65,8 @@ def test_operations_are_counted_by_the_weights_of_the_encoder(tmp_path, tiny_row
 
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_accumulation_equals_one_large_batch(pieces, tmp_path, tiny_rows, tiny_tokenizer):
-    # Where negatives come from the sequence itself, accumulating changes nothing at all; sequences differ in length, so a mean
-    # of the micro-batches' means would be another.
+    # If negatives come from the sequence itself, accumulation changes nothing at all; sequences differ in length, so a mean of
+    # the micro-batches' means would differ.
     config = CMLMConfig(scope="sequence", sequence_weight=0.0, token_temperature=0.2)
     runs = []
     for batch, accumulate in ((16, 1), (16 // pieces, pieces)):
@@ -82,7 +82,7 @@ def test_accumulation_equals_one_large_batch(pieces, tmp_path, tiny_rows, tiny_t
 def test_a_second_training_logs_nothing_of_the_first(tmp_path, tiny_rows, tiny_tokenizer):
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer, max_steps=3, logging_steps=2)
     trainer.train()
-    assert trainer._sums.values  # step 3, which no log has
+    assert trainer._sums.values  # of step 3, which was never logged
     trainer._sums.add({"mlm": torch.tensor([1e9, 1.0])})
     trainer.train()
     assert 0 < history(trainer, "mlm")[0] < 100
@@ -120,7 +120,7 @@ def test_masks_follow_seed_step_and_sample_alone(tmp_path, tiny_rows, tiny_token
     assert not torch.equal(a["role"], other.mask(forward, 5)["role"])
 
 
-@pytest.mark.parametrize("at", [2, 3, 6])  # 6 is the end: there is nothing more to do
+@pytest.mark.parametrize("at", [2, 3, 6])  # 6 is the end: nothing is left to do
 def test_a_resumed_run_ends_in_the_same_bits(at, tmp_path, tiny_rows, tiny_tokenizer):
     config = CMLMConfig(learn_temperature=True, projection=8, token_temperature=0.2)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": at, "gradient_accumulation_steps": 2}

@@ -1,4 +1,4 @@
-"""What a user of `transformers.Trainer` may hand over: checkpoints of other names and dtypes, searches, metrics, adapters."""
+"""What a user of `transformers.Trainer` may pass in: checkpoints with other names and dtypes, searches, metrics, adapters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cmlm_fast.same_run import settings_of
 
 @pytest.fixture
 def old_names(tmp_path):
-    """A checkpoint whose LayerNorms have the names of 2018, as bert-base-uncased's have."""
+    """A checkpoint whose LayerNorms are named as in 2018, like those of bert-base-uncased."""
     folder = tmp_path / "old"
     make_lm().save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
@@ -125,7 +125,7 @@ def test_layer_norms_of_low_precision_need_a_precision_that_is_low(tmp_path, tin
     trainer.train()
     assert norms(trainer.model) == {LowPrecisionLayerNorm}
     plain = CMLMTrainer(trainer.model, replace(trainer.args, low_precision_layer_norm=False), processing_class=tiny_tokenizer)
-    assert norms(plain.model) == {torch.nn.LayerNorm}  # of this training, not of the one before
+    assert norms(plain.model) == {torch.nn.LayerNorm}  # this training's, not the previous one's
     for module in plain.model.lm.modules():
         if isinstance(module, torch.nn.LayerNorm):
             module.__class__ = type("Other", (torch.nn.LayerNorm,), {})
@@ -237,7 +237,7 @@ def test_projection_and_temperatures_come_back(tmp_path, caplog):
     assert warmer.token.temperature().item() == pytest.approx(0.5)
     assert torch.equal(warmer.sequence.temperature(), model.loss.sequence.temperature())
     assert not caplog.records
-    plain = CMLMModel.from_pretrained(tmp_path, CMLMConfig())  # without either
+    plain = CMLMModel.from_pretrained(tmp_path, CMLMConfig())  # has neither
     assert "left out, since this objective has none: " in caplog.text
     assert isinstance(plain.projection, torch.nn.Identity) and not plain.cmlm.learn_temperature
     with pytest.raises(ValueError, match=r"expected projection to be as wide as in .*contrast\.safetensors.*, got 4"):
@@ -248,7 +248,7 @@ def test_projection_and_temperatures_come_back(tmp_path, caplog):
     (tmp_path / "contrast.safetensors").unlink()
     with pytest.raises(ValueError, match=r"holds what its cmlm_config\.json asks for, got .* without loss\.token"):
         CMLMModel.from_pretrained(tmp_path)
-    assert CMLMModel.from_pretrained(tmp_path, config).cmlm == config  # anew
+    assert CMLMModel.from_pretrained(tmp_path, config).cmlm == config  # made anew
     for content in ("[1]", "{", '{"heat": 1}', '{"rate": 2}'):
         (tmp_path / "cmlm_config.json").write_text(content)
         with pytest.raises(ValueError, match=r"CMLMConfig: expected .*cmlm_config\.json to hold the fields of an objective"):
@@ -339,7 +339,7 @@ def test_a_stream_makes_whole_steps_alone(tmp_path, tiny_rows, tiny_tokenizer):
 
 @pytest.mark.parametrize(("rows", "steps", "words"), [
     (8, 0, "at least 2 batches, a step's, got 1"),  # too few for a step of two
-    (40, 3, "at least 2 batches, a step's, behind the 6 that the checkpoint has seen .*, got 0"),  # cut in its second pass
+    (40, 3, "at least 2 batches, a step's, behind the 6 that the checkpoint has seen .*, got 0"),  # stopped in its second pass
 ])  # fmt: skip
 def test_a_stream_that_cannot_go_on_is_refused(rows, steps, words, tmp_path, tiny_rows, tiny_tokenizer):
     def trainer(**options):
@@ -353,7 +353,7 @@ def test_a_stream_that_cannot_go_on_is_refused(rows, steps, words, tmp_path, tin
         trainer().train(resume_from_checkpoint=bool(steps))
 
 
-@pytest.mark.parametrize("rows", [200, 40])  # of 40 the first pass leaves one batch behind the second step, too few for one
+@pytest.mark.parametrize("rows", [200, 40])  # with 40, the first pass leaves one batch after step 2, too few for another
 def test_a_stream_resumes_within_its_first_pass(rows, tmp_path, tiny_rows, tiny_tokenizer):
     def trainer(name, steps=3):
         options = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant", "max_steps": steps}
@@ -383,7 +383,7 @@ def test_a_batch_size_that_was_given_up_is_not_logged(tmp_path, tiny_rows, tiny_
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     config = trainer.cmlm
     parts = config.mlm_weight * entry["mlm"] + config.token_weight * entry["token"] + config.sequence_weight * entry["sequence"]
-    # Means over both steps' tokens, and the mean over steps: not the same, but close.
+    # Means over both steps' tokens and the mean over steps are close, but not equal.
     assert len(calls) == 3 and parts == pytest.approx(float(sum(calls[1:])) / 2, rel=2e-3)
 
 
@@ -413,7 +413,7 @@ def test_workers_of_batches_by_tokens_fetch_as_many_as_is_asked(tmp_path, tiny_r
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_tokens": 300}, {"gradient_accumulation_steps": 3}])
-@pytest.mark.parametrize("steps", [-1, 8])  # two epochs, or one and a part of the next
+@pytest.mark.parametrize("steps", [-1, 8])  # two epochs, or one and part of the next
 def test_an_entry_an_epoch_has_the_measures_of_its_step(steps, changes, tmp_path, tiny_rows, tiny_tokenizer):
     options = {"num_train_epochs": 2, "max_steps": steps, **changes}
     rows = tiny_rows.select(range(40 * changes.get("gradient_accumulation_steps", 1) + 3))
@@ -447,7 +447,7 @@ def test_samples_per_second_are_of_each_training(tmp_path, tiny_rows, tiny_token
 def test_model_init_makes_the_same_model_whatever_was_drawn_before(tmp_path, tiny_rows, tiny_tokenizer):
     def projected():
         state = torch.get_rng_state()
-        lm = make_lm()  # which seeds PyTorch for itself
+        lm = make_lm()  # seeds PyTorch for its own use
         torch.set_rng_state(state)
         return CMLMModel(lm, CMLMConfig(projection=8))
 

@@ -45,7 +45,7 @@ def test_packed_equals_padded(kind, autocast, near, tiny_lm, tiny_rows, tiny_tok
 @pytest.mark.parametrize("last", [17, 200])  # Triton's kernels; flash attention, or SDPA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dropout_of_packed_attention(dtype, last, compiled):
-    # With equal scores and values of one, an output is the share of weights kept by 1 − p: their mean is one.
+    # With equal scores and values of one, an output is the share of weights kept over 1 − p, whose mean is one.
     lengths, p = (40, 40, last), 0.25
     cu_seqlens = torch.tensor([0, 40, 80, 80 + last], dtype=torch.int32, device="cuda")
     options = {"device": "cuda", "dtype": dtype, "requires_grad": True}
@@ -64,7 +64,7 @@ def test_dropout_of_packed_attention(dtype, last, compiled):
     assert (several.mean() - 1).abs() < 0.01
     expected = (p / (1 - p) / 40) ** 0.5  # standard deviation of a mean of 40 kept or dropped weights
     assert several[:, :80].std().item() == pytest.approx(expected, rel=0.1)
-    # What a value gets back is what was kept of it: in sum the same as what came out.
+    # A value's gradient is the weight that was kept of it, so gradients and outputs have the same sum.
     torch.testing.assert_close(gradient.sum(), out.sum(), rtol=5e-3, atol=0)
 
 
@@ -142,7 +142,7 @@ def test_a_run_learns_and_resumes(bf16, tmp_path, tiny_rows, tiny_tokenizer):
         assert sum(values[-10:]) < 0.95 * sum(values[:10]), part
     resumed = make_trainer(tmp_path / "again", tiny_rows, tiny_tokenizer, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
-    # The order of additions differs from run to run on a GPU; a step that was skipped or done twice would show.
+    # On a GPU the order of additions differs from run to run; a step that was skipped or done twice would still show.
     for a, b in zip(weights(whole), weights(resumed), strict=True):
         torch.testing.assert_close(a, b, rtol=0.1, atol=5e-3)
     assert history(resumed, "loss")[-1] == pytest.approx(history(whole, "loss")[-1], rel=0.02)

@@ -1,8 +1,8 @@
 """Triton kernels compiled ahead of time for chips that need not be here: no spills, matrix instructions, 16-byte accesses.
 
-The numbers of each kernel are those of benchmarks/results/static/triton.json. After a change that is meant:
-`python -m benchmarks.triton_static --write`. Compiling all takes minutes: where the table is of these sources and this triton,
-each kernel is compiled in one configuration for one chip, and its rows show that the table is right.
+Each kernel's numbers must be those in benchmarks/results/static/triton.json. After an intended change, run
+`python -m benchmarks.triton_static --write`. Compiling everything takes minutes, so if the table was made from these sources
+with this triton, each kernel is compiled in one configuration for one chip, and its rows show that the table is right.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from benchmarks.triton_static import CHIPS, LIMITS, committed, digest
 NVIDIA = [chip for chip in CHIPS if chip.startswith("sm_")]
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "sm_120": "mma.sync",
                "gfx942": "v_mfma"}
-#: Of these calls, which between them launch every kernel.
+#: The calls compiled in that case, which together launch every kernel.
 SOME = r"bfloat16 D=768 scope|B=64 D=768 cross|similarity|_mask .* L=128|softmax|attention.* bfloat16"
-#: Triton before 3.8 makes less of Blackwell: the smallest info_nce has 32 rows at most, too few for its tensor memory, and
+#: Triton before 3.8 makes less use of Blackwell: the smallest info_nce has at most 32 rows, too few for its tensor memory, and
 #: float64 is multiplied without matrix units.
 OLD = ("sm_100",) if triton.__version__ < "3.8" else ()
 MATRIX_KERNELS = ("statistics", "weights", "products", "scores", "info_nce_small")
@@ -35,7 +35,7 @@ MATRIX_KERNELS = ("statistics", "weights", "products", "scores", "info_nce_small
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Every chip's table, made by processes of their own: here, Triton interprets."""
+    """Every chip's table, made in separate processes, since Triton interprets in this one."""
     before = committed()
     up_to_date = (before["triton"], before["digest"]) == (triton.__version__, digest())
     folder = tmp_path_factory.mktemp("static")
@@ -69,7 +69,7 @@ def test_what_is_compiled_each_time_holds_every_kernel():
 @pytest.mark.parametrize("chip", NVIDIA)
 def test_no_kernel_spills_and_each_fits(compiled, chip):
     for name, row in compiled[chip].items():
-        allowed = 2 if chip in OLD and kernel_of(name) == "info_nce_small" else 0  # instructions: one register
+        allowed = 2 if chip in OLD and kernel_of(name) == "info_nce_small" else 0  # instructions, which spill one register
         assert row["spills"] <= allowed, name
         assert row["shared"] + 1024 <= LIMITS[chip]["shared"] and row["blocks"] >= 1, name
 

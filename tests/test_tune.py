@@ -1,4 +1,4 @@
-"""Tuning, in Triton's interpreter: what is measured is a fake clock, so what is tested is the selection and its file."""
+"""Tuning in Triton's interpreter with a fake clock, which tests the selection and its file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BEST = replace(NOW, scores=Tile(64, 64, 32, 4, 3), products=Tile(64, 32, 32, 4, 
 
 @pytest.fixture
 def tried(monkeypatch):
-    """Three candidates a field, and no trace of them afterwards."""
+    """Three candidates per field, and no trace of them afterwards."""
     monkeypatch.setattr(tuning, "SCORES", ((32, 64, 32, 4, 3), (64, 64, 32, 4, 3)))
     monkeypatch.setattr(tuning, "PRODUCTS", ((32, 32, 4, 3), (64, 32, 4, 3)))
     monkeypatch.setattr(tuning, "PANELS", ((64, 128), (128, 128)))
@@ -39,7 +39,7 @@ def current():
 
 
 def clock(call):
-    """Fewer milliseconds for each field that is the best one's."""
+    """Milliseconds, fewer for each field that equals that of BEST."""
     call()
     return 4 - sum(getattr(current(), field) == getattr(BEST, field) for field in ("scores", "products", "panel"))
 

@@ -1,4 +1,4 @@
-"""varlen_attention's own: dropout's bits, views as encoders hand them over, long sequences."""
+"""varlen_attention: dropout's bits, views as encoders pass them, long sequences."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def packed(lengths, heads, d, dtype=torch.float32, device="cpu"):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [5, 32, 47, 90, 300])
 def test_dropout_keeps_what_the_reference_keeps(length, dtype, backend, device, monkeypatch):
-    monkeypatch.setitem(keep_mask.__globals__, "_AT_ONCE", 47 * 47)  # of 47 tokens a head at a time, of fewer both
-    # Values are unit vectors: what comes out is the weights, of the first 94 keys.
+    monkeypatch.setitem(keep_mask.__globals__, "_AT_ONCE", 47 * 47)  # with 47 tokens one head at a time, with fewer both
+    # Values are unit vectors, so the output is the weights of the first 94 keys.
     q = torch.zeros(2 + length, 2, 96, dtype=dtype, device=device)
     v = torch.eye(2 + length, 96, dtype=dtype, device=device)[:, None].expand(-1, 2, -1)
     cu = torch.tensor([0, 2, 2 + length], dtype=torch.int32, device=device)
@@ -58,7 +58,7 @@ def test_any_strides_give_the_same_bits(backend, device):
 
 @pytest.mark.parametrize(("backend", "device"), CASES)
 def test_what_is_no_number_stays_in_its_sequence(backend, device):
-    q, k, v, cu = packed((40, 9), 1, 16, device=device)  # in the place of the longer one's rows the shorter has padding
+    q, k, v, cu = packed((40, 9), 1, 16, device=device)  # the shorter one is padded where the longer has rows
     for x in (q, k, v):
         x[:40] = float("nan")
     leaves = [x.requires_grad_() for x in (q, k, v)]
@@ -78,7 +78,7 @@ def test_a_window_of_any_size_is_none(backend, device):
 @pytest.mark.parametrize(("backend", "device"), CASES)
 @pytest.mark.parametrize("window", [0, 20])
 def test_long_sequences(window, backend, device):
-    # Beyond every tile: the sums go over several.
+    # Longer than any tile: sums span several.
     *rows, cu = packed((150, 1), 1, 16, torch.bfloat16, device)
     grad = torch.randn(151, 1, 16, device=device).bfloat16()
 
@@ -96,7 +96,7 @@ def test_long_sequences(window, backend, device):
 @pytest.mark.parametrize(("backend", "device"), CASES)
 @pytest.mark.parametrize(("length", "shift"), [(30, 3.0), (70, 2.0), (70, 4.0)])
 def test_large_scores_cost_no_more_of_the_gradient_than_in_eager(length, shift, backend, device):
-    # A large log-sum-exp has few bits left behind the point.
+    # A large log-sum-exp has few fractional bits left.
     *rows, cu = packed((length,), 2, 64, torch.float64)
     rows, cu = [(x + shift).float().to(device) for x in rows], cu.to(device)
     grad = torch.randn(length, 2, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)

@@ -200,14 +200,14 @@ CONTRAST = Op(
     (
         *ours("token_contrastive", _ours),
         Provider("eager", lambda p: training(
-            lambda q, k: _eager((q, k, *p.inputs[2:]), function=as_written), p.inputs[:2]), held=4),
+            lambda q, k: _eager((q, k, *p.inputs[2:]), function=as_written), p.inputs[:2]), score_matrices=4),
         Provider("torch.compile", lambda p: training(
-            lambda q, k: _eager((q, k, *p.inputs[2:]), function=compiled(as_written)), p.inputs[:2]), held=3),
+            lambda q, k: _eager((q, k, *p.inputs[2:]), function=compiled(as_written)), p.inputs[:2]), score_matrices=3),
         Provider("F.linear_cross_entropy", _of_rows(chunked), unfit=lambda p: no_chunked(p) or all_keys(p)),
         Provider("TaCL token loss", _tacl, unfit=lambda p: "" if p.sizes["length"] and not p.sizes["exclude"] else
                  "its candidates are those of the own sequence"),
         Provider("pytorch-metric-learning", _metric, "pytorch_metric_learning", unfit=_metric_unfit),
-        Provider("cut-cross-entropy", _of_rows(cut), "cut_cross_entropy", unfit=all_keys, held=3),
+        Provider("cut-cross-entropy", _of_rows(cut), "cut_cross_entropy", unfit=all_keys, score_matrices=3),
         Provider("liger-kernel", _of_rows(liger), "liger_kernel", gpu_only=True, unfit=all_keys),
     ),
     partial(_ours, None),
@@ -248,8 +248,8 @@ SIMILARITY = Op(
      Shape("N=1024 M=8192 D=384 float32", {"N": 1024, "M": 8192, "D": 384})),
     build_similarity,
     (
-        *ours("token_similarity", _similarity, held=3),
-        Provider("eager", lambda p: lambda: _scores(*p.inputs), held=3),
+        *ours("token_similarity", _similarity, score_matrices=3),
+        Provider("eager", lambda p: lambda: _scores(*p.inputs), score_matrices=3),
     ),
     partial(_similarity, None),
     "writing the matrix",

@@ -107,9 +107,10 @@ OPS = (
         build,
         (
             *ours("complementary_mask", lambda backend, p: partial(
-                _ours, backend, *p.inputs, p.sizes["sampling"]), held=16),
-            Provider("torch_mask_tokens", _transformers, unfit=partial(_on_cpu, False), held=8),
-            Provider("torch_mask_tokens, told", partial(_transformers, told=True), unfit=partial(_on_cpu, False), held=8),
+                _ours, backend, *p.inputs, p.sizes["sampling"]), score_matrices=16),
+            Provider("torch_mask_tokens", _transformers, unfit=partial(_on_cpu, False), score_matrices=8),
+            Provider("torch_mask_tokens, told", partial(_transformers, told=True), unfit=partial(_on_cpu, False),
+                     score_matrices=8),
             Provider("whole-word collator", _transformers, unfit=partial(_on_cpu, True)),
         ),
         lambda p: partial(_ours, None, *p.inputs, p.sizes["sampling"]),

@@ -14,7 +14,7 @@ from cmlm_fast import CMLMConfig
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch on the device; to a GPU through pinned memory, as a DataLoader sends it."""
+    """Move a batch to the device; to a GPU through pinned memory, as a DataLoader does."""
     if device.type != "cuda":
         return dict(batch)
     return {name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
@@ -22,12 +22,12 @@ def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 class Peer:
-    """A masked LM, its optimizer and what its masks need; a subclass gives `loss` and `optimizer`.
+    """A masked LM, its optimizer and what its masks need; a subclass defines `loss` and `make_optimizer`.
 
     Args:
         lm: a masked LM, `AutoModelForMaskedLM`, on the device of the run.
         tokenizer: its tokenizer.
-        config: the objective; of scheme "cross", pooling "mean", scope "batch", MLM in both views.
+        config: the objective, with scheme "cross", pooling "mean", scope "batch", MLM in both views.
         dtype: float32, or bfloat16 by autocast.
     """
 
@@ -53,7 +53,7 @@ class Peer:
         return dict(self.tokenizer.pad(inputs, return_tensors="pt"))
 
     def mask(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Both views; the second masks none of what the first did."""
+        """Make both views; the second masks nothing that the first masks."""
         ids = batch["input_ids"]
         special = torch.isin(ids, self.special)
         view1, labels1 = self.maskers[0].torch_mask_tokens(ids.clone(), special)
@@ -73,7 +73,7 @@ class Peer:
         return loss.detach()
 
     def contrasts(self, hidden1: Tensor, hidden2: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """The token and the sequence part, weighted, of hidden states [B, L, D]."""
+        """The weighted token and sequence parts of the loss, from hidden states [B, L, D]."""
         ids, role, config = batch["input_ids"], batch["role"], self.config
         seen = batch["attention_mask"].bool() & ~torch.isin(ids, self.special_ids)
         number = seen.flatten().cumsum(0).view_as(ids) - 1

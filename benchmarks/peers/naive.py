@@ -1,4 +1,4 @@
-"""The step as it is written first."""
+"""The step as one writes it first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .common import Peer
 
 
 class Naive(Peer):
-    """One pass a view, padded to the longest of the batch; logits of the whole vocabulary at every position."""
+    """One pass per view, padded to the longest sequence of the batch; logits of the whole vocabulary at every position."""
 
     def make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=5e-5)

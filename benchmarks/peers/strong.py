@@ -1,4 +1,4 @@
-"""The step as a careful engineer writes it in PyTorch and transformers, without kernels of one's own."""
+"""The step as a careful engineer writes it in PyTorch and transformers, without custom kernels."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ class Strong(Peer):
         hidden1, hidden2 = self.lm.base_model(views, attention_mask=mask).last_hidden_state.chunk(2)
         rows = torch.cat([hidden1[role == 1], hidden2[role == 2]])
         labels = torch.cat([ids[role == 1], ids[role == 2]])
-        head = self.lm.cls if hasattr(self.lm, "cls") else self.lm.lm_head  # BERT's name, and RoBERTa's
+        head = self.lm.cls if hasattr(self.lm, "cls") else self.lm.lm_head  # BERT's name, or RoBERTa's
         mlm = F.cross_entropy(head(rows).float(), labels)
         return self.config.mlm_weight * mlm + self.contrasts(hidden1, hidden2, batch)

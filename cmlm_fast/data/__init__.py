@@ -1,14 +1,14 @@
-"""From text to batches: read, clean, split, tokenise, collate. Built on `datasets`, so all of it is Arrow on disk.
+"""From text to batches: read, clean, split, tokenise, collate. Built on `datasets`, so all data is Arrow on disk.
 
     load_texts      file or saved folder      ->  columns text (and text_pair)
-    load_labelled   the same with their labels  ->  columns text, label (and text_pair, paraphrase)
-    clean_texts     drops blank and repeated rows, counts them
+    load_labelled   the same, with labels     ->  columns text, label (and text_pair, paraphrase)
+    clean_texts     drops blank and repeated rows and counts them
     split_evaluation                          ->  train, evaluation; whole texts, so no chunk leaks
     tokenize_texts  sequences <= max_length   ->  input_ids, attention_mask, (token_type_ids), sample_id, (unit_ids)
     CMLMDataCollator                          ->  padded tensors for the masked-view step
     TokenBudgetSampler                        ->  batches by tokens instead of by sequences
-    RankShare       what each of several ranks sees of an epoch
-    mask_settings   what `complementary_mask` must know of a tokenizer
+    RankShare       each rank's share of an epoch
+    mask_settings   what `complementary_mask` needs to know about a tokenizer
 
 Example:
     >>> texts, counts = clean_texts(load_texts("reviews.txt"))

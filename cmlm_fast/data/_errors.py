@@ -1,4 +1,4 @@
-"""The one error pattern of the data side, and the checks that more than one function makes."""
+"""The error pattern of the data functions, and the checks that several of them share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-#: What `datasets` calls the types of text.
+#: `datasets`' names for text types.
 TEXT_TYPES = ("string", "large_string", "string_view")
 
 
@@ -17,8 +17,8 @@ def fail(function: str, argument: str, rule: str, value: object) -> ValueError:
     return ValueError(f"{function}: expected {argument} to be {rule}, got {value}")
 
 
-def texts_of(dataset: Dataset | Sequence[str], function: str) -> Dataset:
-    """The dataset, or one of a list of texts; ValueError where it has no column `text`, or what should be text is none."""
+def as_text_dataset(dataset: Dataset | Sequence[str], function: str) -> Dataset:
+    """The dataset, or one made from a list of texts; ValueError if column `text` is missing or a text column holds no text."""
     from datasets import Dataset
 
     if isinstance(dataset, (list, tuple)) and all(isinstance(text, str) for text in dataset):

@@ -1,4 +1,4 @@
-"""Batches by tokens instead of by sequences: every batch of every rank holds nearly the same number of tokens."""
+"""Batches by tokens instead of by sequences: all batches of all ranks hold nearly the same number of tokens."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ._errors import fail
 
 
 class TokenBudgetSampler(Sampler[list[int]]):
-    """Batch sampler: the rows in an order of the epoch's own, cut into batches of at most `max_tokens` tokens.
+    """Batch sampler: rows are shuffled anew each epoch and cut into batches of at most `max_tokens` tokens.
 
-    The cuts are equal shares of all tokens; a row goes where its middle falls, so a batch exceeds its share by at most one row.
-    The number of batches is the same in every epoch and on every rank, and an epoch holds each row once.
+    Each batch is an equal share of all tokens. A row goes to the share that holds its middle, so a batch exceeds its share by
+    at most one row. Every epoch and every rank has the same number of batches, and an epoch holds each row once.
 
     Args:
-        lengths: tokens of each row.
-        max_tokens: most tokens of a batch, counted once though the encoder sees both views; at least twice the longest row.
-        seed: of the order; epoch e of seed s is the same on every machine.
-        rank, ranks: batches rank, rank + ranks, ... are this process's.
+        lengths: number of tokens in each row.
+        max_tokens: maximum tokens per batch, counted once although the encoder sees both views; at least twice the longest row.
+        seed: seed of the order; epoch e of seed s is the same on every machine.
+        rank, ranks: this process gets batches rank, rank + ranks, ...
 
     Raises:
-        ValueError: `max_tokens` is too small, or there are too few rows for the ranks.
+        ValueError: `max_tokens` is too small, or there are fewer rows than the ranks need.
 
     >>> sampler = TokenBudgetSampler([3, 5, 2, 4, 4, 2], max_tokens=15)
     >>> len(sampler), sorted(row for batch in sampler for row in batch)
@@ -45,7 +45,7 @@ class TokenBudgetSampler(Sampler[list[int]]):
             raise fail("TokenBudgetSampler", "the number of sequences", rule, len(self.lengths))
 
     def set_epoch(self, epoch: int) -> None:
-        """The order of the next iteration; the Trainer calls it."""
+        """Select the order of the next iteration; called by the Trainer."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -54,17 +54,17 @@ class TokenBudgetSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = np.random.Generator(np.random.Philox(key=[self.seed, self.epoch])).permutation(len(self.lengths))
         lengths, cut = self.lengths[order], np.arange(self.count + 1)
-        middle = 2 * np.cumsum(lengths) - lengths  # twice the place of a row's middle
+        middle = 2 * np.cumsum(lengths) - lengths  # twice the position of each row's middle
         cuts = np.searchsorted(middle * self.count, cut * 2 * lengths.sum())
-        cuts[-1] = len(order)  # the middle of an empty row at the end is no less than the last cut
-        # One row at least for each batch: where many short ones meet few, long rows, a share may hold no middle.
+        cuts[-1] = len(order)  # an empty last row has its middle at the last cut, not before it
+        # At least one row per batch: among many short rows and a few long ones, a share may hold no middle.
         cuts = np.minimum(np.maximum.accumulate(cuts - cut) + cut, len(order) - self.count + cut)
         for mine in range(self.rank, self.count, self.ranks):
             yield order[cuts[mine] : cuts[mine + 1]].tolist()
 
 
 def sequence_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each row of `tokenize_texts`, int64, read as Arrow."""
+    """Number of tokens in each row of `tokenize_texts`, int64, read as Arrow."""
     import pyarrow.compute as pc
 
     if not isinstance(dataset, Dataset):
@@ -74,7 +74,7 @@ def sequence_lengths(dataset: Dataset) -> np.ndarray:
 
 
 def repeated_ids(dataset: Dataset) -> int:
-    """Rows whose sample_id an earlier row has."""
+    """Number of rows whose sample_id occurs in an earlier row."""
     if "sample_id" not in dataset.column_names:
         return 0
     ids = dataset.select_columns("sample_id").with_format("arrow")

@@ -1,4 +1,4 @@
-"""Blank and repeated texts out, a share of the texts held out."""
+"""Drop blank and repeated texts; hold out a share of the rest."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset
 
-from ._errors import fail, texts_of
+from ._errors import as_text_dataset, fail
 from .tokens import rows_at_once
 
 
 class TextCounts(NamedTuple):
-    """What `clean_texts` saw: rows = empty + duplicates + kept."""
+    """Row counts of `clean_texts`: rows = empty + duplicates + kept."""
 
     rows: int
     empty: int
@@ -25,21 +25,21 @@ class TextCounts(NamedTuple):
 def clean_texts(dataset: Dataset | Sequence[str]) -> tuple[Dataset, TextCounts]:
     """Drop rows whose texts are all blank, and exact repeats of an earlier row (a pair counts as one); keep the order.
 
-    Takes a Dataset with a column text (and text_pair), or a list of texts. Holds some 120 bytes per row in memory.
-    Raises ValueError when nothing is left.
+    Takes a Dataset with a column text (and text_pair), or a list of texts. Needs about 120 bytes of memory per row.
+    Raises ValueError if nothing is left.
 
     Example:
         >>> clean_texts(Dataset.from_dict({"text": ["a", " ", "a"]}))[1]
         TextCounts(rows=3, empty=1, duplicates=1, kept=1)
     """
-    dataset = texts_of(dataset, "clean_texts")
+    dataset = as_text_dataset(dataset, "clean_texts")
     columns = [name for name in ("text", "text_pair") if name in dataset.column_names]
     digests, filled = bytearray(), []
     for batch in dataset.with_format(None).select_columns(columns).iter(batch_size=rows_at_once(dataset, 10_000)):
         for row in zip(*(batch[name] for name in columns), strict=True):
             texts = [text or "" for text in row]
             filled.append(any(text.strip() for text in texts))
-            # The length keeps ("ab", "c") apart from ("a", "bc").
+            # The length distinguishes ("ab", "c") from ("a", "bc").
             digests += hashlib.blake2b(f"{len(texts[0])}:{''.join(texts)}".encode(), digest_size=16).digest()
     rows = np.flatnonzero(np.array(filled, dtype=bool))
     first = np.unique(np.frombuffer(bytes(digests), dtype="S16")[rows], return_index=True)[1]
@@ -53,8 +53,8 @@ def clean_texts(dataset: Dataset | Sequence[str]) -> tuple[Dataset, TextCounts]:
 def split_evaluation(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
     """Hold out round(share * rows) texts, at least one, drawn by `seed`; share 0 holds out none. Both keep the order.
 
-    Split texts, not sequences: then no evaluation sequence is a chunk of a training text. Raises ValueError when dataset is
-    no Dataset, or share is outside [0, 1) or leaves either side without a text.
+    Split texts, not sequences, so that no evaluation sequence is a chunk of a training text. Raises ValueError if dataset is
+    not a Dataset, or if share is outside [0, 1) or leaves either side without a text.
 
     Example:
         >>> train, evaluation = split_evaluation(texts, share=0.05, seed=42)

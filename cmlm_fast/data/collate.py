@@ -1,4 +1,4 @@
-"""Rows of token ids to a padded or packed batch, and what the mask op must know of a tokenizer."""
+"""Collate rows of token ids into a padded or packed batch; derive the mask op's settings from a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datasets import Dataset
 from ._errors import check_tokenizer, fail
 from .fetch import Rows, TableRows, longest_first
 
-_MAX_SPECIAL_IDS = 16  # `complementary_mask` takes as many
+_MAX_SPECIAL_IDS = 16  # the maximum that `complementary_mask` accepts
 
 
 def _special_ids(tokenizer: Any) -> list[int]:
@@ -24,11 +24,11 @@ def _special_ids(tokenizer: Any) -> list[int]:
 
 
 def mask_settings(tokenizer: Any) -> dict[str, Any]:
-    """What `complementary_mask` asks of a tokenizer: mask_token_id, vocab_size and special_ids (a tuple, at most 16).
+    """Arguments of `complementary_mask` that depend on the tokenizer: mask_token_id, vocab_size, special_ids (at most 16).
 
-    vocab_size is the largest id + 1, which is len(tokenizer) unless ids have gaps. special_ids are cls, sep, pad, mask,
-    bos, eos and the tokenizer's extra special tokens; where these are more than 16, `CMLMDataCollator` marks the rest
-    as not eligible. The unknown token is not among them: an unknown word is a word of the text.
+    vocab_size is the largest id + 1, which equals len(tokenizer) unless the ids have gaps. special_ids is a tuple of cls, sep,
+    pad, mask, bos, eos and the tokenizer's extra special tokens; beyond 16, `CMLMDataCollator` marks the rest as not
+    eligible. The unknown token is not included: an unknown word is a word of the text.
 
     Example:
         >>> mask_settings(bert_tokenizer)
@@ -41,28 +41,27 @@ def mask_settings(tokenizer: Any) -> dict[str, Any]:
 
 @dataclass
 class CMLMDataCollator:
-    """Rows of `tokenize_texts`, a list or a `pyarrow.Table`, to one batch of plain tensors: B rows padded to L tokens, or
-    packed end to end to T.
+    """Collate rows of `tokenize_texts`, a list or a `pyarrow.Table`, into one batch: padded to [B, L] or packed to [T].
 
-    Padded: input_ids, attention_mask and (where present) token_type_ids int64 [B, L], padded on the right, whatever the
-    tokenizer's side, so that masks and positions are those of the text alone; sample_ids int64 [B]; unit_ids int32 [B, L], 0
-    at pads, where the rows have them; eligible bool [B, L] only for a tokenizer of more than 16 special tokens. Masks are
-    made later, on the device.
+    Padded: input_ids, attention_mask and (if present) token_type_ids int64 [B, L], always padded on the right, whatever the
+    tokenizer's padding side, so that masks and positions depend on the text alone; sample_ids int64 [B]; unit_ids int32
+    [B, L], 0 at pads, if the rows have them; eligible bool [B, L] only for a tokenizer with more than 16 special tokens. Masks
+    are made later, on the device.
 
-    Packed: the same of shape [T] without attention_mask, the longest sequence first; cu_seqlens int32 [B + 1], sequence b
+    Packed: the same tensors of shape [T] without attention_mask, longest sequence first; cu_seqlens int32 [B + 1], sequence b
     is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, B ints.
 
-    Both hold eligible_counts, B ints, where each token is masked for itself (no unit_ids, no eligible): from them the host
-    knows how many tokens exact sampling masks. They and lengths are NumPy arrays: whoever moves a batch to a device would look
-    at each number of a tuple.
+    Both layouts include eligible_counts, B ints, if tokens are masked individually (no unit_ids, no eligible): they tell the
+    host how many tokens exact sampling masks. eligible_counts and lengths are NumPy arrays because code that moves a batch to
+    a device would visit each number of a tuple.
 
-    No rows (a rank's share of a round that has too few, see `RankShare`) become one sequence of a special token, and the entry
-    stand_in = True: the encoder runs as on every rank, and nothing of it counts.
+    An empty list of rows (a rank's share of a round with too few batches, see `RankShare`) becomes one sequence of a special
+    token with the entry stand_in = True: the encoder runs as on every other rank, and the result counts for nothing.
 
     Args:
-        tokenizer: the tokenizer of `tokenize_texts`.
+        tokenizer: the tokenizer passed to `tokenize_texts`.
         pad_to_multiple_of: round L up to a multiple of this.
-        packed: pack, for a `CMLMModel` whose encoder takes packed batches.
+        packed: pack, for a `CMLMModel` whose encoder accepts packed batches.
 
     Example:
         >>> DataLoader(dataset, batch_size=8, collate_fn=CMLMDataCollator(tokenizer, pad_to_multiple_of=8))
@@ -97,7 +96,7 @@ class CMLMDataCollator:
         if self._more_special.numel():
             batch["eligible"] = ~torch.isin(batch["input_ids"], self._more_special)
         elif "unit_ids" not in batch:
-            # By NumPy, too: PyTorch would wake a thread on each core for each of these small calls.
+            # NumPy again: PyTorch would wake a thread on every core for each of these small calls.
             can = np.isin(batch["input_ids"].numpy(), self._special.numpy(), invert=True)
             batch["eligible_counts"] = np.diff(np.concatenate([[0], can.cumsum()])[batch["cu_seqlens"].numpy()])
         return batch
@@ -120,12 +119,15 @@ class CMLMDataCollator:
         return batch
 
 
-def by_table(dataset: Any, collate: Any) -> Any:
-    """What a loader with this `collate_fn` reads: a `datasets.Dataset` without a format of its user's by `TableRows`, where
-    `collate` packs; any other, and subclasses of both, which may do something of their own, as it is."""
+def as_table_rows(dataset: Any, collate: Any) -> Any:
+    """The data set a loader with this `collate_fn` should read: `TableRows` of a plain `datasets.Dataset` if `collate` packs.
+
+    Anything else is returned as it is: a data set with a user-set format, and subclasses of either, which may override
+    something.
+    """
     if type(dataset) is not Dataset or type(collate) is not CMLMDataCollator or not collate.packed:
         return dataset
     names, seen = set(dataset.column_names), set(dataset.format["columns"])
-    # Without one of the two columns `collate` says what is missing.
+    # If one of the two columns is missing, `collate` raises the error that names it.
     plain = dataset.format["type"] is None and seen == names and {"input_ids", "sample_id"} <= names
     return TableRows(dataset) if plain else dataset

@@ -1,5 +1,7 @@
-"""The rows of a batch read as one Arrow table. As a dictionary of Python's numbers each, hundreds of rows take much longer; a
-handful somewhat less."""
+"""Read the rows of a batch as one Arrow table.
+
+For hundreds of rows this is much faster than a dictionary of Python numbers per row; for a handful it is somewhat slower.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,15 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ._errors import fail
 
-#: What a collator is given: rows one by one, or all of a batch.
+#: A collator's input: a list of rows, or all rows of a batch as one table.
 Rows: TypeAlias = Sequence[Mapping[str, Any]] | pa.Table
 
-#: Columns of a number for each token, and what the batch holds them as.
+#: Columns with one number per token, and their dtypes in the batch.
 DTYPES = {"input_ids": np.int64, "token_type_ids": np.int64, "unit_ids": np.int32}
 
 
 class TableRows(TorchDataset[Any]):
-    """A tokenised data set that gives a DataLoader a batch's rows as a `pyarrow.Table`, which `CMLMDataCollator` packs.
+    """A tokenised data set that gives a DataLoader the rows of a batch as one `pyarrow.Table`, for `CMLMDataCollator` to pack.
 
     Args:
         dataset: rows of `tokenize_texts`.
@@ -39,17 +41,19 @@ class TableRows(TorchDataset[Any]):
         return self.dataset[[index]]
 
     def __getitems__(self, indices: list[int]) -> pa.Table:
-        """The rows, in this order."""
+        """The rows, in the given order."""
         return self.dataset[indices]
 
 
 def longest_first(rows: Rows) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """The rows end to end, equal lengths in their order: name -> [T] for those of DTYPES that there are, the lengths [B], the
-    sample ids [B]."""
+    """Concatenate the rows, longest first, equal lengths in their given order.
+
+    Returns name -> [T] for the columns of DTYPES that exist, the lengths [B] and the sample ids [B].
+    """
     if not isinstance(rows, pa.Table):
         rows = sorted(rows, key=lambda row: -len(row["input_ids"]))
         lengths = np.array([len(row["input_ids"]) for row in rows])
-        # NumPy takes a fifth of the time that a tensor for each row does.
+        # NumPy takes a fifth of the time of one tensor per row.
         flat = {name: np.concatenate([np.asarray(row[name], dtype) for row in rows])
                 for name, dtype in DTYPES.items() if name in rows[0]}  # fmt: skip
         return flat, lengths, np.array([int(row["sample_id"]) for row in rows], np.int64)

@@ -1,7 +1,7 @@
-"""Rows of JSON: an object a line, or one list of objects or of strings; of each only the columns that are asked for.
+"""Read JSON rows: one object per line, or one list of objects or of strings; only the requested columns are kept.
 
-The reader of `datasets` takes the types of all columns from a file's first 10 MB: it refuses what comes later, also in columns
-that nobody asked for, and a text such as "2020-01-01" becomes a date.
+The reader of `datasets` infers the types of all columns from a file's first 10 MB: it rejects other types later on, even in
+columns that nobody asked for, and turns a text such as "2020-01-01" into a date.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-#: What a column of each type may hold, beside nothing. One that held nothing at first is one of texts.
+#: Python types that a column of each type may hold, apart from null. A column that starts out empty is read as text.
 _HOLDS: dict[str, tuple[type, ...]] = {"string": (str,), "blank": (str,), "bool": (bool,), "int64": (int,),
                                        "double": (int, float)}  # fmt: skip
 _KINDS = {frozenset[str](): "blank", frozenset({"str"}): "string", frozenset({"bool"}): "bool", frozenset({"int"}): "int64",
@@ -21,7 +21,7 @@ _KINDS = {frozenset[str](): "blank", frozenset({"str"}): "string", frozenset({"b
 
 
 class ColumnError(ValueError):
-    """A file is not one whose column `name` holds `kind`; `str()` is what it holds."""
+    """Column `name` of a file does not hold `kind`; `str()` says what it holds."""
 
     def __init__(self, name: str, kind: str, found: str) -> None:
         super().__init__(found)
@@ -29,10 +29,9 @@ class ColumnError(ValueError):
 
 
 def json_types(path: Path, asked: Collection[str]) -> dict[str, str]:
-    """The type of each column by the first 1000 rows, and those behind them until all columns that are asked for were seen;
-    empty where there is no row.
+    """The type of each column, from the first 1000 rows and as many more as it takes to see all requested columns.
 
-    Raises ValueError where one of them is no JSON.
+    Empty if there are no rows. Raises ValueError if one of the rows read is not JSON.
     """
     found: dict[str, set[str]] = {}
     for number, row in enumerate(_rows(path)):
@@ -44,11 +43,11 @@ def json_types(path: Path, asked: Collection[str]) -> dict[str, str]:
 
 
 def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
-    """The columns of these names and types, None where a row lacks one; cached by `datasets` until the file changes."""
+    """Read the columns with these names and types, None where a row lacks one; cached by `datasets` until the file changes."""
     for name, kind in columns.items():
         if kind not in _HOLDS:
             raise ColumnError(name, "text, numbers, or true and false, one of them in all rows", kind)
-    # No list: `datasets` would take its items for shards.
+    # Not a list: `datasets` would treat its items as shards.
     kept = {"path": str(path.resolve()), "columns": dict(columns), "state": file_state(path)}
     features = Features({name: Value("string" if kind == "blank" else kind) for name, kind in columns.items()})
     read: Dataset = Dataset.from_generator(_chosen, features=features, gen_kwargs=kept)
@@ -56,7 +55,7 @@ def read_json(path: Path, columns: Mapping[str, str]) -> Dataset:
 
 
 def file_state(path: Path) -> str:
-    """Another one after each write to the file, also where it was given its old date again."""
+    """A string that changes with every write to the file, even if its old modification time is restored."""
     state = path.stat()
     return f"{state.st_size}-{state.st_mtime_ns}-{state.st_ctime_ns}"
 
@@ -80,7 +79,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if isinstance(value, str) and listed:
                 value = {"text": value}
             if not isinstance(value, dict):
-                raise ValueError(f"row {number} is no object but {type(value).__name__}")
+                raise ValueError(f"row {number} is not an object but {type(value).__name__}")
             yield value
 
 
@@ -90,5 +89,5 @@ def _lines(file: Any) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                rule = "neither a list of objects nor an object a line" if number == 1 else f"line {number}"
+                rule = "neither a list of objects nor an object per line" if number == 1 else f"line {number}"
                 raise ValueError(f"{rule}: {error.msg.removesuffix(' at')}") from None

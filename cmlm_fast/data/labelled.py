@@ -1,4 +1,4 @@
-"""Read labelled texts: a file or a saved folder to a `Dataset` with columns text, label (and text_pair, paraphrase)."""
+"""Read labelled texts from a file or a saved folder into a `Dataset`: columns text, label (and text_pair, paraphrase)."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from .load import read_columns
 def load_labelled(path: str | Path, *, label_column: str = "label", text_column: str | None = None,
                   text_pair_column: str | None = None, paraphrase_column: str | None = None,
                   split: str = "train") -> Dataset:  # fmt: skip
-    """The labelled texts of a file, or of a folder saved with `datasets`, in order, all columns as strings.
+    """Read the labelled texts of a file, or of a folder saved with `datasets`, in order, all columns as strings.
 
     Args:
         path: as for `load_texts`, in a format that has columns.
         label_column: column of the classes: words, whole numbers, or the classes of a `datasets.ClassLabel`.
-        text_column, text_pair_column: as for `load_texts`; the label's column is no text.
-        paraphrase_column: column that says each text in other words.
-        split: of a saved folder with several splits.
+        text_column, text_pair_column: as for `load_texts`; the label column never counts as text.
+        paraphrase_column: column with a paraphrase of each text.
+        split: split to read from a saved folder with several.
 
     Returns:
         Dataset with columns text, label (and text_pair, paraphrase).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as for `load_texts`; a label column that is missing, of another type, or has an empty row.
+        ValueError: as for `load_texts`; a label column that is missing, has another type, or has an empty row.
 
     Example:
         >>> load_labelled("intents.tsv", label_column="intent").column_names

@@ -1,4 +1,4 @@
-"""Read texts: a file or a saved folder to a `Dataset` with columns text (and text_pair)."""
+"""Read texts from a file or a saved folder into a `Dataset` with columns text (and text_pair)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from datasets.exceptions import DatasetGenerationError
 from ._errors import TEXT_TYPES, fail
 from .json_rows import ColumnError, file_state, json_types, read_json
 
-# The file's columns as `datasets` reads them, but for JSON. A BOM is no text, hence utf-8-sig. "NA" and "null" are words, so
-# pandas must not read them as missing.
+# How `datasets` reads each format, except JSON. A BOM is not text, hence utf-8-sig. "NA" and "null" are words, so pandas must
+# not read them as missing.
 _CSV = {"encoding": "utf-8-sig", "na_filter": False}
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"encoding": "utf-8-sig", "features": Features({"text": Value("string")})}),
@@ -34,30 +34,30 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
-_Read = Callable[[list[str]], Dataset]  # the columns of these names
-_BLANK = "blank"  # a column of .csv or JSON whose first rows hold nothing: text where it is asked for, never chosen by itself
+_Read = Callable[[list[str]], Dataset]  # reads the columns with these names
+_BLANK = "blank"  # a .csv or JSON column whose first rows are empty: text if requested, never chosen by default
 
 
 def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_column: str | None = None) -> Dataset:
-    """The texts of a file, or of a folder saved with `datasets`, in order, as strings (or None).
+    """Read the texts of a file, or of a folder saved with `datasets`, in order, as strings (or None).
 
     Args:
-        path: .txt (one text a line), .csv or .tsv (with a header; a text may be quoted, and where a .tsv is not, its
-            quotation marks are text), .jsonl or .json (objects, or a list of strings), .parquet; text is UTF-8. Or a
+        path: .txt (one text per line), .csv or .tsv (with a header; texts may be quoted, and in a .tsv that is not quoted,
+            quotation marks are text), .jsonl or .json (objects, or a list of strings), .parquet; all text is UTF-8. Or a
             folder written by `save_to_disk`, with one split or a split "train".
-        text_column: column that holds the text; default: "text" or "sentence", where there is no such column the only one of
+        text_column: column that holds the text; default: "text" or "sentence", or if neither exists, the only column of
             strings.
         text_pair_column: column that holds the second text of a pair, if any.
 
     Returns:
-        Dataset with column text (and text_pair). What was read is cached by `datasets`; a changed file is read anew.
+        Dataset with column text (and text_pair). The data is cached by `datasets`; a changed file is read again.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: unknown suffix or column, a column that holds no text, no rows, bytes that are not UTF-8, or a file
-            that does not parse; names the argument, the rule and the value. Columns of .csv, .tsv, .jsonl and .json are
-            of the type that their first 1000 rows have (of JSON a column asked for may begin later);
-            what others hold than those asked for does not matter.
+            that does not parse; names the argument, the rule and the value. Columns of .csv, .tsv, .jsonl and .json get
+            the type of their first 1000 rows (in JSON a requested column may start later); the contents of columns that
+            are not requested do not matter.
 
     Example:
         >>> load_texts("pairs.csv", text_column="question", text_pair_column="answer").column_names
@@ -70,8 +70,10 @@ def load_texts(path: str | Path, *, text_column: str | None = None, text_pair_co
 
 def read_columns(path: str | Path, text_column: str | None, text_pair_column: str | None,
                  others: Mapping[str, tuple[str, str]], split: str = "train") -> Dataset:  # fmt: skip
-    """Columns text (and text_pair), chosen as `load_texts` says, and `others`: new name -> (argument, column), of any type.
-    Of a saved folder with several splits, `split`."""
+    """Read columns text (and text_pair), chosen as in `load_texts`, and `others`: new name -> (argument, column), any type.
+
+    `split` is the split to read from a saved folder with several.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"load_texts: expected path to be an existing file or folder, got {path}")
@@ -100,7 +102,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
         return _check_column(types, "text_column", given)
     texts = [name for name, kind in types.items() if kind in TEXT_TYPES and name not in taken]
     usual = [name for name in ("text", "sentence") if name in types and name not in taken]
-    if usual:  # not another column in its place where it holds no text
+    if usual:  # if it holds no text, an error: never fall back to another column
         chosen = next((name for name in usual if name in texts), usual[0])
         return _check_column(types, "text_column", chosen, TEXT_TYPES)
     if len(texts) == 1:
@@ -110,7 +112,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
 
 
 def _check_separator(path: Path, types: Mapping[str, str]) -> None:
-    """Raise ValueError where the one column's name looks like several, with another separator than the suffix says."""
+    """Raise ValueError if the only column's name looks like several, joined by a separator that the suffix does not imply."""
     own, others = {".csv": ("commas", ";\t"), ".tsv": ("tabs", ",;")}.get(path.suffix.lower(), ("", ""))
     if len(types) == 1 and any(mark in name for name in types for mark in others):
         rule = f"a {path.suffix} with {own} between its columns, or text_column given"
@@ -136,7 +138,7 @@ def _open_folder(path: Path, split: str) -> tuple[_Read, dict[str, str]]:
         saved = load_from_disk(str(path))
     except FileNotFoundError as error:
         raise fail("load_texts", "path", "a file or a folder saved with datasets", path) from error
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # a file of it is not what `datasets` wrote
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # a file in it is not as `datasets` wrote it
         found = f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"
         raise fail("load_texts", "path", "a folder saved with datasets that is whole", found) from error
     if isinstance(saved, DatasetDict):
@@ -145,7 +147,7 @@ def _open_folder(path: Path, split: str) -> tuple[_Read, dict[str, str]]:
         saved = saved[split] if split in saved else next(iter(saved.values()))
     if len(saved) == 0:
         raise fail("load_texts", "path", "a folder with at least one row", path)
-    saved = saved.with_format(None)  # it is kept with the folder, and would change what a row is
+    saved = saved.with_format(None)  # the format is saved with the folder and would change what a row is
     return saved.select_columns, _types(saved)
 
 
@@ -177,10 +179,10 @@ def _open_file(path: Path, asked: Collection[Any]) -> tuple[_Read, dict[str, str
                 options = {**options, "quoting": csv.QUOTE_NONE}
             types = _csv_types(path, options)
             options = {**options, "features": Features({name: Value("string") for name in types})}
-            if len(types) == 1:  # an empty line is an empty text; where there are several columns, it is no row
+            if len(types) == 1:  # an empty line is an empty text; with several columns it is not a row
                 options |= {"skip_blank_lines": False, "header": _blank_lines(path)}
-        # Escaped, since `datasets` takes a name such as "part[1].txt" for a pattern. Its cache's key would hold, of the file,
-        # path and mtime alone; `name` is in it too.
+        # Escaped, since `datasets` treats a name such as "part[1].txt" as a pattern. Its cache key covers only the file's path
+        # and mtime, and `name`, which adds the file's state.
         files = {"train": glob.escape(str(path.resolve()))}
         builder = load_dataset_builder(reader, name=file_state(path), data_files=files, **options)
         builder.download_and_prepare()
@@ -198,12 +200,12 @@ def _read_json(path: Path, types: Mapping[str, str], columns: list[str]) -> Data
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """An error of what reads a file becomes one that names the file."""
+    """Turn an error from a file reader into one that names the file."""
     try:
         yield
-    except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # the last of JSON nested too deep
+    except (DatasetGenerationError, ValueError, OSError, RecursionError) as error:  # RecursionError: JSON nested too deeply
         cause = error.__cause__ or error
-        if isinstance(cause, OSError) and cause.errno:  # a full disk, say, and no fault of the file
+        if isinstance(cause, OSError) and cause.errno:  # for instance a full disk, not a fault of the file
             where = f"{datasets.config.HF_DATASETS_CACHE} (HF_DATASETS_CACHE names another folder)"
             raise OSError(cause.errno, f"load_texts: {path} could not be cached in {where}: {cause.strerror}") from error
         found = f"{path}: {' '.join(str(cause).split())}"
@@ -214,10 +216,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
-    """Column types by the first 1000 rows; the file itself is read as strings, or a text such as "007" would suffer."""
+    """Column types from the first 1000 rows; the file itself is read as strings, to keep a text such as "007" intact."""
     head = pd.read_csv(path, nrows=1000, sep=options["sep"], encoding=options["encoding"], keep_default_na=False,
                        na_values=[""], quoting=options.get("quoting", csv.QUOTE_MINIMAL))  # fmt: skip
-    if not isinstance(head.index, pd.RangeIndex):  # pandas would take the surplus field for row names
+    if not isinstance(head.index, pd.RangeIndex):  # pandas would use the surplus field as row names
         header = ", ".join(map(repr, head.columns))
         cause = "are its columns separated by semicolons?" if ";" in header else "is a comma in it not quoted?"
         raise ValueError(f"the first row has more fields than the header, {header}; {cause}")
@@ -225,7 +227,7 @@ def _csv_types(path: Path, options: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _blank_lines(path: Path) -> int:
-    """How many stand before the header."""
+    """Number of blank lines before the header."""
     with path.open(encoding="utf-8-sig") as file:
         return sum(1 for _ in takewhile(lambda line: not line.strip(" \t\n"), file))
 
@@ -237,9 +239,12 @@ def _csv_type(column: pd.Series) -> str:
 
 
 def _uses_quotes(path: Path) -> bool:
-    """False where quotation marks are text: each line has the header's number of fields, at least two, and a field that
-    begins with a mark is not all quoted; or a mark that begins a field has no other that ends it. Read as quoted, such a
-    field would swallow the lines behind it."""
+    """Whether quotation marks in a .tsv quote fields; False if they are text.
+
+    They are text if each line has the header's number of fields, at least two, and some field that begins with a mark is not
+    quoted as a whole; or if a mark that begins a field has no closing mark. Read as quoted, such a field would swallow the
+    lines that follow.
+    """
     plain = False
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         width = next(file, "").count("\t")
@@ -253,7 +258,7 @@ def _uses_quotes(path: Path) -> bool:
 
 
 def _is_quoted(path: Path) -> bool:
-    """Whether every field that begins with a quotation mark ends with one, before a tab or the line's end."""
+    """Whether every field that begins with a quotation mark ends with one, before a tab or the end of the line."""
     before = csv.field_size_limit(sys.maxsize)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -274,7 +279,7 @@ def _check_utf8(path: Path) -> None:
             chunk = file.read(1 << 20)
             try:
                 decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:  # error.object ends where the file was read to
+            except UnicodeDecodeError as error:  # error.object ends at the current file position
                 offset = file.tell() - len(error.object) + error.start
                 line += error.object[: error.start].count(b"\n")
                 where = f"{path}: byte 0x{error.object[error.start]:02x} at offset {offset} (line {line})"

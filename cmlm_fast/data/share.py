@@ -1,4 +1,4 @@
-"""What each of several ranks sees of an epoch: together what one process would, nothing twice."""
+"""Divide an epoch among ranks: together they see what one process would, and nothing twice."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 class RankShare(Sampler[list[int]]):
-    """Deals the batches of one process to the ranks in turn: rank r gets batches r, r + ranks, r + 2·ranks, ...
+    """Deal one process's batches to the ranks in turn: rank r gets batches r, r + ranks, r + 2·ranks, ...
 
-    Where the last round has fewer batches than ranks, or a short one, the usual samplers repeat samples of the first batch to
-    fill it up, which then count twice in every mean. Here a rank without a batch gets an empty list, for which
-    `CMLMDataCollator` makes a stand-in that counts for nothing; so all ranks make the same number of steps, and a step on R
-    ranks is the step of one process that accumulates R batches.
+    If the last round has fewer batches than ranks, or a short batch, the usual samplers fill it up with samples of the first
+    batch, which then count twice in every mean. Here a rank without a batch gets an empty list, for which `CMLMDataCollator`
+    makes a stand-in that counts for nothing. So all ranks make the same number of steps, and a step on R ranks equals the
+    step of one process that accumulates R batches.
 
     Args:
         batches: sampler of lists of indices, the same on every rank.
-        rank, ranks: this process and the number of all.
-        drop_last: leave the last round out where it is not full.
+        rank, ranks: this process's rank, and the number of ranks.
+        drop_last: drop the last round unless it is full.
 
     >>> list(RankShare([[4, 0], [3, 1], [2]], rank=1, ranks=2))
     [[3, 1], []]
@@ -35,7 +35,7 @@ class RankShare(Sampler[list[int]]):
 
     @property
     def sampler(self) -> Any:
-        """The sampler of indices, which accelerate tells the epoch."""
+        """The sampler of indices, on which accelerate sets the epoch."""
         return self.batches.sampler
 
     def __len__(self) -> int:
@@ -49,11 +49,13 @@ class RankShare(Sampler[list[int]]):
 
 
 def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bool = False) -> DataLoader[Any]:
-    """The Trainer's loader, its batches dealt out by `RankShare` where there are several ranks, and left on the host:
-    accelerate would copy them and wait until the device is done with all that it has; `CMLMTrainer.mask` does not wait.
+    """The Trainer's loader; with several ranks `RankShare` deals out its batches.
+
+    Batches stay on the host: accelerate would copy them and wait for all pending work of the device; `CMLMTrainer.mask` does
+    not wait.
 
     Raises:
-        ValueError: several ranks, and a stream, batches that rank 0 sends to the others, or ones that are split.
+        ValueError: several ranks with a stream, with batches dispatched by rank 0, or with split batches.
     """
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard, prepare_data_loader
 
@@ -72,5 +74,5 @@ def share_loader(loader: DataLoader[Any], args: TrainingArguments, drop_last: bo
     names = ("collate_fn", "num_workers", "pin_memory", "worker_init_fn", "prefetch_factor", "persistent_workers", "in_order",
              "multiprocessing_context")  # fmt: skip
     options: dict[str, Any] = {name: getattr(loader, name) for name in names}
-    # The sampler knows its rank: accelerate, which would deal the batches out, is told of one process.
+    # The sampler knows its rank. accelerate is told of one process, or it would deal the batches out again.
     return prepare_data_loader(DataLoader(loader.dataset, batch_sampler=batches, **options), num_processes=1, process_index=0)

@@ -1,4 +1,4 @@
-"""Texts to token sequences: long texts in chunks, long pairs cut, words numbered for whole-word masks."""
+"""Tokenise texts into sequences: chunk long texts, truncate long pairs, number words for whole-word masks."""
 
 from __future__ import annotations
 
@@ -14,42 +14,40 @@ import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Sequence as ListOf
 
-from ._errors import check_tokenizer, fail, texts_of
+from ._errors import as_text_dataset, check_tokenizer, fail
 
 logger = logging.getLogger(__name__)
 
-_ENCODING = 1  # part of the cache key; raise it when `_encode` returns something else for the same input
-_BATCH_BYTES = 1 << 21  # of texts that are handled together: a tokenizer's lists take some 45 times as many
-_WHOLE, _CUT = 1, 2  # column start of a text's first sequence; 0 for its further ones
+_ENCODING = 1  # part of the cache key; increment it when `_encode` changes its output for the same input
+_BATCH_BYTES = 1 << 21  # of texts processed together: a tokenizer's lists take about 45 times as much memory
+_WHOLE, _CUT = 1, 2  # column `start` at a text's first sequence; 0 at the following ones
 
 
 def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_length: int | None = None, whole_word: bool = False,
                    num_proc: int | None = None) -> Dataset:  # fmt: skip
-    """Token sequences of at most `max_length`, each with its special tokens.
+    """Tokenise texts into sequences of at most `max_length` tokens, each with its special tokens.
 
-    A long text becomes several sequences of nearly equal length that hold each of its tokens once. A long pair is cut,
-    the longer text first; how many were cut is logged. A text that leaves no token (control characters only) is left
-    out, with a logged count.
+    A long text becomes several sequences of nearly equal length that together hold each of its tokens once. A long pair is
+    truncated, the longer text first, and the number of truncated pairs is logged. A text without tokens (control characters
+    only) is dropped, and the number of such texts is logged. The tokenizer's state is restored afterwards.
 
     Args:
         dataset: columns text (and text_pair), or a list of texts.
         tokenizer: Hugging Face tokenizer with a mask and a pad token.
-        max_length: special tokens included; default min(tokenizer.model_max_length, 512).
+        max_length: includes special tokens; default min(tokenizer.model_max_length, 512).
         whole_word: add unit_ids; needs a fast tokenizer that splits words.
         num_proc: processes; without them a fast tokenizer still uses its own threads.
 
-    The tokenizer is afterwards what it was.
-
     Returns:
-        Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] where the
-        tokenizer makes them, sample_id int64 (the row; of data sets that are concatenated, number the rows anew: it decides
-        the masks), and with whole_word unit_ids int32 [L]: 0 at special tokens that the tokenizer adds (not at
-        one written in the text), otherwise equal exactly within a word. Cached by `datasets` under dataset, tokenizer and
-        options; of a list of texts, not.
+        Dataset, one row per sequence: input_ids int32 [L], attention_mask int8 [L], token_type_ids int8 [L] if the tokenizer
+        makes them, sample_id int64 (the row number; it decides the masks, so renumber the rows of concatenated data sets), and
+        with whole_word unit_ids int32 [L]: 0 at special tokens added by the tokenizer (not at those written in the text),
+        otherwise equal exactly within a word. Cached by `datasets` under dataset, tokenizer and options, except for a list of
+        texts.
 
     Raises:
-        ValueError: tokenizer without mask or pad token, max_length with no room for a token, whole_word with a
-            tokenizer that knows no words, or no sequence left.
+        ValueError: a tokenizer without mask or pad token, max_length without room for a token, whole_word with a
+            tokenizer that has no words, or no sequence left.
 
     Example:
         >>> tokenize_texts(Dataset.from_dict({"text": ["to be or not"]}), tokenizer, max_length=4)["input_ids"]
@@ -57,12 +55,13 @@ def tokenize_texts(dataset: Dataset | Sequence[str], tokenizer: Any, *, max_leng
     """
     check_tokenizer(tokenizer, "tokenize_texts")
     with _limits_kept(tokenizer):
-        return _tokenize(texts_of(dataset, "tokenize_texts").with_format(None), tokenizer, max_length, whole_word, num_proc)
+        texts = as_text_dataset(dataset, "tokenize_texts").with_format(None)
+        return _tokenize(texts, tokenizer, max_length, whole_word, num_proc)
 
 
 @contextmanager
 def _limits_kept(tokenizer: Any) -> Iterator[None]:
-    """A fast tokenizer keeps the truncation and padding of its last call, and `save_pretrained` would write them."""
+    """Restore truncation and padding: a fast tokenizer keeps those of its last call, and `save_pretrained` would write them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         yield
@@ -81,7 +80,7 @@ def _limits_kept(tokenizer: Any) -> Iterator[None]:
 
 def _tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None, whole_word: bool, num_proc: int | None) -> Dataset:
     paired = "text_pair" in dataset.column_names
-    # A first call also resets truncation and padding, which a fast tokenizer keeps: the cache key depends on them.
+    # This call also resets the truncation and padding that a fast tokenizer keeps, on which the cache key depends.
     probe = _probe(tokenizer, dataset, paired)
     if max_length is None:
         max_length = min(int(tokenizer.model_max_length), 512)
@@ -98,7 +97,7 @@ def _tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None, whole_wo
     types |= {"unit_ids": "int32"} if whole_word else {}
     features = Features({name: ListOf(Value(kind)) for name, kind in types.items()} | {"start": Value("int8")})
     special = probe["special_tokens_mask"]
-    around = ((*special, 0).index(0), (*special[::-1], 0).index(0))  # without a 0 there, no text leaves a token
+    around = ((*special, 0).index(0), (*special[::-1], 0).index(0))  # no 0 means that no text yields a token
     options = {"tokenizer": tokenizer, "max_length": max_length, "types": types, "special": sum(special),
                "around": around, "encoding": _ENCODING}  # fmt: skip
     encoded = dataset.map(_encode, batched=True, batch_size=rows_at_once(dataset, 1000), fn_kwargs=options, features=features,
@@ -114,8 +113,10 @@ def _tokenize(dataset: Dataset, tokenizer: Any, max_length: int | None, whole_wo
 
 
 def _probe(tokenizer: Any, dataset: Dataset, paired: bool) -> Any:
-    """Two words (and two more) with the special tokens around them, of the data where the tokenizer cannot spell English ones;
-    special tokens alone where it can spell none."""
+    """Encode two words (for a pair, twice) with their special tokens.
+
+    The words come from the data if the tokenizer cannot spell English ones; if it can spell none, special tokens remain.
+    """
     found = [dataset[name] for name in ("text", "text_pair") if name in dataset.column_names]
     for words in chain(["one two"], (f"{text} {text}" for text in chain(*found) if text)):
         probe = tokenizer(words, words if paired else None, return_special_tokens_mask=True, verbose=False)
@@ -125,19 +126,19 @@ def _probe(tokenizer: Any, dataset: Dataset, paired: bool) -> Any:
 
 
 def rows_at_once(dataset: Dataset, most: int) -> int:
-    """How many texts are handled together, at most `most`: few of long documents."""
+    """Number of texts to process together, at most `most`; fewer for long documents."""
     mean = dataset.data.nbytes // max(len(dataset.data), 1)
     return min(most, max(1, _BATCH_BYTES // max(mean, 1)))
 
 
 def _encode(batch: Mapping[str, Sequence[str | None]], *, tokenizer: Any, max_length: int, types: dict[str, str],
             special: int, around: tuple[int, int], encoding: int) -> pa.Table:  # fmt: skip
-    """The rows of a batch of texts, as Arrow: lists of Python's numbers would take as long as the tokenizer itself.
+    """Encode a batch of texts as Arrow: lists of Python numbers would take as long as the tokenizer itself.
 
     Args:
-        types: of the columns of lists.
-        special: special tokens of a text (of a pair).
-        around: how many of them stand before and behind a text.
+        types: dtypes of the list columns.
+        special: number of special tokens of a text (or a pair).
+        around: number of special tokens before and after a text.
     """
     texts = [text or "" for text in batch["text"]]
     pairs = [text or "" for text in batch["text_pair"]] if "text_pair" in batch else None
@@ -167,7 +168,7 @@ def _encode(batch: Mapping[str, Sequence[str | None]], *, tokenizer: Any, max_le
 
 
 def _chunks(values: list[int], max_length: int, head: int, tail: int) -> list[list[int]]:
-    """Sequences [head, share, tail] of [head, content, tail], shares equal to within one token."""
+    """Split [head, content, tail] into sequences [head, share, tail], shares equal to within one token."""
     if len(values) <= max_length:
         return [values]
     end, room = len(values) - tail, max_length - head - tail
@@ -177,7 +178,7 @@ def _chunks(values: list[int], max_length: int, head: int, tail: int) -> list[li
 
 
 def _unit_ids(words: list[int | None], texts: list[int | None]) -> list[int]:
-    """0 at special tokens that were added, else 1 + word; the tokenizer starts anew at 0 in a second text, these count on."""
+    """0 at added special tokens, else 1 + word; the tokenizer restarts at 0 in a second text, these ids continue."""
     known = list(zip(words, texts, strict=True))
     second = 1 + max((word for word, text in known if word is not None and text == 0), default=-1)
     return [0 if word is None else 1 + word + (second if text == 1 else 0) for word, text in known]

@@ -1,6 +1,6 @@
-"""Does post-training help? Few-shot evaluation of one method against the others, and its parts.
+"""Does post-training help? A few-shot evaluation that compares methods, and its parts.
 
-    FewShotExperiment   the grid of methods, shots and draws: resumes, never repeats a cell, writes tables and a picture
+    FewShotExperiment   a grid of methods, shots and draws: resumes, never repeats a cell, writes tables and a plot
     draw                k labelled texts of every class
     fine_tune           a classifier on a few labels, scored on texts it has not seen
 

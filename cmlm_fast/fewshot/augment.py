@@ -1,4 +1,4 @@
-"""EDA on token ids: insert, delete, swap, replace by tokens of like embedding (Wei and Zou 2019, without a thesaurus)."""
+"""EDA on token ids: insert, delete, swap, replace, with similar embeddings in place of a thesaurus (Wei and Zou 2019)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 _ROWS = 1024  # rows of the similarity matrix at a time
 
 
-def like_tokens(embeddings: Tensor, tokens: Tensor, most: int = 10) -> dict[int, list[int]]:
-    """For each of `tokens` (int64 [U]) the `most` others among them whose input embedding has the largest cosine.
+def similar_tokens(embeddings: Tensor, tokens: Tensor, most: int = 10) -> dict[int, list[int]]:
+    """For each of `tokens` (int64 [U]), the `most` others among them whose input embeddings have the largest cosine to its own.
 
-    embeddings [V, D]. Only what occurs in the texts is a candidate: a vocabulary's unused tokens have embeddings too. The
-    U×U matrix is made _ROWS rows at a time.
+    embeddings is [V, D]. Only `tokens` are candidates, because unused tokens of a vocabulary have embeddings too. The U×U
+    matrix is computed _ROWS rows at a time.
     """
     tokens = tokens.unique()
     unit = F.normalize(embeddings.detach()[tokens].float(), dim=-1)
@@ -32,30 +32,30 @@ def like_tokens(embeddings: Tensor, tokens: Tensor, most: int = 10) -> dict[int,
 
 
 class Eda:
-    """A row of `tokenize_texts` with one random operation on its tokens; special tokens stay where they are.
+    """Apply one random operation to the tokens of a `tokenize_texts` row; special tokens stay in place.
 
-    insert    a token like one of the text behind a random token, n times
-    delete    each token with probability `share`; one at least stays
+    insert    after a random token, a token similar to one of the text; n times
+    delete    each token with probability `share`; at least one stays
     swap      two tokens of one text, n times
-    replace   n tokens, each by a token like it
+    replace   n tokens, each by a similar token
 
     n = max(1, round(share · tokens)).
 
     Args:
-        like: token -> tokens like it, of `like_tokens`.
+        similar: token -> similar tokens, from `similar_tokens`.
         special_ids: tokens that are left alone.
-        seed: of a `numpy.random.default_rng`.
-        max_length: most tokens of a row.
-        share: of the tokens that an operation touches.
+        seed: seed of a `numpy.random.default_rng`.
+        max_length: maximum tokens per row.
+        share: share of the tokens that an operation changes.
 
     Example:
-        >>> eda = Eda(like_tokens(embeddings, tokens), special_ids=(101, 102), seed=0, max_length=128)
+        >>> eda = Eda(similar_tokens(embeddings, tokens), special_ids=(101, 102), seed=0, max_length=128)
         >>> eda({"input_ids": [101, 7592, 2088, 102], "attention_mask": [1, 1, 1, 1], "sample_id": 0})
     """
 
-    def __init__(self, like: dict[int, list[int]], special_ids: Collection[int], seed: int, max_length: int,
+    def __init__(self, similar: dict[int, list[int]], special_ids: Collection[int], seed: int, max_length: int,
                  share: float = 0.1) -> None:  # fmt: skip
-        self.like = like
+        self.similar = similar
         self.special = set(special_ids)
         self.random = np.random.default_rng(seed)
         self.max_length = max_length
@@ -64,7 +64,7 @@ class Eda:
             self.insert, self.delete, self.swap, self.replace)  # fmt: skip
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The augmented row, with the same columns but unit_ids."""
+        """The augmented row, with the same columns except unit_ids."""
         columns = [name for name in ("input_ids", "token_type_ids") if name in row]
         tokens = list(zip(*(map(int, row[name]) for name in columns), strict=True))
         if self._content(tokens):
@@ -75,7 +75,7 @@ class Eda:
         return changed
 
     def insert(self, tokens: list[tuple[int, ...]]) -> None:
-        """Tokens are (id, type); each operation changes the list in place."""
+        """Insert in place, as all operations work; tokens are (id, type)."""
         for _ in range(min(self._count(tokens), self.max_length - len(tokens))):
             content = self._content(tokens)
             at, source = self.random.choice(content, 2)
@@ -92,7 +92,7 @@ class Eda:
         content = self._content(tokens)
         for _ in range(self._count(tokens)):
             one = int(self.random.choice(content))
-            # Within one text: between the special tokens around it.
+            # Stay within one text, that is, between its special tokens.
             same = [at for at in content if not any(t[0] in self.special for t in tokens[min(one, at) : max(one, at)])]
             other = int(self.random.choice(same))
             tokens[one], tokens[other] = tokens[other], tokens[one]
@@ -109,5 +109,5 @@ class Eda:
         return max(1, round(self.share * len(self._content(tokens))))
 
     def _like(self, token: int) -> int:
-        choices = self.like.get(token) or [token]
+        choices = self.similar.get(token) or [token]
         return int(self.random.choice(choices))

@@ -1,4 +1,4 @@
-"""The Trainer of a classifier, with or without supervised contrast."""
+"""Trainer of a sequence classifier, with or without supervised contrast."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .methods import Contrast
 
 
 class ContrastTrainer(Trainer):
-    """`transformers.Trainer` of a sequence classifier; with a `Contrast`, its loss while training.
+    """`transformers.Trainer` for a sequence classifier that trains with the loss of a `Contrast`, if given.
 
     Args:
-        contrast: None for the cross entropy alone.
+        contrast: None for cross entropy alone.
         args, options: as for `transformers.Trainer`.
     """
 

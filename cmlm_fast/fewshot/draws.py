@@ -1,4 +1,4 @@
-"""Which texts are labelled: the same number of every class, by a seed."""
+"""Draw the labelled texts: the same number from every class, by a seed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def draw(labels: Sequence[Hashable], shots: int, seed: int) -> list[int]:
-    """Indices of `shots` texts of every class, in a random order; the same for the same labels and seed.
+    """Indices of `shots` texts of every class, in random order; the same for the same labels and seed.
 
-    With one seed a smaller draw is part of a larger one. Raises ValueError when shots < 1 or a class has fewer texts.
+    For a given seed, a smaller draw is a subset of a larger one. Raises ValueError if shots < 1 or a class has fewer texts.
 
     Example:
         >>> sorted(["a", "b", "a", "b"][i] for i in draw(["a", "b", "a", "b"], shots=1, seed=0))
@@ -30,5 +30,5 @@ def draw(labels: Sequence[Hashable], shots: int, seed: int) -> list[int]:
 
 
 def classes_of(labels: Sequence[Hashable]) -> list[Any]:
-    """The different labels, in an order of their own."""
+    """The distinct labels, sorted by type and value."""
     return sorted(set(labels), key=lambda label: (str(type(label)), label))

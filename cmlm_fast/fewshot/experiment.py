@@ -1,4 +1,4 @@
-"""The experiment as its user describes it; `grid` does the work.
+"""The user-facing description of an experiment; `grid` does the work.
 
     for each draw, for each method:   post-train on all train texts, without their labels   (once for all shots)
         for each number of shots k:   fine-tune on k labels per class, score the whole test set -> one line of cells.jsonl
@@ -28,24 +28,24 @@ class FewShotExperiment:
 
     Attributes:
         model: folder or hub id of the checkpoint every method starts from, with an LM head (see `cmlm-fast warm-head`).
-        train: labelled texts, as `data.load_labelled` reads them; all of them are post-trained on without their labels.
-        output_dir: cells.jsonl, results.md, results.csv and results.png; may hold other data sets' cells, which stay.
-        test: texts to score, with the columns of train.
-        validation: instead of test: so many texts of train, every class in its share, are scored, and are not trained on.
-        name: of the data set in the tables; default: the train file's name, or its folder's where that is "train".
+        train: labelled texts, as `data.load_labelled` reads them; post-training uses all of them, without their labels.
+        output_dir: gets cells.jsonl, results.md, results.csv and results.png; may hold other data sets' cells, which stay.
+        test: texts to score, with the same columns as train.
+        validation: instead of test: hold out this many texts of train, stratified by class, and score them.
+        name: name of the data set in the tables; default: the train file's name, or its folder's if that is "train".
         label_column, text_column, text_pair_column, paraphrase_column: as for `data.load_labelled`.
-        methods: names of `METHODS`, or "name:field=value" with other values in the objective.
+        methods: names from `METHODS`, or "name:field=value" to change fields of the objective.
         shots: labelled texts per class.
-        draws: how many times the labelled texts are drawn, and everything is done again with other random numbers.
-        epochs, max_steps, batch_size, learning_rate, warmup: of the post-training, as in `PostTrainOptions`.
-        fine_tune_epochs, fine_tune_batch_size, fine_tune_learning_rate: of the fine-tuning.
-        max_length: most tokens of a sequence; None: 128, or what the model takes where that is less.
-        bf16: None: where this machine multiplies bfloat16 in hardware.
+        draws: how often to draw the labelled texts and repeat everything with other random numbers.
+        epochs, max_steps, batch_size, learning_rate, warmup: for post-training, as in `PostTrainOptions`.
+        fine_tune_epochs, fine_tune_batch_size, fine_tune_learning_rate: for fine-tuning.
+        max_length: maximum tokens per sequence; None: 128, or the model's maximum if that is less.
+        bf16: None: if this machine multiplies bfloat16 in hardware.
         seed: draw d takes its random numbers from seed + d.
         baseline: the method that the others are compared with, draw by draw.
-        cache_dir: where checkpoints are kept from cell to cell; default: output_dir/models.
-        keep_models: keep the post-trained checkpoints there; else each goes when its cells are done.
-        backend: which kernels run; see `cmlm_fast.use_backend`. None: what is chosen outside, by CMLM_FAST_BACKEND say.
+        cache_dir: where checkpoints are kept between cells; default: output_dir/models.
+        keep_models: keep the post-trained checkpoints there; otherwise each is removed once its cells are done.
+        backend: which kernels run; see `cmlm_fast.use_backend`. None: the current choice, for example CMLM_FAST_BACKEND.
 
     Example:
         >>> cells = FewShotExperiment("bert-base-uncased", "train.tsv", "out", test="test.tsv", methods=("ft", "cmlm")).run()
@@ -82,19 +82,19 @@ class FewShotExperiment:
     backend: str | None = None
 
     def run(self, report: Callable[[str], None] = lambda line: None) -> list[Cell]:
-        """Do the cells that are not in cells.jsonl yet, write the tables; returns the cells of this grid in its order.
+        """Run the cells that are not in cells.jsonl yet and write the tables; returns the cells of this grid in its order.
 
-        `report` is called with a line about each cell. Every error of the input is a ValueError, OSError or
-        ModuleNotFoundError of one line, raised before anything is computed or written.
+        `report` is called with a line about each cell. Every input error is a one-line ValueError, OSError or
+        ModuleNotFoundError, raised before anything is computed or written.
         """
         return self.check().run(report)
 
     def check(self) -> Grid:
-        """Check everything, read the texts, load the start; writes nothing."""
+        """Check everything, read the texts and load the starting checkpoint; writes nothing."""
         return self._of_plain_numbers()._checked()
 
     def _of_plain_numbers(self) -> FewShotExperiment:
-        """2 and 2.0 epochs, or numpy's numbers, are the same cells."""
+        """Normalise numbers, so that 2 and 2.0 epochs, or NumPy scalars, mean the same cells."""
         several = isinstance(self.shots, Sequence) and not isinstance(self.shots, str)
         expect(several, "shots", "a sequence, (16,), say", repr(self.shots))
         values: dict[str, Any] = {"shots": tuple(_plain("shots", "int", each) for each in self.shots)}
@@ -106,7 +106,7 @@ class FewShotExperiment:
 
     def _checked(self) -> Grid:
         expect(world_size() == 1, "WORLD_SIZE", "1, since a few-shot experiment is one process", world_size())
-        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # it would be that of every Trainer, and of no cell
+        launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # every Trainer would use it, and no cell would record it
         expect(launcher == "no", "ACCELERATE_MIXED_PRECISION", "no, since bf16 says it for a few-shot experiment", launcher)
         for name, least in (("draws", 1), ("batch_size", 1), ("fine_tune_batch_size", 1)):
             expect(getattr(self, name) >= least, name, f">= {least}", getattr(self, name))

@@ -1,7 +1,7 @@
 """Few-shot fine-tuning: a classifier on k labelled texts per class, scored on texts it has not seen.
 
-Plain `transformers.Trainer` on `AutoModelForSequenceClassification`: nothing here knows how the checkpoint came about,
-so two checkpoints can be compared.
+Plain `transformers.Trainer` on `AutoModelForSequenceClassification`. Nothing here depends on how a checkpoint was made, so
+any two can be compared.
 
 Example:
     >>> shots = draw(labels, shots=16, seed=0)
@@ -29,7 +29,7 @@ Text = str | tuple[str, str]
 
 
 class FewShotScore(NamedTuple):
-    """Scores on the test texts, 0 to 1, and the time that training and scoring took."""
+    """Scores on the test texts, from 0 to 1, and the time for training and scoring."""
 
     accuracy: float
     macro_f1: float
@@ -43,20 +43,20 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     """Fine-tune a fresh classification head and the whole encoder, then score the test texts.
 
     Deterministic for a seed on one machine: it sets the head, the dropout and the order of the texts. Linear decay
-    without warm-up; texts of like length share a batch, padded to its longest, on the right whatever the tokenizer's side.
+    without warm-up. Texts of similar length share a batch, padded on the right to the longest, whatever the tokenizer's side.
 
     Args:
         model_path: folder or hub id of a checkpoint that AutoModelForSequenceClassification loads, with its tokenizer.
-        train_texts, train_labels: the labelled texts (or pairs of texts), of at least two classes; labels are any hashable
+        train_texts, train_labels: the labelled texts (or pairs of texts), of at least two classes; labels may be any hashable
             values.
         test_texts, test_labels: the texts to score; their labels must occur among train_labels.
         epochs, learning_rate, batch_size, seed: as in `transformers.TrainingArguments`.
-        max_length: most tokens of a text; what is longer is cut.
-        bf16: autocast to bfloat16, for training and scoring.
-        contrast: supervised contrast beside the cross entropy; None: cross entropy alone.
+        max_length: maximum tokens per text; longer texts are truncated.
+        bf16: autocast to bfloat16 in training and scoring.
+        contrast: supervised contrast in addition to cross entropy; None: cross entropy alone.
 
     Raises:
-        ValueError: sizes that differ, no text, fewer than two classes, or a test label that was not trained.
+        ValueError: sizes that differ, no text, fewer than two classes, or a test label that is not among train_labels.
         DivergedError: NaN scores.
     """
     import torch
@@ -75,13 +75,13 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     classes = _check(train_texts, train_labels, test_texts, test_labels)
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    tokenizer.padding_side = "right"  # on the left a text's positions, and what the head reads, would hang on its batch
+    tokenizer.padding_side = "right"  # on the left, positions and the head's input would depend on the batch
     set_seed(seed)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_path, num_labels=len(classes), problem_type="single_label_classification", dtype=torch.float32,
         return_dict=True, output_hidden_states=False, output_attentions=False,  # predictions are the logits alone
     )  # fmt: skip
-    if getattr(model.config, "type_vocab_size", 2) < 2:  # a tokenizer of BERT's kind numbers the texts of a pair for it, too
+    if getattr(model.config, "type_vocab_size", 2) < 2:  # a BERT-style tokenizer numbers the texts of a pair regardless
         tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     train = _encode(tokenizer, train_texts, train_labels, classes, max_length)
     # Test texts of one length together, so that little is padded; the scores do not depend on the order.
@@ -91,9 +91,9 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
             folder, num_train_epochs=epochs, learning_rate=learning_rate, per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=64, seed=seed, bf16=bf16, save_strategy="no", report_to="none",
             logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, train_sampling_strategy="group_by_length",
-            use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU it was not told to use
+            use_cpu=not torch.accelerator.is_available(),  # the Trainer rejects bf16 on a CPU that it was not told to use
         )  # fmt: skip
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # on several nn.DataParallel would make the batch as many times larger
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # on several GPUs nn.DataParallel would multiply the batch size
         trainer = ContrastTrainer(contrast, model, arguments, data_collator=DataCollatorWithPadding(tokenizer),
                                   train_dataset=train)  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -102,7 +102,7 @@ def fine_tune(model_path: str | Path, train_texts: Sequence[Text], train_labels:
     truth, guess = predicted.label_ids, np.argmax(predicted.predictions, axis=-1)
     if not math.isfinite(float(np.sum(predicted.predictions))):
         raise DivergedError(f"fine_tune: NaN scores, from {model_path} at learning rate {learning_rate}")
-    f1 = f1_score(truth, guess, average="macro", labels=np.unique(truth), zero_division=0)  # of the classes that are tested
+    f1 = f1_score(truth, guess, average="macro", labels=np.unique(truth), zero_division=0)  # over the classes in the test set
     return FewShotScore(float(accuracy_score(truth, guess)), float(f1), time.perf_counter() - begin)
 
 

@@ -1,7 +1,7 @@
-"""A checked experiment at work: it resumes where it stopped and never repeats a finished cell.
+"""Run a checked experiment: it resumes where it stopped and never repeats a finished cell.
 
-The order is breadth first, draw by draw: stop it at any time and what is there is a fair table. A cell's key is a
-fingerprint of all that its number depends on: the start, texts and labels, method, schedule, fine-tuning, draw.
+The order is breadth first, draw by draw, so that the results are a fair table whenever the run stops. A cell's key is a
+fingerprint of everything its score depends on: the start, texts and labels, method, schedule, fine-tuning, draw.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..backends import chosen, use_backend
+from ..backends import named_backend, use_backend
 from ..checkpoints import discard, in_use
 from ..errors import DivergedError
 from ..machine import fast_in_bf16
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MODELS = "models"
-_PROTOCOL = 1  # part of every key; raise it when the same settings give another number
+_PROTOCOL = 1  # part of every key; increment it when the same settings give another score
 
 
 class Grid:
-    """A checked experiment: data, start and cells."""
+    """A checked experiment: data, starting checkpoint and cells."""
 
     def __init__(self, experiment: FewShotExperiment, methods: dict[str, Method]) -> None:
         self.options = experiment
@@ -63,12 +63,12 @@ class Grid:
         self.folder.mkdir(parents=True, exist_ok=True)
         failed: list[str] = []
         kept = "the finished cells are kept"
-        with disk_errors(self.folder, kept), use_backend(self.options.backend or chosen()), _same_bits_every_time():
+        with disk_errors(self.folder, kept), use_backend(self.options.backend or named_backend()), _same_bits_every_time():
             try:
                 for d, name in grid:
                     failed += self._cells_of(name, d, report)
             finally:
-                if cells := read_cells(self.folder / CELLS):  # other runs may have added to the file in the meantime
+                if cells := read_cells(self.folder / CELLS):  # other runs may have added to the file
                     write_tables(self.folder, cells, self.options.baseline)
         if failed:
             missing = sum(one not in self.cells for one in wanted)
@@ -76,11 +76,11 @@ class Grid:
         return [self.cells[one] for one in wanted]
 
     def _id(self, name: str, shots: int, d: int) -> tuple[str, str]:
-        """A cell's key, and the method's name: what two names say in different words is done once, and has a row for each."""
+        """A cell's key and the method's name: two names for the same settings are computed once, and each gets a row."""
         return fingerprint(self.facts(name, shots, d)), name
 
     def _cells_of(self, name: str, d: int, report: Callable[[str], None]) -> list[str]:
-        """Do what is not done yet of one method and draw; returns what diverged, which leaves the rest of the grid alone."""
+        """Run the missing cells of one method and draw; returns those that diverged, without stopping the rest of the grid."""
         todo = [shots for shots in self.shots if self._id(name, shots, d) not in self.cells]
         done = {key: cell for (key, _), cell in self.cells.items()}
         for shots in todo:
@@ -88,17 +88,17 @@ class Grid:
                 self._add({**twin, "method": name}, report)
         todo = [shots for shots in todo if self._id(name, shots, d) not in self.cells]
         failed: list[str] = []
-        with self._noting(failed, f"draw {d}, {name}", report):
+        with self._record_divergence(failed, f"draw {d}, {name}", report):
             if not todo:
                 return failed
             with self._checkpoint(name, d, report) as (checkpoint, facts):
                 for shots in todo:
-                    with self._noting(failed, f"{shots} a class, draw {d}, {name}", report):
+                    with self._record_divergence(failed, f"{shots} per class, draw {d}, {name}", report):
                         self._add(self._cell(name, shots, d, checkpoint, facts), report)
         return failed
 
     @contextmanager
-    def _noting(self, failed: list[str], what: str, report: Callable[[str], None]) -> Iterator[None]:
+    def _record_divergence(self, failed: list[str], what: str, report: Callable[[str], None]) -> Iterator[None]:
         try:
             yield
         except DivergedError as error:
@@ -108,11 +108,12 @@ class Grid:
     def _add(self, cell: Cell, report: Callable[[str], None]) -> None:
         append_cell(self.folder / CELLS, cell)
         self.cells[cell["key"], cell["method"]] = cell
-        report(f"{self.name}, {cell['shots']} a class, draw {cell['draw']}, {cell['method']}: accuracy {cell['accuracy']:.4f}, "
-               f"macro-F1 {cell['macro_f1']:.4f}, {cell['fine_tune_seconds']:.0f} s")  # fmt: skip
+        report(f"{self.name}, {cell['shots']} per class, draw {cell['draw']}, {cell['method']}: "
+               f"accuracy {cell['accuracy']:.4f}, macro-F1 {cell['macro_f1']:.4f}, "
+               f"{cell['fine_tune_seconds']:.0f} s")  # fmt: skip
 
     def facts(self, name: str, shots: int, d: int) -> dict[str, Any]:
-        """All that the number of one cell depends on."""
+        """Everything that the score of one cell depends on."""
         method = self.methods[name].facts
         return {"post_training": self._post_training_facts(name, d), "contrast": method["contrast"], "shots": shots,
                 "draw": d, "fine_tuning": self.setup["fine_tuning"], "labelled": self.task.data_id}  # fmt: skip
@@ -130,7 +131,7 @@ class Grid:
 
     @property
     def setup(self) -> dict[str, Any]:
-        """What cells must have in common to be compared, and the start's name."""
+        """The settings that cells must share to be compared, and the name of the starting checkpoint."""
         options = self.options
         fine_tuning = {field: getattr(options, f"fine_tune_{field}") for field in ("epochs", "batch_size", "learning_rate")}
         return {"protocol": _PROTOCOL, "model": Path(options.model).name, "start": self.start.id, "data": self.task.data_id,
@@ -139,13 +140,13 @@ class Grid:
 
     @contextmanager
     def _checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """The checkpoint to fine-tune and what was done for it. One that nobody keeps goes with the last run that uses it."""
+        """The checkpoint to fine-tune, and its facts. Unless it is to be kept, the last run that uses it removes it."""
         from .post_training import FACTS
 
         while True:
-            folder = self._made(name, d, report)
+            folder = self._ensure_checkpoint(name, d, report)
             with in_use(folder) as alone:
-                if alone is None:  # another run has removed it in the meantime
+                if alone is None:  # another run has just removed it
                     continue
                 facts: dict[str, Any] = json.loads((folder / FACTS).read_text())
                 yield folder, facts
@@ -153,8 +154,8 @@ class Grid:
                     discard(folder)
                 return
 
-    def _made(self, name: str, d: int, report: Callable[[str], None]) -> Path:
-        """The folder of the checkpoint, made where it is not there yet."""
+    def _ensure_checkpoint(self, name: str, d: int, report: Callable[[str], None]) -> Path:
+        """The folder of the checkpoint, which is made if missing."""
         from .post_training import post_train, save
 
         models = Path(self.options.cache_dir) if self.options.cache_dir else self.folder / _MODELS
@@ -211,7 +212,7 @@ class Grid:
 
 @contextmanager
 def _same_bits_every_time() -> Iterator[None]:
-    """On a GPU, kernels that add in one order; on the CPU all do. What has no such kernel says so in a warning."""
+    """Deterministic kernels on a GPU, a warning for ops without one; on the CPU all kernels add in a fixed order."""
     if not torch.cuda.is_available():
         yield
         return

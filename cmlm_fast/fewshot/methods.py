@@ -1,4 +1,4 @@
-"""The methods that are compared: what is done with the unlabelled texts, and how labels are then learned."""
+"""The methods under comparison: how each uses the unlabelled texts, and how it then learns the labels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..config import CMLMConfig
 class Contrast:
     """Supervised contrast while fine-tuning (Gunel et al. 2021): L = (1 − weight)·L_ce + weight·L_supcon.
 
-    Every batch passes the encoder twice, with two dropout masks, so that each text has a positive even where its class occurs
-    once in the batch: L_supcon is `info_nce(first, second, labels=…)` of the 2B vectors of the first token, L_ce the mean over
-    both passes.
+    Every batch passes through the encoder twice, with two dropout masks, so that each text has a positive even if its class
+    occurs only once in the batch. L_supcon is `info_nce(first, second, labels=…)` of the 2B first-token vectors, L_ce the mean
+    over both passes.
 
     Attributes:
         weight: in [0, 1].
@@ -36,15 +36,15 @@ class Method:
     """One way from unlabelled texts and a few labels to a classifier.
 
     Attributes:
-        says: what it is, in a few words.
-        objective: of the post-training; None: there is none.
+        description: a short description.
+        objective: objective of the post-training; None: no post-training.
         second: view 2 is the "masked" text, another text made by "eda", or the text's "paraphrase"; with another text nothing
             is masked.
         whole_word: mask whole words.
         contrast: supervised contrast while fine-tuning.
     """
 
-    says: str
+    description: str
     objective: CMLMConfig | None = None
     second: str = "masked"
     whole_word: bool = False
@@ -52,9 +52,9 @@ class Method:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All that the numbers depend on, as plain values."""
+        """Everything that the scores depend on, as plain values."""
         known = asdict(self)
-        del known["says"]
+        del known["description"]
         return known
 
 
@@ -65,19 +65,19 @@ METHODS: dict[str, Method] = {
     "scl": Method("no post-training; supervised contrast while fine-tuning (Gunel et al. 2021)", contrast=Contrast()),
     "tapt": Method("MLM on both views (Gururangan et al. 2020)", CMLMConfig.from_preset("tapt")),
     "simcse": Method("sequence contrast of two dropout passes (Gao et al. 2021)", _SIMCSE),
-    "seq-eda": Method("sequence contrast of a text and its EDA (Wei and Zou 2019)", _SIMCSE, second="eda"),
+    "seq-eda": Method("sequence contrast of a text and its EDA variant (Wei and Zou 2019)", _SIMCSE, second="eda"),
     "cssl": Method("sequence contrast of a text and its paraphrase", _SIMCSE, second="paraphrase"),
     "cmlm": Method("CMLM, preset balanced", CMLMConfig.from_preset("balanced")),
     "cmlm-paper": Method("CMLM, preset paper", CMLMConfig.from_preset("paper")),
     "cmlm-no-token": Method("cmlm without the token contrast", CMLMConfig(token_weight=0.0)),
     "cmlm-no-sequence": Method("cmlm without the sequence contrast", CMLMConfig(sequence_weight=0.0)),
     "cmlm-no-mlm": Method("cmlm without MLM", CMLMConfig(mlm_weight=0.0)),
-    "cmlm-independent": Method("cmlm, the masks of the views drawn apart", CMLMConfig(complementary=False)),
-    "cmlm-bernoulli": Method("cmlm, each token's mask drawn by itself", CMLMConfig(sampling="bernoulli")),
-    "cmlm-whole-word": Method("cmlm, whole words masked", CMLMConfig(), whole_word=True),
+    "cmlm-independent": Method("cmlm with independent masks for the two views", CMLMConfig(complementary=False)),
+    "cmlm-bernoulli": Method("cmlm with each token's mask drawn independently", CMLMConfig(sampling="bernoulli")),
+    "cmlm-whole-word": Method("cmlm with whole-word masks", CMLMConfig(), whole_word=True),
 }
 
-#: The fields that say something about the sequence contrast of two texts.
+#: The fields that affect the sequence contrast of two texts.
 _SEQUENCE = ("sequence_weight", "sequence_temperature", "learn_temperature", "scheme", "pooling", "projection")
 
 _KINDS: dict[str, Any] = {"float": float, "int": int, "str": str, "bool": {"true": True, "false": False}.__getitem__}
@@ -87,7 +87,7 @@ def find_method(text: str) -> Method:
     """The method `name`, or `name:field=value:…` with other values in its objective (or in scl's contrast).
 
     Raises:
-        ValueError: no such method or field, or a value that breaks its rule.
+        ValueError: unknown method or field, or a value that breaks its rule.
 
     >>> find_method("cmlm:sequence_weight=0.3:scope=sequence").objective.sequence_weight
     0.3
@@ -102,7 +102,7 @@ def find_method(text: str) -> Method:
     if options is None:
         raise ValueError(f"expected method {name} to stand without options, got {text!r}")
     kinds = {field.name: str(field.type) for field in fields(options)}
-    if method.objective and method.second != "masked":  # two texts share no positions: there are no masks, and no other part
+    if method.objective and method.second != "masked":  # two texts share no positions: no masks, no other losses
         kinds = {field: kind for field, kind in kinds.items() if field in _SEQUENCE}
     given: dict[str, Any] = {}
     for change in changes:

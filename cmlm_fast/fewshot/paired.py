@@ -1,4 +1,4 @@
-"""Sequence contrast of two different texts: batches of 2B sequences, the second B of which are the partners of the first."""
+"""Sequence contrast of two different texts: batches of 2B sequences, B texts and their B partners."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..ops._roles import can_be_masked
 
 
 class PairCollator:
-    """Rows and their partners to one batch, padded or packed, with `one` and `two`, int64 [B]: where the pairs stand in it.
+    """Collate rows and their partners into one batch, padded or packed; `one` and `two`, int64 [B], locate the pairs in it.
 
     Args:
-        collator: what makes a batch of rows.
+        collator: makes a batch of rows.
         partner: row -> the row of its second view.
     """
 
@@ -34,21 +34,21 @@ class PairCollator:
         order = sorted(range(len(both)), key=lambda i: -len(both[i]["input_ids"]))
         place = torch.empty(len(both), dtype=torch.int64)
         place[order] = torch.arange(len(both))
-        # The packing collator sorts in just this way, the padding one keeps the order it is given.
+        # The packing collator sorts in exactly this order; the padding one keeps the given order.
         batch = self.collator([both[i] for i in order])
         return {**batch, "one": place[: len(rows)], "two": place[len(rows) :]}
 
 
 class PairedLoss(CMLMLoss):
-    """CMLMLoss whose sequence part is over pairs of sequences."""
+    """CMLMLoss whose sequence loss is over pairs of sequences."""
 
     def counts(self, role: Tensor, sequences: int) -> Tensor:
-        """As `CMLMLoss.counts`, of a batch of 2B sequences."""
+        """As `CMLMLoss.counts`, for a batch of 2B sequences."""
         return super().counts(role, sequences // 2)
 
 
 class PairedModel(CMLMModel):
-    """CMLMModel for the batches of `PairCollator`; its objective is the sequence contrast alone."""
+    """CMLMModel for batches of `PairCollator`; its objective is the sequence contrast alone."""
 
     def __init__(self, lm: Any, config: Any = None) -> None:
         super().__init__(lm, config)
@@ -61,7 +61,7 @@ class PairedModel(CMLMModel):
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
                 group: Any = None, **unused: Any) -> CMLMOutput:  # fmt: skip
-        """The contrast of sequences `one` with sequences `two` of a batch of 2B; arguments as for `CMLMModel.forward`."""
+        """Contrast sequences `one` with sequences `two` of a batch of 2B; other arguments as for `CMLMModel.forward`."""
         can = can_be_masked(input_ids, special_ids, eligible)
         if cu_seqlens is not None and lengths is not None:
             position = positions(cu_seqlens, input_ids.numel()) + self._first_position(int(max(lengths)))

@@ -1,4 +1,4 @@
-"""The picture of the tables: each method's difference to the baseline, a panel per condition."""
+"""Plot the tables: each method's difference to the baseline, one panel per condition."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _COLUMNS = 4
 
 
 def plot_differences(rows: Sequence[Row], baseline: str, path: Path, with_setup: Collection[str] = ()) -> None:
-    """Draw points with 95 % intervals; a method without a difference to the baseline has none. Titles of the
-    data sets `with_setup` have the first digits of the setup's fingerprint."""
+    """Draw points with 95 % intervals; a method without a difference to the baseline gets none.
+
+    Titles of the data sets in `with_setup` show the first digits of the setup's fingerprint.
+    """
     compared = [row for row in rows if row.difference is not None] or rows
     panels = list(dict.fromkeys(row[:3] for row in compared))
     methods = [name for name in dict.fromkeys(row.method for row in rows) if name != baseline]
@@ -34,7 +36,7 @@ def plot_differences(rows: Sequence[Row], baseline: str, path: Path, with_setup:
         dataset, shots, setup = panel
         base = found.get(baseline)
         start = "" if base is None else f"\n{baseline} {100 * base.accuracy:.1f} %"
-        title = "mean over all" if shots is None else f"{dataset}, {shots} a class"
+        title = "mean over all" if shots is None else f"{dataset}, {shots} per class"
         axes.set_title(title + (f" ({setup[:4]})" if dataset in with_setup else "") + start, fontsize=9)
         axes.axvline(0.0, color="C7", linewidth=1)
         axes.set(yticks=range(len(methods)), ylim=(max(1, len(methods)) - 0.5, -0.5))

@@ -1,4 +1,4 @@
-"""One post-training of the experiment: the same texts, steps, order and encoder tokens for every method."""
+"""One post-training run of the experiment: the same texts, steps, order and encoder tokens for every method."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from transformers import PrinterCallback, set_seed
 from ..data import CMLMDataCollator, clean_texts, tokenize_texts
 from ..modeling import CMLMModel
 from ..trainer import CMLMTrainer, CMLMTrainingArguments
-from .augment import Eda, like_tokens
+from .augment import Eda, similar_tokens
 from .methods import Method
 from .paired import PairCollator, PairedModel
 
-#: Written beside the weights: steps, encoder_tokens, seconds.
+#: File next to the weights: steps, encoder_tokens, seconds.
 FACTS = "post_training.json"
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast; fields as in `PostTrainOptions`."""
+    """Length, batch size and learning rate; fields as in `PostTrainOptions`."""
 
     epochs: float
     max_steps: int
@@ -39,7 +39,7 @@ class Schedule:
 
 
 class UnlabelledTexts:
-    """The train texts without their labels, tokenised once in each way that a method needs.
+    """The train texts without labels, tokenised once for each form that a method needs.
 
     Args:
         dataset: columns text (and text_pair, paraphrase).
@@ -59,14 +59,14 @@ class UnlabelledTexts:
 
     @cached_property
     def words(self) -> Dataset:
-        """The same with unit_ids."""
+        """As `plain`, with unit_ids."""
         return self._rows(self._texts("text", "text_pair"), whole_word=True)
 
     @cached_property
     def paraphrases(self) -> Dataset:
-        """A row for each text that has a paraphrase, cut where it is too long; columns partner_* hold the paraphrase.
+        """A row for each text that has a paraphrase, truncated if too long; columns partner_* hold the paraphrase.
 
-        A text that is repeated has the first one that any of its rows has.
+        A repeated text takes the first paraphrase among its rows.
         """
         pairs, _ = clean_texts(self._all.filter(lambda row: bool((row["paraphrase"] or "").strip())))
         cut: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
@@ -80,7 +80,7 @@ class UnlabelledTexts:
 
     @cached_property
     def tokens(self) -> int:
-        """Tokens of all texts."""
+        """Number of tokens in all texts."""
         return sum(map(len, self.plain["input_ids"]))
 
     def _texts(self, *names: str) -> Dataset:
@@ -91,12 +91,12 @@ class UnlabelledTexts:
 
 
 class CountingTrainer(CMLMTrainer):
-    """CMLMTrainer that counts the tokens its encoder has seen, pads left out."""
+    """CMLMTrainer that counts the tokens its encoder has seen, without pads."""
 
     encoder_tokens = 0
 
     def mask(self, batch: dict[str, Any], step: int) -> dict[str, Any]:
-        """As CMLMTrainer's: two views of each sequence pass the encoder, or (in pairs) every sequence once."""
+        """As CMLMTrainer's, and count: the encoder sees two views of each sequence, or every sequence of a pair once."""
         attended = batch.get("attention_mask")
         tokens = batch["input_ids"].numel() if attended is None else int(attended.sum())
         self.encoder_tokens += tokens * (1 if "two" in batch else 2)
@@ -105,12 +105,12 @@ class CountingTrainer(CMLMTrainer):
 
 def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Schedule, *, seed: int, bf16: bool,
                folder: Path, passing: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Post-train `start` by `method` and write `folder`, a plain checkpoint, all of it or nothing; returns its FACTS.
+    """Post-train `start` by `method` and atomically write `folder`, a plain checkpoint; returns its FACTS.
 
-    `passing` stands in them: the folder is to go when its cells are done, also by a later run.
+    The facts include `passing`: the folder is to be removed once its cells are done, even by a later run.
 
-    A method sees 2 · epochs · texts.tokens tokens of its encoder: each text in two views, or, where the second view is
-    another text, both of them. Paraphrases that are longer or shorter than their texts get fewer or more steps for it.
+    Each method passes 2 · epochs · texts.tokens tokens through its encoder: each text in two views, or both texts if the
+    second view is another text. Paraphrases longer or shorter than their texts get fewer or more steps to compensate.
 
     Raises:
         errors.DivergedError: the loss is not finite.
@@ -148,7 +148,7 @@ def post_train(start: Path, texts: UnlabelledTexts, method: Method, schedule: Sc
 
 
 def save(model: CMLMModel, tokenizer: Any, facts: dict[str, Any], folder: Path) -> None:
-    """Write a plain checkpoint with its tokenizer and facts; the folder appears when all of it is there."""
+    """Write a plain checkpoint with its tokenizer and facts; the folder appears only once it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder.parent) as staging:
         whole = Path(staging) / folder.name
@@ -158,7 +158,7 @@ def save(model: CMLMModel, tokenizer: Any, facts: dict[str, Any], folder: Path) 
         try:
             whole.rename(folder)
         except OSError:
-            if not folder.exists():  # else another process has made the same
+            if not folder.exists():  # otherwise another process has made the same checkpoint
                 raise
 
 
@@ -169,7 +169,7 @@ def _partner(method: Method, texts: UnlabelledTexts, model: CMLMModel,
     embeddings = model.lm.get_input_embeddings().weight
     special = set(texts.tokenizer.all_special_ids) - {texts.tokenizer.unk_token_id}
     ids = torch.tensor(sorted({i for row in texts.plain["input_ids"] for i in row} - special))
-    return Eda(like_tokens(embeddings, ids), special, seed, texts.max_length)
+    return Eda(similar_tokens(embeddings, ids), special, seed, texts.max_length)
 
 
 def _paraphrase(row: dict[str, Any]) -> dict[str, Any]:

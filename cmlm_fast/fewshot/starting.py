@@ -1,4 +1,4 @@
-"""The checkpoint that an experiment starts from, and what tells it from others."""
+"""The checkpoint that an experiment starts from, and its fingerprint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_THE_FILE = {"_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 
 
 class Start(NamedTuple):
-    """Tokenizer and model; the most tokens of a sequence; a fingerprint of all that either does."""
+    """Tokenizer and model; maximum tokens per sequence; a fingerprint of everything that affects their output."""
 
     tokenizer: Any
     model: CMLMModel
@@ -31,34 +31,34 @@ class Start(NamedTuple):
 
 
 def load_start(experiment: FewShotExperiment, methods: Mapping[str, Method]) -> Start:
-    """Load and check it. A head that the checkpoint lacks is made from the seed."""
+    """Load and check the start. If the checkpoint lacks an LM head, the seed initialises one."""
     from transformers import set_seed
 
     tokenizer = load_tokenizer(experiment.model)
     set_seed(experiment.seed)
     model = load_model(experiment.model, CMLMConfig())
-    # What a checkpoint returns besides is of no use here, and one that returns attentions cannot be saved with packed ones.
+    # Extra outputs are of no use here, and a model that returns attentions cannot be saved with packed attention.
     model.config.update({"return_dict": True, "output_hidden_states": False, "output_attentions": False})
     check_vocabulary(model, tokenizer)
     objectives = [method.objective for method in methods.values() if method.objective]
     jitter = max((each.position_jitter for each in objectives), default=0)
     model.check_jitter(jitter)
     length = sequence_length(model, tokenizer, experiment.max_length, jitter)
-    # Of the tokenizer all that it does, of the configuration all but where it comes from.
+    # The tokenizer's whole behaviour, and the configuration except for its origin.
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in _OF_THE_FILE}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     settings = json.dumps([config, words, *_unusual(tokenizer)], sort_keys=True, default=str)
-    if any(method.whole_word for method in methods.values()):  # a tokenizer that knows no words is an error now
+    if any(method.whole_word for method in methods.values()):  # fail now if the tokenizer has no words
         from ..data import tokenize_texts
 
-        tokenize_texts(["a text"], tokenizer, whole_word=True)  # resets what `words` holds of truncation and padding
+        tokenize_texts(["a text"], tokenizer, whole_word=True)  # resets the truncation and padding that `words` contains
     check_dropout(experiment.model, model.lm, methods)
     return Start(tokenizer, model, length, fingerprint_of_weights(model, settings))
 
 
 def _unusual(tokenizer: Any) -> list[Any]:
-    """What tokenizer.json does not say, where it is another than usual: most starts have nothing of it in their fingerprint."""
+    """Settings that tokenizer.json lacks, if not the usual ones, so that most starts add nothing to their fingerprint."""
     side, names = getattr(tokenizer, "truncation_side", "right"), list(tokenizer.model_input_names)
     found: list[Any] = [side] if side != "right" else []
     if tokenizer.mask_token != ("[MASK]" if "[MASK]" in tokenizer.get_vocab() else "<mask>"):
@@ -69,7 +69,7 @@ def _unusual(tokenizer: Any) -> list[Any]:
 
 
 def check_dropout(name: str, lm: Any, methods: Mapping[str, Method]) -> None:
-    """Raise ValueError where a method contrasts two dropout passes and the encoder has no dropout."""
+    """Raise ValueError if a method contrasts two dropout passes and the encoder has no dropout."""
     layers = (module.p for module in lm.base_model.modules() if isinstance(module, nn.Dropout))
     if max(layers, default=0.0) > 0 or getattr(lm.config, "attention_dropout", 0.0) > 0:
         return

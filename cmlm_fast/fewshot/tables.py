@@ -1,8 +1,8 @@
-"""What the cells say: mean ± standard deviation over draws, and the paired difference to a baseline with its interval.
+"""Summarise the cells: mean ± standard deviation over draws, and the paired difference to a baseline with its interval.
 
 The difference is taken draw by draw: both methods learn from the same labelled texts, with the same random numbers. Its
 interval is the two-sided 95 % t interval of the mean, mean ± t(0.975, n − 1)·sd/√n; with one draw there is none. Row "all"
-takes each draw's mean over the conditions (a data set and a number of shots) first, so its draws too are independent.
+first averages each draw over the conditions (a data set and a number of shots), so its draws are independent as well.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ logger = logging.getLogger(__name__)
 
 _OF_A_METHOD = ("objective", "second", "whole_word", "contrast", "paraphrases")
 
-#: A data set, the labelled texts per class, and a fingerprint of the texts, the start and the fine-tuning.
+#: A data set, the number of labelled texts per class, and a fingerprint of the texts, the start and the fine-tuning.
 Condition = tuple[str, int, str]
 
 
 class Row(NamedTuple):
-    """One method under one condition, or under all of them; sd and difference are None where a draw or two are too few.
+    """One method under one condition, or under all of them; sd and difference are None if there are too few draws.
 
-    difference, low, high, ahead and compared are of the accuracy against the baseline: mean, ends of the 95 % interval, in how
-    many draws the method is ahead, and how many draws both have.
+    difference, low, high, ahead and compared describe the accuracy relative to the baseline: mean, ends of the 95 % interval,
+    the number of draws in which the method is ahead, and the number of draws that both have.
     """
 
     dataset: str
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Ends of the 95 % t interval of the mean; None of fewer than two values.
+    """Ends of the 95 % t interval of the mean; None for fewer than two values.
 
     >>> [round(end, 3) for end in interval([0.1, 0.2, 0.3])]
     [-0.048, 0.448]
@@ -69,11 +69,10 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def rows_of(cells: Iterable[Cell], baseline: str = "ft") -> list[Row]:
-    """A row for each condition and method, then, where there are several conditions, one "all" for each method that has a draw
-    in all of them.
+    """A row for each condition and method, then, with several conditions, an "all" row for each method with a draw in all.
 
-    A method that was run with more than one objective has a row for each, told apart by its fingerprint; so has each that is
-    post-trained, where schedules differ. There is no "all" where a data set and number of shots were run with several setups.
+    A method run with several objectives gets a row for each, distinguished by its fingerprint; so does each post-trained
+    method if schedules differ. There is no "all" if a data set and number of shots were run with several setups.
     """
     found = _by_condition(cells)
     rows = [_row(condition, name, [draws], [methods.get(baseline, {})], name == baseline)
@@ -107,13 +106,13 @@ def write_tables(folder: Path, cells: Sequence[Cell], baseline: str = "ft") -> l
 
 
 def with_several_setups(rows: Iterable[Row]) -> set[str]:
-    """The data sets that were run with more than one setup, each of which then has to be named."""
+    """The data sets run with more than one setup, whose setups must then be named."""
     setups = {(row.dataset, row.setup) for row in rows}
     return {dataset for dataset, count in Counter(dataset for dataset, _ in setups).items() if count > 1}
 
 
 def _settings(cells: Sequence[Cell]) -> str:
-    """What the setups in the headings and the methods with a # say differently, if there are any."""
+    """How the setups in the headings and the methods with a # differ, if there are any."""
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for (dataset, _, setup), methods in _by_condition(cells).items():
         for name, draws in methods.items():
@@ -128,11 +127,11 @@ def _settings(cells: Sequence[Cell]) -> str:
         differ = [field for field in fields if len({repr(facts.get(field)) for facts in named.values()}) > 1]
         for name, facts in named.items() if differ else ():
             lines.append(f"- {name}: " + ", ".join(f"{field} {facts.get(field)}" for field in differ))
-    return "\n### In what the settings differ\n\n" + "\n".join(lines) + "\n" if lines else ""
+    return "\n### How the settings differ\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by dotted names."""
+    """Flatten nested mappings to dotted names."""
     found: dict[str, Any] = {}
     for name, value in facts.items():
         found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -143,11 +142,11 @@ def _mixture(machines: Mapping[str, int]) -> str:
     if len(machines) < 2:
         return ""
     cells = ", ".join(f"{count} on {machine}" for machine, count in machines.items())
-    return f"\nCells: {cells}. A difference may be of two cells from different ones, which no random numbers pair.\n"
+    return f"\nCells: {cells}. A difference may compare cells from two of these, whose random numbers are not paired.\n"
 
 
 def tables_of(folder: Path, baseline: str = "ft") -> list[Row]:
-    """`write_tables` of the folder's cells.jsonl, all of it."""
+    """`write_tables` for all cells of the folder's cells.jsonl."""
     cells = read_cells(folder / CELLS)
     if not cells:
         raise ValueError(f"expected output_dir to be a folder with a {CELLS} that holds cells, got {folder}")
@@ -182,9 +181,9 @@ what passed the encoder in post-training, both views."""]
 
 
 def summary(rows: Sequence[Row], baseline: str, methods: Sequence[str] = ()) -> str:
-    """A row per condition, a column per method (default: all that were compared): accuracy of the baseline, differences.
+    """A row per condition, a column per method (default: all compared): accuracy of the baseline, then differences.
 
-    Empty where there is one condition, or one that was run with several setups.
+    Empty if there is only one condition, or if one was run with several setups.
     """
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -211,7 +210,7 @@ def _marked(row: Row | None) -> str:
 
 
 def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, Cell]]]:
-    """condition -> method -> draw -> cell, data sets and shots in order, setups and methods as they came."""
+    """condition -> method -> draw -> cell; data sets and shots sorted, setups and methods in order of appearance."""
     found: dict[Condition, dict[str, dict[int, Cell]]] = {}
     cells = list(cells)
     kinds: dict[tuple[str, str], set[str]] = {}
@@ -227,13 +226,13 @@ def _by_condition(cells: Iterable[Cell]) -> dict[Condition, dict[str, dict[int, 
 
 
 def _kind(cell: Cell) -> tuple[str, str]:
-    """Where a method should be one and the same: in all data sets, or in each, whose paraphrases are its own."""
+    """The scope in which a method should be unique: all data sets, or one if the method uses its paraphrases."""
     return (cell["dataset"] if cell.get("paraphrases") else "", cell["method"])
 
 
 def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], base: Sequence[Mapping[int, Cell]],
          is_baseline: bool) -> Row:  # fmt: skip
-    """A row of the draws that every part of `own` has, at least one; the difference is over those that `base` has too."""
+    """A row over the draws (at least one) that all parts of `own` share; the difference is over those also in `base`."""
     draws = sorted(set.intersection(*(set(part) for part in own)))
 
     def mean(parts: Sequence[Mapping[int, Cell]], field: str) -> list[float]:
@@ -250,7 +249,7 @@ def _row(condition: Condition, method: str, own: Sequence[Mapping[int, Cell]], b
     return Row(
         condition[0], condition[1] or None, condition[2], method, len(draws), float(np.mean(accuracy)),
         sd(accuracy), float(np.mean(f1)), sd(f1), float(np.mean(apart)) if apart else None, low, high,
-        sum(value > 1e-9 for value in apart), len(apart),  # a mean over conditions is never equal to the last bit
+        sum(value > 1e-9 for value in apart), len(apart),  # equal means over conditions may differ in the last bit
         *(float(np.mean(mean(own, field))) for field in ("post_train_seconds", "fine_tune_seconds", "encoder_tokens")),
     )  # fmt: skip
 
@@ -267,4 +266,4 @@ def _difference(row: Row) -> str:
 
 
 def _points(difference: float) -> str:
-    return f"{round(100 * difference, 9) + 0.0:+.1f}"  # -0.0 is a little below 0, and not what 0 itself may come as
+    return f"{round(100 * difference, 9) + 0.0:+.1f}"  # + 0.0: only a value below 0 may print as "-0.0"

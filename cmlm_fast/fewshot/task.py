@@ -1,4 +1,4 @@
-"""The data of an experiment, checked: labelled texts to draw from, and those that are scored."""
+"""The checked data of an experiment: labelled texts to draw from, and texts to score."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 
 class Task:
-    """Texts and labels of both sides. Every fault is a ValueError of one line, what may mislead a warning.
+    """Texts and labels of train and test. Every fault is a one-line ValueError; what may mislead is a warning.
 
     Args:
-        experiment: which files, columns and rows.
-        methods: what is to be done with them.
-        most: texts of each class that a draw takes at most.
+        experiment: names the files, columns and rows.
+        methods: the methods to run on them.
+        most: maximum texts per class in a draw.
     """
 
     def __init__(self, experiment: FewShotExperiment, methods: Mapping[str, Method], most: int) -> None:
@@ -49,11 +49,11 @@ class Task:
         expect(len(classes) >= 2, "train", "texts of at least two classes", classes)
         unseen = sorted(set(self.test_labels) - set(classes))
         expect(not unseen, "test", f"texts with labels among {', '.join(classes[:20])}", ", ".join(unseen[:5]))
-        draw(self.labels, most, 0)  # a class with fewer texts is an error now
+        draw(self.labels, most, 0)  # fail now if a class has fewer texts
         if any(method.second == "paraphrase" for method in methods.values()):
             column, rule = repr(experiment.paraphrase_column), "a column with a text"
             rows = zip(self.texts, self.train["paraphrase"], strict=True)
-            texts = ["".join(text).strip() for text, other in rows if (other or "").strip()]  # of those that have one
+            texts = ["".join(text).strip() for text, other in rows if (other or "").strip()]  # those with a paraphrase
             expect(bool(texts), "paraphrase_column", rule, f"{column}, all blank")
             expect(any(texts), "paraphrase_column", f"{rule} beside one of train", f"{column}, with texts beside blanks alone")
         self._look_for_repeats()
@@ -78,22 +78,22 @@ class Task:
 
     @cached_property
     def texts_id(self) -> str:
-        """Of the unlabelled texts."""
+        """Fingerprint of the unlabelled texts."""
         return fingerprint_rows(self.texts)
 
     @cached_property
     def data_id(self) -> str:
-        """Of all texts and labels."""
+        """Fingerprint of all texts and labels."""
         return fingerprint([fingerprint_rows(x) for x in (self.texts, self.labels, self.test_texts, self.test_labels)])
 
     @cached_property
     def paraphrases_id(self) -> str:
-        """Of the texts in other words."""
+        """Fingerprint of the paraphrases."""
         return fingerprint_rows(self.train["paraphrase"])
 
 
 def hold_out(train: Dataset, rows: int, seed: int) -> tuple[Dataset, Dataset]:
-    """`rows` texts held out of train, every class in its share; both parts keep the order."""
+    """Hold out `rows` texts of train, stratified by class; both parts keep their order."""
     from sklearn.model_selection import train_test_split
 
     labels = train["label"][:]

@@ -1,8 +1,7 @@
-"""Triton kernels of the ops: `kernels/<op>.py` holds the launchers `<op>` and `<op>_backward`, imported at the first
-call.
+"""Triton kernels of the ops: `kernels/<op>.py` holds the launchers `<op>` and `<op>_backward`, imported on first call.
 
     _scores.py     score tiles, candidates, row and column statistics, and the weights of the gradients
-    _products.py   unit rows, the two products of the gradients, the way back through the normalisation
+    _products.py   unit rows, the two products of the gradients, the backward pass of the normalisation
     _pairs.py      the order of the launches, shared by token_contrastive and info_nce
     _small.py      info_nce of few rows in one launch
     _philox.py     random words
@@ -21,13 +20,12 @@ from torch import Tensor
 
 
 def interpreted(tensor: Tensor) -> bool:
-    """Whether kernels run interpreted, on the host: there, values are checked as well, since that costs no
-    synchronisation."""
+    """Whether kernels run interpreted, on the host: values are checked as well there, since that costs no synchronisation."""
     return not tensor.is_cuda
 
 
 def on_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the device of the first argument, whichever is current."""
+    """Launch on the device of the first argument, whichever device is current."""
 
     @wraps(launcher)
     def run(first: Tensor, *rest: Any) -> Any:
@@ -46,7 +44,7 @@ def _chip(device: int) -> str:
 
 
 def chip() -> str:
-    """What the configurations are keyed by: sm_80, sm_90, sm_100, gfx942, ... or "interpreter"."""
+    """The key of the configurations: sm_80, sm_90, sm_100, gfx942, ... or "interpreter"."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "interpreter"
     return _chip(torch.cuda.current_device() if torch.cuda.is_available() else -1)

@@ -1,8 +1,9 @@
-"""Tile sizes, by chip, width of the numbers and shape class: data in configs.json, and what was tuned on this machine.
+"""Tile sizes by chip, bits of the dtype and shape class: data in configs.json, and what was tuned on this machine.
 
-A chip is `sm_80`, `sm_90`, `sm_100`, `sm_120` (NVIDIA; another takes the nearest older entry), `gfx942` (AMD) or `interpreter`.
-Entries of the file that `cmlm_fast.kernels.tune` writes come before the package's. It is `CMLM_FAST_TRITON_CONFIGS`, by default
-~/.cache/cmlm_fast/triton.json (`XDG_CACHE_HOME` is respected); an empty variable means none.
+A chip is `sm_80`, `sm_90`, `sm_100`, `sm_120` (NVIDIA; others take the nearest older entry), `gfx942` (AMD) or `interpreter`.
+Entries of the file that `cmlm_fast.kernels.tune` writes take precedence over the package's. That file is
+`CMLM_FAST_TRITON_CONFIGS`, by default ~/.cache/cmlm_fast/triton.json (`XDG_CACHE_HOME` is respected); an empty variable means
+none.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Tile:
     """One kernel's tile.
 
     Attributes:
-        rows, cols: of the tile of scores; of the products, `cols` is the strip of D.
-        depth: step of the loop over the contraction.
-        warps, stages: as Triton means them.
+        rows, cols: size of the tile of scores; for the products, `cols` is the strip of D.
+        depth: step of the loop over the contracted dimension.
+        warps, stages: as in Triton.
         group: row tiles that share their keys in L2.
     """
 
@@ -41,14 +42,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """What the contrastive kernels need to know.
+    """Settings of the contrastive kernels.
 
     Attributes:
         scores: tile of the scores.
         products: `rows` is unused: a product's tile has the rows of a tile of scores.
-        panel: (rows, keys) of scores that are in memory at once, as weights of the gradients.
+        panel: (rows, keys) of the scores in memory at once, as weights of the gradients.
         statistics_panel: (rows, keys) whose partial statistics are in memory at once.
-        precision: of the dots, as `tl.dot` means it.
+        precision: input precision of `tl.dot`.
     """
 
     scores: Tile
@@ -58,7 +59,7 @@ class Config:
     precision: str
 
 
-#: chip → bits of a number → shape class → Config.
+#: chip → bits of the dtype → shape class → Config.
 Table = dict[str, dict[str, dict[str, Config]]]
 
 
@@ -68,7 +69,7 @@ def shape_class(width: int) -> str:
 
 
 def user_file() -> Path | None:
-    """Where tuned entries are kept; None where none are wanted."""
+    """Where tuned entries are kept; None if none are wanted."""
     named = os.environ.get("CMLM_FAST_TRITON_CONFIGS")
     if named is not None:
         return Path(named) if named else None
@@ -113,7 +114,7 @@ def tuned() -> Table:
 
 @cache
 def config(chip: str, dtype: torch.dtype, shape: str) -> Config:
-    """The tuned entry of a chip, else the package's, else that of the nearest older chip of its maker."""
+    """The tuned entry of a chip, else the package's, else that of the nearest older chip of the same maker."""
     bits = str(dtype.itemsize * 8)
     own = tuned().get(chip, {}).get(bits, {}).get(shape)
     if own is not None:
@@ -128,13 +129,13 @@ def config(chip: str, dtype: torch.dtype, shape: str) -> Config:
 
 
 def use(chip: str, dtype: torch.dtype, shape: str, entry: Config) -> None:
-    """Take `entry` from now on, in this process."""
+    """Use `entry` from now on, in this process."""
     tuned().setdefault(chip, {}).setdefault(str(dtype.itemsize * 8), {})[shape] = entry
     config.cache_clear()
 
 
 def dump(entries: Table) -> str:
-    """The text of such a file, with one line a tile."""
+    """The text of a file of entries, with one line per tile."""
     plain = {chip: {bits: {shape: asdict(entry) for shape, entry in shapes.items()} for bits, shapes in numbers.items()}
              for chip, numbers in entries.items()}  # fmt: skip
     text = json.dumps(plain, indent=1)

@@ -1,10 +1,10 @@
 """The launches behind token_contrastive and info_nce: losses, then the gradients in panels.
 
     statistics → merge   per panel: maximum and sums of every row (and column), the positives kept apart    2·N·M·D
-    finish               losses, and what turns a score into its gradient
-    weights              per panel: the scores again, as gradients of the scores                            2·N·M·D
+    finish               losses, and the numbers that turn a score into its gradient
+    weights              per panel: the scores recomputed, as gradients of the scores                       2·N·M·D
     products             per panel: weights·ŷ and weightsᵀ·x̂, added up in float32                           4·N·M·D
-    project              through the normalisation, into the gradients
+    project              back through the normalisation, into the gradients
 
 Memory beyond the outputs: one panel of weights (Config.panel, never N×M), its unit rows and sums, float32 sums of x̂'s
 gradient [N, D], and a few numbers per row and key.
@@ -27,7 +27,7 @@ from ._products import inverse_norms, products, project, unit_rows
 from ._scores import bounds, finish, merge, statistics, weights
 
 _MATH = {torch.float32: tl.float32, torch.float64: tl.float64}
-_ROWS, _DEPTH = 16, 64  # of the kernels that go over rows once
+_ROWS, _DEPTH = 16, 64  # tile of the kernels that process rows alone
 FUSED = {"enable_fp_fusion": True}  # Triton's default changes with 3.10
 
 
@@ -37,7 +37,7 @@ def up(size: int, step: int) -> int:
 
 
 def full_ranges(start: Tensor | None, end: Tensor | None, keys: int) -> tuple[Tensor | None, Tensor | None]:
-    """Both ends of the rows' ranges where one is given."""
+    """Both ends of the rows' ranges if either is given."""
     if start is None and end is not None:
         start = torch.zeros_like(end)
     if end is None and start is not None:
@@ -47,7 +47,7 @@ def full_ranges(start: Tensor | None, end: Tensor | None, keys: int) -> tuple[Te
 
 @dataclass(frozen=True)
 class Side:
-    """One softmax's share in the gradient, a number per row: the loss, and what the kernel `weights` reads."""
+    """One softmax's share of the gradient, one number per row: the loss, and what the kernel `weights` reads."""
 
     loss: Tensor
     reference: Tensor | None
@@ -63,9 +63,9 @@ class Pairs:
         tau: 0-dim temperature.
         target: int64 [N], the positive of each row, -100 to ignore it; or None with `labels`.
         start, end: int32 [N] or None: ranges of candidates.
-        x_token, y_token: [N], [M] or None: equal tokens are no candidates, nor are keys marked -1.
-        labels: int32 [N]: rows and keys are the same, and positives are the keys of a row's label.
-        columns: softmax over columns as well; N = M and a key's positive is the row of which it is the target.
+        x_token, y_token: [N], [M] or None: keys with the row's token are not candidates, nor are keys marked -1.
+        labels: int32 [N]: rows and keys are the same, and a row's positives are the keys with its label.
+        columns: softmax over columns as well; N = M, and a key's positive is the row whose target it is.
     """
 
     def __init__(self, x: Tensor, y: Tensor, tau: Tensor, normalize: bool, *, target: Tensor | None = None,
@@ -79,7 +79,7 @@ class Pairs:
         self.tau, self.normalize, self.labels, self.columns = tau, normalize, labels, columns
         self.dtype = loss_dtype(x.dtype)
         self.config = config(chip(), x.dtype, shape_class(self.width))
-        # Weights are at most 2 and may be tiny: into float16's range.
+        # Weights are at most 2 and may be tiny: scale them into float16's range.
         self.scale = 2.0**14 if x.dtype == torch.float16 else 1.0
         self.target = None if target is None else target.contiguous()
         self.x_token = None if x_token is None else x_token.contiguous()
@@ -155,7 +155,7 @@ class Pairs:
 
     def side(self, state: Tensor, own_score: Tensor | None, weight: Tensor | None, peak: Tensor | None,
              count: Tensor | None = None) -> Side:  # fmt: skip
-        """Losses from statistics, and with `weight` [N] (at most `peak`) the gradient's share."""
+        """Losses from statistics and, with `weight` [N] (at most `peak`), the share of the gradient."""
         n = state.shape[1]
         loss = self._new(n)
         made = [self._new(n) if weight is not None else None for _ in range(4)]
@@ -166,7 +166,7 @@ class Pairs:
 
     def gradients(self, row: Side, column: Side | None, peak: Tensor, x_grad: bool,
                   y_grad: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Gradients by x and y of the weighted losses, empty where not asked for. `column`: a score's other softmax."""
+        """Gradients of the weighted losses with respect to x and y, empty if unwanted. `column`: a score's other softmax."""
         empty = self.x.new_empty(0)
         if not (x_grad or y_grad):
             return empty, empty.clone()
@@ -225,6 +225,6 @@ class Pairs:
 
 
 def peak_of(weight: Tensor) -> Tensor:
-    """The largest |weight|, or 1 where all are 0: weights are stored as shares of it."""
+    """The largest |weight|, or 1 if all are 0: weights are stored as shares of it."""
     peak = weight.abs().amax()
     return torch.where(peak > 0, peak, torch.ones_like(peak))

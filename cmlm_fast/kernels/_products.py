@@ -1,11 +1,11 @@
-"""Unit rows, the gradients' products, and the way back through the normalisation.
+"""Unit rows, the gradients' products, and the backward pass of the normalisation.
 
 unit_rows   grid rows/BLOCK; reads a row twice (its norm, then itself; the second time from cache), writes it once
 products    grid (key tiles + row tiles) × D/BD, the longer sums first; a tile reads a strip of the weights and of the
-            other side's rows, adds to float32 sums that it alone owns; no number of the weights is read by more than
-            D/BD programs a side
+            other side's rows, and adds to float32 sums that it alone owns; each weight is read by at most D/BD programs
+            per side
 project     grid rows/BLOCK; reads sums and row twice, writes the gradient once
-Sums are float32 (float64 for float64). Deterministic: one writer a number, contractions in the order of the tiles.
+Sums are float32 (float64 for float64). Deterministic: one writer per number, contractions in tile order.
 """
 
 import triton
@@ -16,7 +16,7 @@ from ._scores import multiply
 
 @triton.jit
 def inverse_norms(x, out, R, D, BLOCK: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
-    """out [R] = 1 / max(‖x‖, 1e-12). Its error is one of every score of the row: float32 rows keep it in float64."""
+    """out [R] = 1 / max(‖x‖, 1e-12). Its error enters every score of the row: float32 rows keep it in float64."""
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = x + rows.to(tl.int64)[:, None] * D
     total = tl.zeros((BLOCK,), ACC)
@@ -30,7 +30,7 @@ def inverse_norms(x, out, R, D, BLOCK: tl.constexpr, BD: tl.constexpr, ACC: tl.c
 @triton.jit
 def unit_rows(x, inverse, out, first, R, D, width, NORMALIZE: tl.constexpr, BLOCK: tl.constexpr, BD: tl.constexpr,
               ACC: tl.constexpr):  # fmt: skip
-    """out [panel, width] = rows first.. of x at length 1, in x's dtype; 0 past row R and past column D."""
+    """out [panel, width] = rows first.. of x at unit length, in x's dtype; 0 past row R and past column D."""
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = first + local
     k = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -48,7 +48,7 @@ def y_product(w, x, y_sum, low, high, j, d, row0, col0, row_tiles, col_tiles, wi
     stride = col_tiles * BN
     cols, d = j * BN + tl.arange(0, BN), d + tl.arange(0, BD)
     begin, end = 0, row_tiles
-    if RANGES:  # the row tiles between the first and the last whose keys meet this tile's
+    if RANGES:  # the row tiles from the first to the last whose keys overlap this tile's
         tile = tl.arange(0, TILES)
         lows = tl.load(low + row0 // BM + tile, mask=tile < row_tiles, other=2147483647)
         highs = tl.load(high + row0 // BM + tile, mask=tile < row_tiles, other=0)
@@ -58,7 +58,7 @@ def y_product(w, x, y_sum, low, high, j, d, row0, col0, row_tiles, col_tiles, wi
     for r in range(begin * BM, end * BM, BK):
         k = r + tl.arange(0, BK)
         at = w + k[:, None] * stride + cols[None, :]
-        if RANGES:  # a tile between them that meets nothing was never written
+        if RANGES:  # a tile between them without overlap was never written
             i = row0 // BM + k // BM
             written = (tl.load(low + i) < col0 + (j + 1) * BN) & (tl.load(high + i) > col0 + j * BN)
             a = tl.load(at, mask=written[:, None], other=0.0)
@@ -99,7 +99,7 @@ def products(w, x, y, x_sum, y_sum, low, high, row0, col0, row_tiles, col_tiles,
              BK: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """x_sum[row0.., :] += w·y and y_sum += wᵀ·x, for w [row_tiles·BM, col_tiles·BN], x [row_tiles·BM, width],
     y [col_tiles·BN, width], y_sum [col_tiles·BN, width], x_sum [N up to whole tiles, width]. Offsets inside a panel are
-    32 bits: Config bounds it."""
+    32-bit: Config bounds its size."""
     pid = tl.program_id(0)
     strips = width // BD
     if Y_SUM:

@@ -1,14 +1,14 @@
-"""Score tiles s = x̂·ŷᵀ/τ and what is made of them: statistics of rows and columns, and the weights of the gradients.
+"""Score tiles s = x̂·ŷᵀ/τ and what is computed from them: statistics of rows and columns, and the weights of the gradients.
 
-grid   one program a tile of a panel (panel rows/BM × panel keys/BN), in groups of row tiles: L2 serves the keys again
+grid   one program per tile of a panel (panel rows/BM × panel keys/BN), in groups of row tiles: L2 serves the keys again
 tile   BM rows × BN keys
 loop   over D in steps of BK: both operands through shared memory into the matrix units
-bytes  a tile reads (BM + BN)·D numbers; statistics write 3 numbers per row and 3 a key, weights write BM·BN numbers, once
+bytes  a tile reads (BM + BN)·D numbers; statistics write 3 numbers per row and 3 per key, weights write BM·BN numbers, once
 sums   float32 (float64 for float64)
-Deterministic: each number has one writer; the partial statistics are merged in the order of the tiles.
+Deterministic: each number has one writer; the partial statistics are merged in tile order.
 
-The positive of a row (its target) is kept out of the sums: where it is nearly all of the softmax, 1 − p would cancel.
-Tiles that no row's range meets are left out everywhere; `low`, `high` bound the keys of each row tile (see `bounds`).
+The positive of a row (its target) is kept out of the sums: if it is nearly all of the softmax, 1 − p would cancel.
+Tiles that overlap no row's range are skipped everywhere; `low`, `high` bound the keys of each row tile (see `bounds`).
 """
 
 import os
@@ -16,14 +16,14 @@ import os
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1e30)  # the score of what is no candidate: e^(NOTHING - SOME) is 0, and 0 times it is 0
+NOTHING = tl.constexpr(-1e30)  # the score of a non-candidate: e^(NOTHING - SOME) is 0, and 0 times it is 0
 SOME = tl.constexpr(-1e29)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
 def multiply(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a·b. The interpreter would multiply bfloat16's bits as integers: there, operands are widened, exactly."""
+    """acc + a·b. The interpreter would multiply bfloat16's bits as integers, so operands are widened there, exactly."""
     if INTERPRETED:
         a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -68,7 +68,7 @@ def score_tile(x, y, x_inverse, y_inverse, tau, rows, cols, N, M, D, NORMALIZE: 
 
 @triton.jit
 def targets_of(target, rows, N, M, TARGETS: tl.constexpr):
-    """Each row's target, or -1: none, ignored, or past the end."""
+    """Each row's target, or -1 if it is absent, ignored, or past the end."""
     if TARGETS:
         t = tl.load(target + rows, mask=rows < N, other=-1)
         return tl.where((t >= 0) & (t < M), t, -1).to(tl.int32)
@@ -78,8 +78,8 @@ def targets_of(target, rows, N, M, TARGETS: tl.constexpr):
 @triton.jit
 def candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES: tl.constexpr, TOKENS: tl.constexpr,
                     IGNORED: tl.constexpr):  # fmt: skip
-    """s, with NOTHING where column j is no candidate of row i (its target apart). TOKENS: 1 key tokens alone, 2 both.
-    IGNORED: a row with t = -1 takes no part. Each rule is applied at once: kept masks would fill the registers."""
+    """s, with NOTHING where column j is not a candidate of row i (targets are not exempt). TOKENS: 1 key tokens only, 2 both.
+    IGNORED: a row with t = -1 has no candidates. Each rule is applied immediately: stored masks would fill the registers."""
     good = rows < N
     if IGNORED:
         good &= t >= 0
@@ -98,7 +98,7 @@ def candidates_only(s, t, start, end, x_token, y_token, rows, cols, N, M, RANGES
 
 @triton.jit
 def bounds(target, start, end, low, high, N, M, BM: tl.constexpr):
-    """Per row tile: keys [low, high) hold the candidates of its rows and their targets; low = M, high = 0: none."""
+    """Per row tile: keys [low, high) hold the candidates of its rows and their targets; low = M, high = 0 if none."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     t = targets_of(target, rows, N, M, True)
     first = tl.maximum(tl.load(start + rows, mask=rows < N, other=0), 0)
@@ -111,7 +111,7 @@ def bounds(target, start, end, low, high, N, M, BM: tl.constexpr):
 
 @triton.jit
 def sums_of(s, AXIS: tl.constexpr):
-    """(maximum, Σ e^(s − maximum), Σ e^(s − maximum)·(s − maximum)) over candidates; (−inf, 0, 0) of none."""
+    """(maximum, Σ e^(s − maximum), Σ e^(s − maximum)·(s − maximum)) over candidates; (−inf, 0, 0) if none."""
     top = tl.max(s, AXIS)
     shifted = s - tl.expand_dims(tl.maximum(top, SOME), AXIS)
     e = tl.exp(shifted)
@@ -124,8 +124,8 @@ def statistics(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_t
                TARGETS: tl.constexpr, RANGES: tl.constexpr, TOKENS: tl.constexpr, LABELS: tl.constexpr,
                COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
                EVEN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Of one panel: row_part [3 or 4, col_tiles, row_tiles·BM], col_part [3, row_tiles, col_tiles·BN], and own_score
-    [N] of the targets. The fourth plane of row_part is the sum of the scores of a row's label."""
+    """One panel's row_part [3 or 4, col_tiles, row_tiles·BM], col_part [3, row_tiles, col_tiles·BN], and own_score [N]
+    of the targets. The fourth plane of row_part is the sum of a row's scores at keys with its label."""
     i, j = grouped(tl.program_id(0), row_tiles, col_tiles, GROUP)
     row, col = row0 + i * BM, col0 + j * BN
     if RANGES:
@@ -162,7 +162,7 @@ def statistics(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_t
 
 @triton.jit
 def rescaled(top, total, moment, to):
-    """(total, moment) with `to` >= top in the place of the maximum."""
+    """(total, moment) with `to` >= top in place of the maximum."""
     down = tl.where(top == float("-inf"), 0.0, top - to)
     factor = tl.where(top == float("-inf"), 0.0, tl.exp(down))
     return factor * total, factor * (moment + total * down)
@@ -171,8 +171,8 @@ def rescaled(top, total, moment, to):
 @triton.jit
 def merge(part, state, low, high, first, panel, tiles, other0, size, N, FIRST: tl.constexpr, RANGES: tl.constexpr,
           LABELS: tl.constexpr, BLOCK: tl.constexpr, OTHER: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """Folds a panel's part [3 or 4, tiles, size] into state [3 or 4, N], rows first.. of it, in the order of the tiles.
-    `panel` is rows of the panel, `other0` its first key, OTHER keys a tile."""
+    """Fold a panel's part [3 or 4, tiles, size] into rows first.. of state [3 or 4, N], in tile order. `panel`: rows of
+    the panel; `other0`: its first key; OTHER: keys per tile."""
     local = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     rows = first + local
     good = (local < panel) & (rows < N)
@@ -271,7 +271,7 @@ def weights(x, y, x_inverse, y_inverse, tau, target, start, end, x_token, y_toke
             NORMALIZE: tl.constexpr, TARGETS: tl.constexpr, RANGES: tl.constexpr, TOKENS: tl.constexpr,
             LABELS: tl.constexpr, COLUMNS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             GROUP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """out [row_tiles·BM, col_tiles·BN] of a panel: gradient of the scores. COLUMNS: of a softmax over columns too."""
+    """out [row_tiles·BM, col_tiles·BN] of a panel: gradient of the scores. COLUMNS: also of a softmax over columns."""
     i, j = grouped(tl.program_id(0), row_tiles, col_tiles, GROUP)
     row, col = row0 + i * BM, col0 + j * BN
     if RANGES:

@@ -1,12 +1,12 @@
-"""info_nce of few rows, in one launch: losses, temperature's gradient, gradients.
+"""info_nce of few rows, in one launch: losses, the temperature's gradient, the rows' gradients.
 
-grid   strips of D; each program makes the whole score matrix, which fits into its registers: blocks need not wait for
-       each other. Without gradients, one program
+grid   strips of D; each program computes the whole score matrix, which fits into its registers: blocks need not wait
+       for each other. Without gradients, one program
 tile   BR × BR scores: all R rows (R = B; 2B where the views are one matrix [z1; z2]) against each other, R ≤ 64
-loop   over D, both operands through shared memory into the matrix units; the rows' norms are made of the same tiles
+loop   over D, both operands through shared memory into the matrix units; the rows' norms come from the same tiles
 bytes  a program reads the rows once, and its strip again; gradients are written once, the score matrix never
 sums   float32, norms of float32 rows float64
-Deterministic: one writer a number. Operations: 2·R²·D for each strip and 4·R²·D.
+Deterministic: one writer per number. Operations: 2·R²·D per strip, plus 4·R²·D.
 """
 
 import triton
@@ -36,13 +36,13 @@ def inverse_of(squares, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def loss_of(s, positive, AXIS: tl.constexpr, LABELS: tl.constexpr):
-    """Of each row (AXIS 1) or column (0) of s, NOTHING where there is no candidate: its loss, and of the gradient of its
-    scores reference, factor (e^(s − reference)·factor), share (of its positive) and pull (of the temperature)."""
+    """For each row (AXIS 1) or column (0) of s, NOTHING where there is no candidate: its loss and, for the gradient of its
+    scores, reference, factor (e^(s − reference)·factor), share (of its positive) and pull (of the temperature)."""
     if LABELS:
         top, total, moment = sums_of(s, AXIS)
         count = tl.maximum(tl.sum(positive.to(s.dtype), AXIS), 1.0)
         mean = tl.sum(tl.where(positive, s, 0.0), AXIS) / count
-        top, total = tl.where(total == 0.0, 0.0, top), tl.where(total == 0.0, 1.0, total)  # of no row
+        top, total = tl.where(total == 0.0, 0.0, top), tl.where(total == 0.0, 1.0, total)  # past the last row
         return tl.log(total) + (top - mean), top, 1.0 / total, 1.0 / count, moment / total + (top - mean)
     score = tl.sum(tl.where(positive, s, 0.0), AXIS)
     top, total, moment = sums_of(tl.where(positive, NOTHING, s), AXIS)
@@ -54,7 +54,7 @@ def info_nce_small(z1, z2, tau, labels, loss, d1, d2, dtau, weight, B, D, SELF: 
                    COLUMNS: tl.constexpr, NORMALIZE: tl.constexpr, GRADIENT: tl.constexpr, Z1: tl.constexpr,
                    Z2: tl.constexpr, SCALE: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
                    PRECISION: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """GRADIENT: loss [1] = Σ weight·loss_r and its gradients; else loss [R]. COLUMNS: a softmax over columns too."""
+    """GRADIENT: loss [1] = Σ weight·loss_r and its gradients; else loss [R]. COLUMNS: also a softmax over columns."""
     R = B
     if SELF:
         R = 2 * B
@@ -100,7 +100,7 @@ def info_nce_small(z1, z2, tau, labels, loss, d1, d2, dtau, weight, B, D, SELF: 
         if COLUMNS:
             total = (total + tl.sum(tl.where(r < R, pull_c, 0.0), 0)) / 2
         tl.store(dtau, -weight * total / t)
-    # The gradient of the scores in units of weight/SCALE: float16 holds it. Where views are one matrix, rows count as keys too.
+    # The gradient of the scores in units of weight/SCALE, to fit float16. If the views are one matrix, rows also count as keys.
     if SELF:
         reference_c, factor_c, share_c = reference, factor, share
     g = tl.exp(s - reference[:, None]) * factor[:, None]

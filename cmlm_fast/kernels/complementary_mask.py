@@ -1,11 +1,11 @@
-"""complementary_mask in Triton: both views and the roles in one launch, bit for bit as the reference.
+"""complementary_mask in Triton: both views and the roles in one launch, bit for bit equal to the reference.
 
-bernoulli  grid tokens/BLOCK → BLOCK tokens → no loop. A block finds its first sequence by a guess (equal lengths), else
-           by bisection, and walks the boundaries inside it. Nothing is read or written twice: 25 bytes per token (int64).
+bernoulli  grid tokens/BLOCK → BLOCK tokens → no loop. A block guesses its first sequence (equal lengths), else bisects
+           for it, and walks the boundaries inside it. Nothing is read or written twice: 25 bytes per token (int64).
 exact      grid sequences → one sequence. Up to BLOCK tokens stay in registers: draw, count, find the two thresholds
-           that part the roles, write. A longer one is walked in steps of BLOCK, its draws kept meanwhile in the views,
+           that separate the roles, write. A longer one is walked in steps of BLOCK; its draws are kept in the views,
            which are written last.
-Integers throughout (64-bit offsets), but for the quotas floor(rate·n + 0.5): float64 without fused multiply-add.
+Integers throughout (64-bit offsets), except for the quotas floor(rate·n + 0.5): float64 without fused multiply-add.
 Deterministic: a token's outputs depend on its position, sequence and (seed, step, sample id) alone, and have one
 writer.
 """
@@ -38,7 +38,7 @@ def tokens_at(ids, special, eligible, units, index, inside, position, SPECIAL: t
     unit = position
     if UNITS:
         unit = tl.load(units + index, mask=inside, other=0)
-        can &= unit >= 0  # which other backends refuse; keys of negative units would never part
+        can &= unit >= 0  # other backends refuse negative units, whose keys would never separate
     return token, can, unit
 
 
@@ -72,7 +72,7 @@ _RUNTIME = ["B", "mask_id", "vocab", "below_mask", "below_random", "k0", "k1", "
 def bernoulli(ids, cu, special, eligible, units, samples, view1, view2, role, T, B, mask_id, vocab, below1, below2,
               below_mask, below_random, k0, k1, step, SPECIAL: tl.constexpr, ELIGIBLE: tl.constexpr,
               UNITS: tl.constexpr, SAMPLES: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Each unit by itself: role 1 below `below1`, role 2 below `below2`."""
+    """Each unit independently: role 1 below `below1`, role 2 below `below2`."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     index = begin + tl.arange(0, BLOCK)
     inside = index < T
@@ -129,8 +129,8 @@ def quota(rate, n):
 
 @triton.jit
 def guess(k, low, high, at_low, at_high, turn):
-    """Where to look next for k keys at most x, between low with at_low < k keys and high with at_high > k. Keys are
-    uniform, so interpolation closes in within a few turns; halving, after a while, guarantees an end."""
+    """Next x to try for k keys <= x, between low with at_low < k keys and high with at_high > k. Keys are uniform, so
+    interpolation converges within a few turns; bisection, after a while, guarantees termination."""
     share = (k - at_low + 0.5) / (at_high - at_low + 1.0)
     share = tl.where(turn < 24, share, 0.5).to(tl.float64)
     middle = low + (share * (high.to(tl.float64) - low.to(tl.float64))).to(tl.int64)
@@ -138,8 +138,8 @@ def guess(k, low, high, at_low, at_high, turn):
 
 
 @triton.jit
-def parting(keys, counted, k, n):
-    """A value with k of the n counted keys at most it."""
+def threshold(keys, counted, k, n):
+    """A value that exactly k of the n counted keys do not exceed."""
     low, high = tl.full((), -1, tl.int64), tl.full((), _TOP, tl.int64)
     at_low, at_high = tl.zeros((), tl.int64), n
     x = tl.where(k == 0, low, high)
@@ -155,7 +155,7 @@ def parting(keys, counted, k, n):
 
 @triton.jit
 def parting_kept(view1, view2, begin, length, k, n, BLOCK: tl.constexpr):
-    """`parting` of keys kept in the views: the word in view 1, the unit or -1 (not counted) in view 2."""
+    """`threshold` of keys kept in the views: the word in view 1, the unit or -1 (not counted) in view 2."""
     low, high = tl.full((), -1, tl.int64), tl.full((), _TOP, tl.int64)
     at_low, at_high = tl.zeros((), tl.int64), n
     x = tl.where(k == 0, low, high)
@@ -179,10 +179,10 @@ def parting_kept(view1, view2, begin, length, k, n, BLOCK: tl.constexpr):
 def exact(ids, cu, special, eligible, units, samples, view1, view2, role, T, B, mask_id, vocab, rate, complement,
           below_mask, below_random, k0, k1, step, SPECIAL: tl.constexpr, ELIGIBLE: tl.constexpr, UNITS: tl.constexpr,
           SAMPLES: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """In each sequence the units of smallest (word, unit id): the first k1 get role 1, the next k2 role 2. rate and
-    complement are the bits of float64 numbers."""
+    """In each sequence, ordered by (word, unit id), the first k1 units get role 1, the next k2 role 2. rate and complement
+    are the bits of float64 numbers."""
     b = tl.program_id(0)
-    begin = tl.minimum(tl.maximum(tl.load(cu + b), 0), T).to(tl.int64)  # a malformed cu reaches no memory of others
+    begin = tl.minimum(tl.maximum(tl.load(cu + b), 0), T).to(tl.int64)  # a malformed cu must not reach out of bounds
     length = tl.minimum(tl.load(cu + b + 1), T) - begin.to(tl.int32)
     sample = b.to(tl.int64)
     if SAMPLES:
@@ -199,7 +199,7 @@ def exact(ids, cu, special, eligible, units, samples, view1, view2, role, T, B, 
         n = tl.sum(counted.to(tl.int64))
         first = quota(rate, n)
         both = first + quota(complement, n - first)
-        x, y = parting(keys, counted, first, n), parting(keys, counted, both, n)
+        x, y = threshold(keys, counted, first, n), threshold(keys, counted, both, n)
         write(view1, view2, role, begin + at, inside, token, changed, can & (keys <= x), can & (keys > x) & (keys <= y))
     else:
         n = tl.zeros((), tl.int64)
@@ -217,7 +217,7 @@ def exact(ids, cu, special, eligible, units, samples, view1, view2, role, T, B, 
             n += tl.sum(counted.to(tl.int64))
             tl.store(view1 + begin + at, word.to(token.dtype), mask=inside)
             tl.store(view2 + begin + at, tl.where(counted, unit, -1).to(token.dtype), mask=inside)
-        tl.debug_barrier()  # what was kept is read by other threads
+        tl.debug_barrier()  # other threads read what was kept
         first = quota(rate, n)
         both = first + quota(complement, n - first)
         x = parting_kept(view1, view2, begin, length, first, n, BLOCK)
@@ -235,7 +235,7 @@ def exact(ids, cu, special, eligible, units, samples, view1, view2, role, T, B, 
 
 
 def _signed(word: int) -> int:
-    """The 32-bit word as a signed number of the same bits: one kernel serves all of them."""
+    """The 32-bit word as a signed number of the same bits, so that one kernel serves all words."""
     word &= 2**32 - 1
     return word - 2**32 if word >= 2**31 else word
 
@@ -262,7 +262,7 @@ def complementary_mask(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tenso
                *given[1:], *views, tokens, sequences, mask_id, vocab)  # fmt: skip
     words = *corruption_bounds(mask_share, random_share), _signed(seed), _signed(seed >> 32), _signed(step)
     if is_exact:
-        # Room for the average sequence in registers: for equal lengths, for all of them.
+        # Room for the average sequence in registers; with equal lengths, for all sequences.
         block = min(max(triton.next_power_of_2(-(-tokens // sequences)), 64), 1024)
         bits = [struct.unpack("<q", struct.pack("<d", share))[0] for share in (rate, complement)]
         warps = max(block // 128, 1)

@@ -1,11 +1,11 @@
 """info_nce in Triton: the launches of _pairs.py. Grid, tiles, bytes and sums: _scores.py and _products.py.
 
-cross     z1 against z2, softmax over rows and (symmetric) columns of one pass: 8·B²·D operations with gradients
-nt_xent   z = [z1; z2] against itself, self excluded by a token of its own. The scores and their gradient are symmetric,
-          so one product makes both views' gradients: 6·(2B)²·D operations
+cross     z1 against z2, softmax over rows and (symmetric) columns in one pass: 8·B²·D operations with gradients
+nt_xent   z = [z1; z2] against itself, self excluded by a token per row. The scores and their gradient are symmetric, so
+          one product gives both views' gradients: 6·(2B)²·D operations
 labels    as nt_xent, with the keys of a row's label as positives
-Up to 64 rows (B, or 2B of nt_xent and labels; of float32 up to 32), one launch does all of it: _small.py;
-on sm_100 with Triton before 3.8 up to 32.
+Up to 64 rows (B, or 2B for nt_xent and labels; up to 32 for float32, and on sm_100 with Triton before 3.8), one launch
+does all of it: _small.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SMALL = {torch.float32: (32, 32, 32), torch.bfloat16: (64, 64, 32), torch.float1
 
 
 def most_rows(dtype: torch.dtype) -> int:
-    """Of one launch."""
+    """Most rows that one launch can take."""
     # Triton before 3.8 fails to compile a block of 64 rows for Blackwell's tensor memory (TritonNvidiaGPUOptimizeTMemLayouts).
     fails = chip().startswith("sm_10") and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
     return min(SMALL.get(dtype, (0,))[0], 32 if fails else 64)
@@ -104,7 +104,7 @@ def _run(weight: Tensor | None, z1: Tensor, z2: Tensor, tau: Tensor, labels: Ten
     row = pairs.side(state, own_score, weight, peak, count)
     assert row.tau_part is not None
     dz = pairs.gradients(row, row, peak, z1_grad or z2_grad, False)[0]
-    # An op's outputs are tensors of their own, hence the copies.
+    # An op's outputs must not share memory, hence the copies.
     d1, d2 = dz[:batch].clone() if z1_grad else empty, dz[batch:].clone() if z2_grad else empty.clone()
     return row.loss, d1, d2, row.tau_part.sum()
 

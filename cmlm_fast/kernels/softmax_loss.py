@@ -1,9 +1,9 @@
 """softmax_loss in Triton.
 
-grid   one program a row of logits
+grid   one program per row of logits
 loop   over the row twice, BLOCK numbers at a time: largest number and sum of exponentials, then the slopes
-bytes  reads a row twice, the second time from L2, and writes one
-sums   float32 (float64 for float64), in the order of the blocks; deterministic: a row has one writer
+bytes  reads a row twice, the second time from L2, and writes one row
+sums   float32 (float64 for float64), in block order; deterministic: a row has one writer
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BLOCK = 4096
 @triton.jit
 def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
              ACC: tl.constexpr):  # fmt: skip
-    """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is no column."""
+    """losses [N], slopes [N, V] of logits [N, V]; both NaN where the target is not a column."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(target + row)
     logits, slopes = logits + row * V, slopes + row * V
@@ -34,7 +34,7 @@ def row_loss(logits, target, losses, slopes, V, IGNORED: tl.constexpr, LOWEST: t
         raised = tl.maximum(largest, tl.max(x, 0))
         total = total * tl.exp(largest - raised) + tl.sum(tl.exp(x - raised), 0)
         largest = raised
-    log_total = tl.log(total)  # not largest + log: that would be rounded to the size of a logit
+    log_total = tl.log(total)  # not largest + log: that would be rounded at a logit's magnitude
     valid, inside = label != IGNORED, (label >= 0) & (label < V)
     own = tl.load(logits + label, mask=inside, other=float("nan")).to(ACC)
     tl.store(losses + row, tl.where(valid, log_total + (largest - own), 0.0))

@@ -1,6 +1,6 @@
 """token_contrastive in Triton: the launches of _pairs.py with targets, ranges and tokens.
 
-Grid, tiles, bytes, sums and why it is deterministic: _scores.py and _products.py. 8·N·M·D operations with gradients,
+Grid, tiles, bytes, sums and determinism: see _scores.py and _products.py. 8·N·M·D operations with gradients,
 2·N·M·D without.
 """
 

@@ -1,6 +1,6 @@
-"""token_similarity in Triton: score tiles, −inf where a key is no candidate.
+"""token_similarity in Triton: score tiles, −inf where a key is not a candidate.
 
-grid   one program a tile, row tiles in groups so that L2 serves the keys again
+grid   one program per tile, row tiles in groups so that L2 serves the keys again
 loop   over D
 bytes  a tile reads (rows + keys)·D numbers and writes rows·keys, once
 sums   float32 (float64 for float64); deterministic: each score has one writer

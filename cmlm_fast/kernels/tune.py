@@ -1,8 +1,8 @@
-"""Tile sizes by measurement, on this machine's GPU: one call, or `python -m cmlm_fast.kernels.tune`.
+"""Tune tile sizes by measurement on this machine's GPU: one call, or `python -m cmlm_fast.kernels.tune`.
 
-Nothing is tuned unless asked for: the kernels take their chip's entry of configs.json. `tune` times forward and backward of
-token_contrastive under each candidate, keeps the fastest of those that agree with the entry there was, uses it from then on,
-and writes it where later processes find it (see _configs.py).
+Nothing is tuned unless requested: the kernels take their chip's entry in configs.json. `tune` times the forward and backward
+passes of token_contrastive under each candidate, keeps the fastest of those that agree with the previous entry, uses it from
+then on, and writes it where later processes find it (see _configs.py).
 
     >>> from cmlm_fast.kernels.tune import tune
     >>> tune()  # doctest: +SKIP
@@ -24,17 +24,17 @@ from torch import Tensor
 from . import chip
 from ._configs import Config, Tile, config, dump, load, shape_class, use, user_file
 
-#: What is tried, one field of Config after the other: (rows, cols, depth, warps, stages) of the scores, (cols, depth, warps,
+#: Candidates, one field of Config after another: (rows, cols, depth, warps, stages) of the scores, (cols, depth, warps,
 #: stages) of the products, (rows, keys) of a panel.
 SCORES = tuple(product((64, 128), (64, 128, 256), (32, 64), (4, 8), (3, 4)))
 PRODUCTS = tuple(product((64, 128, 256), (32, 64), (4, 8), (3, 4)))
 PANELS = ((2048, 2048), (4096, 1024), (4096, 2048), (8192, 1024))
 SHAPES = ((4096, 32768, 128), (4096, 32768, 768))  # N, M, D: one for each shape class
-REFUSED = ("OutOfResources", "PTXASError", "CompilationError")  # Triton's: a tile does not fit
+REFUSED = ("OutOfResources", "PTXASError", "CompilationError")  # Triton's errors for a tile that does not fit
 
 
 def candidates(now: Config, field: str) -> Iterator[Config]:
-    """`now`, and what differs from it in `field` ("scores", "products" or "panel"), the nearest first: time may run out."""
+    """`now`, then entries that differ in `field` ("scores", "products" or "panel"), the nearest first: time may run out."""
     yield now
     if field == "scores":
         tried = [replace(now, scores=Tile(*sizes, now.scores.group)) for sizes in SCORES]
@@ -53,7 +53,7 @@ def candidates(now: Config, field: str) -> Iterator[Config]:
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, its L2 cache emptied before each."""
+    """Median time of a call on the GPU, with the L2 cache flushed before each."""
     from triton.testing import do_bench
 
     return float(do_bench(call, warmup=10, rep=50, return_mode="median"))
@@ -74,9 +74,9 @@ def tune(
         device: where to measure.
         dtype: of the rows; the entry serves all dtypes of its width.
         shapes: (N, M, D), one for each shape class to tune.
-        seconds: for each shape, a third of them for each of scores, products and panel; then the best so far is taken.
-        path: of the file, whose other entries stay; None: the one that later processes read.
-        clock: milliseconds of a call.
+        seconds: for each shape, a third each for scores, products and panel; once spent, the best so far is taken.
+        path: the file to write, whose other entries stay; None: the one that later processes read.
+        clock: returns the milliseconds of a call.
 
     Returns:
         The entry of each shape class.
@@ -122,7 +122,7 @@ def _call(device: torch.device, dtype: torch.dtype, n: int, m: int, d: int) -> C
 
 def _time(entry: Config, name: str, dtype: torch.dtype, call: Callable[[], tuple[Tensor, ...]], truth: tuple[Tensor, ...],
           clock: Callable[[Callable[[], object]], float]) -> float | None:  # fmt: skip
-    """Milliseconds, or None where the tile does not fit the chip or anything differs by more than rounding."""
+    """Milliseconds, or None if the tile does not fit the chip or any result differs by more than rounding."""
     before = config(chip(), dtype, name)
     use(chip(), dtype, name, entry)
     try:

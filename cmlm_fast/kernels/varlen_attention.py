@@ -1,14 +1,14 @@
-"""varlen_attention in Triton, for many short sequences: a program for each sequence and head.
+"""varlen_attention in Triton, for many short sequences: one program per sequence and head.
 
 attend    grid sequences × heads → all rows of the sequence
 gradient  the same grid → the gradients of all rows
-Both are launched once for each size of tile: sequences that fit into one tile make their scores once, in a kernel that keeps
-few registers, so that many of them run at a time; then those of more tokens, which walk tiles: forward with the softmax of the
-keys seen so far, backward three times (the rows' Σ p·dp, kept in `delta`, then dq, then dk and dv). A program whose sequence is
-another launch's ends at once.
-Memory: of a sequence in one tile q, k, v and out are read or written once, in the backward pass seven such arrays.
+Both are launched once per tile size. Sequences that fit into one tile compute their scores once, in a kernel that uses few
+registers, so that many programs run at a time. Longer ones walk tiles: forward with the softmax of the keys seen so far,
+backward three times (the rows' Σ p·dp, kept in `delta`; then dq; then dk and dv). A program whose sequence belongs to another
+launch exits at once.
+Memory: for a sequence in one tile, q, k, v and out are read or written once; in the backward pass, seven such arrays.
 Tensor cores take operands of the rows' dtype; scores, softmax and sums are float32 (float64 for float64).
-Deterministic: a row has one writer, and sums run in the order of the tiles.
+Deterministic: a row has one writer, and sums run in tile order.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def scores_of(q, k, i, j, length, window, SCALE: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def kept(i, j0, sample, seed, threshold, GAIN: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """What dropout multiplies the weights of rows i and keys j0 … j0 + BLOCK by: 0, or GAIN. One draw gives four."""
+    """Dropout's factors, 0 or GAIN, on the weights of rows i and keys j0 … j0 + BLOCK. One draw gives four."""
     counter = (j0 // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     c0 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + counter[None, :]
     c1 = tl.zeros((BLOCK, BLOCK // 4), tl.uint32) + i.to(tl.uint32)[:, None]
@@ -65,9 +65,9 @@ _RUNTIME = ["T", "H", "window", "threshold", "low", "high"]
 def attend(q, k, v, cu, seed, out, lse, T, H, q_row, q_head, k_row, k_head, v_row, v_head, window, threshold,
            low, high, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
            PRECISION: tl.constexpr, ACC: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
-    """out [T, H, D] and lse [H, T] of the sequences of low < length <= high; with ONE_TILE high is at most BLOCK."""
+    """out [T, H, D] and lse [H, T] of the sequences with low < length <= high; with ONE_TILE, high is at most BLOCK."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
+    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu must not reach out of bounds
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
     if (length <= low) | (length > high):
         return
@@ -103,13 +103,13 @@ def attend(q, k, v, cu, seed, out, lse, T, H, q_row, q_head, k_row, k_head, v_ro
 @triton.jit
 def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, seed, threshold, SCALE: tl.constexpr,
                GAIN: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """(softmax p, p after dropout, gradient by p) of rows i and keys j."""
+    """(softmax p, p after dropout, gradient with respect to p) of rows i and keys j."""
     s = scores_of(query, key, i, j, length, window, SCALE, PRECISION, ACC)
     p = tl.where((i < length)[:, None], tl.exp(s - log_sum[:, None]), 0.0)
     dp = multiply(g, tl.trans(value), tl.zeros((BLOCK, BLOCK), ACC), PRECISION)
     dropped = p
     if GAIN != 1:
-        keep = kept(i, j0, sample, tl.load(seed), threshold, GAIN, ACC, BLOCK)  # loaded once, it costs 55 registers more
+        keep = kept(i, j0, sample, tl.load(seed), threshold, GAIN, ACC, BLOCK)  # loading seed only once costs 55 registers more
         dropped, dp = p * keep, dp * keep
     return p, dropped, dp
 
@@ -118,10 +118,10 @@ def weights_of(query, key, value, g, log_sum, i, j, j0, length, sample, window, 
 def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, q_row, q_head, k_row, k_head, v_row, v_head,
              window, threshold, low, high, SCALE: tl.constexpr, GAIN: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
              BLOCK: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, ONE_TILE: tl.constexpr):  # fmt: skip
-    """dq, dk, dv [T, H, D] of the gradient g of out, for the sequences of low < length <= high; with ONE_TILE high is at most
-    BLOCK. delta [2, H, T] is scratch: mean gradients by p, and 1 / Σ p."""
+    """dq, dk, dv [T, H, D] from the gradient g of out, for sequences with low < length <= high; with ONE_TILE, high is at most
+    BLOCK. delta [2, H, T] is scratch: mean gradients with respect to p, and 1 / Σ p."""
     sequence, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu reaches no memory of others
+    begin = tl.minimum(tl.maximum(tl.load(cu + sequence), 0), T)  # a malformed cu must not reach out of bounds
     length = tl.minimum(tl.load(cu + sequence + 1), T) - begin
     if (length <= low) | (length > high):
         return
@@ -139,7 +139,7 @@ def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, 
         log_sum = tl.load(lse + begin + i, mask=inside, other=0.0)
         p, dropped, dp = weights_of(query, key, value, by, log_sum, i, i, 0, length, sample, window, seed, threshold,
                                     SCALE, GAIN, BLOCK, PRECISION, ACC)  # fmt: skip
-        # Σ p is not quite 1: a large log_sum is rounded by more than dp and its mean differ.
+        # Σ p is not quite 1: a large log_sum is rounded by more than the difference between dp and its mean.
         share = (1 / tl.where(inside, tl.sum(p, 1), 1.0))[:, None]
         p, dropped = p * share, dropped * share
         zero = tl.zeros((BLOCK, WIDTH), ACC)
@@ -177,7 +177,7 @@ def gradient(g, q, k, v, cu, seed, lse, delta, dq, dk, dv, T, H, g_row, g_head, 
                 total = multiply(ds.to(key.dtype), key, total, PRECISION)
             at = ((begin + i).to(tl.int64) * H + head)[:, None] * D + d[None, :]
             tl.store(dq + at, total.to(dtype), mask=inside[:, None] & columns)
-        tl.debug_barrier()  # delta and inverse are read by other threads than wrote them
+        tl.debug_barrier()  # threads read delta and inverse that others wrote
         for j0 in range(0, length, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             key, value = rows_at(k, begin + j, d, k_row, j < length, D), rows_at(v, begin + j, d, v_row, j < length, D)
@@ -206,7 +206,7 @@ def _launches(query: Tensor, tokens: int, scale: float, dropout: float,
     width, sixteen = query.shape[2], query.element_size() == 2
     narrow = sixteen and width <= 64  # beyond, larger tiles and fewer warps would spill registers
     constants = {"SCALE": scale, "GAIN": 1 / (1 - dropout), "D": width, "PRECISION": "ieee",
-                 "WIDTH": max(16, triton.next_power_of_2(width)),  # what tl.dot takes
+                 "WIDTH": max(16, triton.next_power_of_2(width)),  # the least that tl.dot takes
                  "ACC": tl.float64 if query.dtype == torch.float64 else tl.float32, "num_stages": 1}  # fmt: skip
     warps = 4 if sixteen else 8
     small = 2 if narrow and not backward else warps
@@ -245,7 +245,7 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scal
 @on_device
 def varlen_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, cu: Tensor, lse: Tensor,
                               scale: float, dropout: float, seed: Tensor, window: int) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients by query, key and value."""
+    """Gradients with respect to query, key and value."""
     cu = cu.contiguous()
     tokens, heads, _ = query.shape
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))

@@ -1,6 +1,6 @@
-"""The ops: one file each, holding schema, reference, checks, samples, autograd and the public function."""
+"""The ops, one file each: schema, reference, checks, samples, autograd formula and public function."""
 
-from . import dropout, softmax_loss  # noqa: F401 - declared there; layers and mlm_cross_entropy call them
+from . import dropout, softmax_loss  # noqa: F401 - declare the ops that layers and mlm_cross_entropy call
 from .complementary_mask import ComplementaryMask, complementary_mask
 from .info_nce import info_nce
 from .mlm_cross_entropy import mlm_cross_entropy

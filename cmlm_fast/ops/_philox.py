@@ -14,13 +14,13 @@ _WORD = 0xFFFFFFFF
 
 
 def signed_seed(op: str, seed: Any) -> int:
-    """`seed`, a whole number of 64 bits with or without a sign, as the int64 of the same bits."""
+    """`seed`, a signed or unsigned 64-bit integer, as the int64 with the same bits."""
     rule = "a whole number in [-2⁶³, 2⁶⁴)"
     if not isinstance(seed, int):
         expect(op, is_whole(seed), "seed", rule, seed)
         seed = int(seed)
-    # Compiled code, where a changing seed is a symbol, has no number of more than 64 bits: nothing is masked, and from 2⁶³ on
-    # `index` makes it a constant again.
+    # Compiled code, where a changing seed is a symbol, has no integers beyond 64 bits: nothing is masked, and from 2⁶³ on
+    # `index` makes the seed a constant again.
     expect(op, -(2**63) <= seed < 2**64, "seed", rule, seed)
     return index(seed) - 2**64 if seed >= 2**63 else seed
 
@@ -31,8 +31,8 @@ def philox(counter: Tensor, sample: Tensor, seed: int, step: int | Tensor) -> tu
     Args:
         counter: int64, the first counter word c (0 ≤ c < 2³²).
         sample: int64, broadcastable to `counter`: the 64-bit sample id.
-        seed: 64-bit key (any Python int; its low 64 bits count).
-        step: 32-bit step, or int64 ones, broadcastable to `counter`.
+        seed: 64-bit key (any Python int; only its low 64 bits are used).
+        step: 32-bit step, or int64 steps broadcastable to `counter`.
     """
     if isinstance(step, Tensor):
         c0, sample, c1 = torch.broadcast_tensors(counter & _WORD, sample, step & _WORD)

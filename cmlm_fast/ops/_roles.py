@@ -1,4 +1,4 @@
-"""Which tokens are masked in which view: what the reference, the kernels' launchers and the trainer have in common."""
+"""Which tokens are masked in which view: shared by the reference, the kernels' launchers and the trainer."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 
 def can_be_masked(ids: Tensor, special: Tensor, eligible: Tensor | None) -> Tensor:
-    """Bool, shape of ids: not special, and eligible."""
+    """Bool, shape of ids: tokens that are eligible and not special."""
     free = ~torch.isin(ids, special)
     return free if eligible is None else eligible & free
 
 
 def role_bounds(rate: float, complement: float) -> tuple[int, int]:
-    """By bernoulli sampling a unit's word below the first gives role 1, else below the second role 2."""
+    """Bernoulli sampling: a unit's word below the first bound gives role 1, else below the second role 2."""
     first = int(rate * 2.0**32)
     return first, first + int((2.0**32 - first) * complement)
 
 
 def corruption_bounds(mask_share: float, random_share: float) -> tuple[int, int]:
-    """A masked token's word below the first gives the mask token, else below the second a random one."""
+    """A masked token's word below the first bound gives the mask token, else below the second a random token."""
     first = int(mask_share * 2.0**32)
     return first, first + int(random_share * 2.0**32)
 
 
 def exact_counts(eligible: Sequence[int], rate: float, complement_rate: float) -> tuple[int, int]:
-    """How many tokens of all sequences get role 1 and role 2 by exact sampling without units; `eligible` tokens of each."""
+    """Total tokens with role 1 and with role 2 under exact sampling without units; `eligible`: each sequence's count."""
 
     def count(share: float, of: np.ndarray) -> np.ndarray:
         return np.minimum(np.maximum(np.floor(share * of + 0.5).astype(np.int64), 1 if share > 0 else 0), of)
@@ -40,7 +40,7 @@ def exact_counts(eligible: Sequence[int], rate: float, complement_rate: float) -
 
 def exact_roles(assignment: Tensor, sequence: Tensor, unit: Tensor, can: Tensor, sequences: int, rate: float,
                 complement: float) -> Tensor:  # fmt: skip
-    """Roles by counts: in each sequence the k1 units of smallest (w0, unit id) get role 1, the next k2 role 2."""
+    """Exact sampling: in each sequence the k1 units with the smallest (w0, unit id) get role 1, the next k2 role 2."""
     keys, inverse = torch.unique(sequence[can] * 2**32 + unit[can], return_inverse=True)  # sorted by sequence, unit
     word = torch.zeros_like(keys).scatter_(0, inverse, assignment[can])
     by_word = torch.argsort(word, stable=True)

@@ -1,4 +1,4 @@
-"""Rows of a matrix by an index without repeats, and means of its runs: a row's gradient is written once, not added up."""
+"""Row gather by an index without repeats, and means over runs of rows: a row's gradient is written once, not accumulated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 def take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index]; rows [N, D], index int64 [M] of different numbers."""
+    """rows[index]; rows [N, D], index int64 [M] without repeats."""
     out: Tensor = _TakeRows.apply(rows, index)
     return out
 
@@ -43,13 +43,15 @@ class _MeanRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         counted, bounds, count = ctx.saved_tensors
-        share = torch.nn.functional.pad((grad / count).to(grad.dtype), (0, 0, 0, 1))  # a row of zeros for what is not counted
+        share = torch.nn.functional.pad((grad / count).to(grad.dtype), (0, 0, 0, 1))  # a row of zeros, for rows not counted
         run = torch.repeat_interleave(bounds.diff(), output_size=counted.numel())
         return share[torch.where(counted, run, len(grad))], None, None
 
 
 def mean_rows(rows: Tensor, counted: Tensor, bounds: Tensor) -> Tensor:
-    """Means [B, D] of runs of rows [N, D]: those of run b from bounds[b] on, int [B + 1] from 0 to N, that are `counted`, bool
-    [N]; zeros where none is. Sums are float32 at least."""
+    """Means [B, D] over runs of rows [N, D], of the rows that are `counted`, bool [N]; zeros for a run without any.
+
+    Run b starts at bounds[b]; bounds: int [B + 1], from 0 to N. Sums are at least float32.
+    """
     out: Tensor = _MeanRows.apply(rows, counted, bounds)
     return out

@@ -1,4 +1,4 @@
-"""What the contrastive ops share: unit vectors, candidates, the rules on their arguments, weights of rows."""
+"""Shared by the contrastive ops: unit vectors, candidates, argument checks, row weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Losses, sums and exponentials: float64 for float64 inputs, float32 for all others."""
+    """Dtype of losses, sums and exponentials: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows of `x` in the accumulation dtype, divided by max(‖x‖, 1e-12) when `normalize`; and that divisor."""
+    """Rows of `x` in the accumulation dtype, divided by max(‖x‖, 1e-12) if `normalize`; and that divisor."""
     x = x.to(loss_dtype(x.dtype))
     if not normalize:
         return x, None
@@ -30,34 +30,37 @@ def unit_rows(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def through_unit_rows(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Gradient of `unit_rows`: from the unit vectors back to the rows, in the rows' dtype."""
+    """Backward pass of `unit_rows`: from the gradient of the unit vectors to that of the rows, in the rows' dtype."""
     if norm is not None:
         grad = (grad - unit * (grad * unit).sum(-1, keepdim=True)) / norm
     return grad.to(dtype)
 
 
 def scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    """rows · factor, a scalar, rounded once: PyTorch would first round a scalar tensor to the dtype of 16-bit rows; on the CPU
-    only where it comes first. There a factor of 1, that of `loss.backward()`, costs no pass over the rows."""
+    """rows · factor, a scalar, rounded once.
+
+    PyTorch would first round a scalar tensor to the dtype of 16-bit rows (on the CPU, only if the scalar comes first). On the
+    CPU a factor of 1, as in `loss.backward()`, costs no pass over the rows.
+    """
     on_cpu = rows.device.type == "cpu"
     if on_cpu and not is_transformed(factor) and _is_last_one(factor):
         return rows
     if rows.dtype == factor.dtype or on_cpu:
         return rows * factor
-    if torch._C._functorch.is_legacy_batchedtensor(factor):  # of is_grads_batched, which knows no `out`
+    if torch._C._functorch.is_legacy_batchedtensor(factor):  # from is_grads_batched, which does not support `out`
         return (rows * factor.reshape(1)).to(rows.dtype)
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
 
 
 def _is_last_one(factor: Tensor) -> bool:
-    """Whether it is 1 and the graph, which holds the rows, is not kept: else who gets them could change its next answer."""
+    """Whether `factor` is 1 and the graph that holds the rows is not kept: else their receiver could alter its next result."""
     kept = torch._C._autograd._get_current_graph_task_keep_graph()
     return not kept and not torch._C._functorch.is_legacy_batchedtensor(factor) and factor.item() == 1.0
 
 
 def candidates(query: Tensor, key: Tensor, target: Tensor | None, key_start: Tensor | None, key_end: Tensor | None,
                query_token: Tensor | None, key_token: Tensor | None) -> Tensor:  # fmt: skip
-    """Bool [N, M]: key j is a candidate of row i. The target always is."""
+    """Bool [N, M]: whether key j is a candidate of row i. The target always is."""
     column = torch.arange(key.shape[0], device=key.device)
     mask = torch.ones(query.shape[0], key.shape[0], dtype=torch.bool, device=key.device)
     if key_start is not None:
@@ -79,7 +82,7 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
     if not isinstance(temperature, Tensor):
         number = is_number(temperature) and 0.0 < temperature < float("inf")
         expect(op, number, "temperature", "a number, finite and > 0, or a tensor", temperature)
-        least = torch.finfo(dtype).tiny  # below, its inverse is none
+        least = torch.finfo(dtype).tiny  # below this, the inverse may overflow
         expect(op, temperature >= least, "temperature", f"a number >= {least:.2g}", temperature)
         most = torch.finfo(dtype).max
         expect(op, temperature <= most, "temperature", f"a number <= {most:.2g}", temperature)
@@ -92,13 +95,13 @@ def as_temperature(op: str, temperature: float | Tensor, rows: Tensor) -> Tensor
 
 
 def check_temperature(op: str, temperature: Tensor) -> None:
-    """The rule on a temperature tensor's value."""
+    """Check a temperature tensor's value."""
     value = float(temperature)
     expect_values(op, 0.0 < value < float("inf"), "temperature", "finite and > 0", value)
 
 
 def check_rows(op: str, first: str, a: Tensor, second: str, b: Tensor, temperature: Tensor) -> None:
-    """The rules on two matrices of vectors and the temperature."""
+    """Check two matrices of vectors and the temperature."""
     expect(op, a.dim() == 2, first, "of shape [rows, D]", list(a.shape))
     expect(op, b.dim() == 2 and b.shape[1] == a.shape[1], second, f"of shape [rows, D = {a.shape[1]}]", list(b.shape))
     expect(op, a.shape[1] >= 1, first, "of D >= 1", list(a.shape))
@@ -112,24 +115,26 @@ def check_rows(op: str, first: str, a: Tensor, second: str, b: Tensor, temperatu
 
 def check_vector(op: str, name: str, tensor: Tensor | None, length: int, dtypes: tuple[torch.dtype, ...],
                  device: torch.device) -> None:  # fmt: skip
-    """The rules on an optional vector that belongs to rows or keys."""
+    """Check an optional vector with one entry per row or key."""
     if tensor is None:
         return
     expect(op, isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
-    # A list in the text: torch.compile makes constants of the numbers that a text holds, and code anew for other ones.
+    # Format a list: torch.compile makes constants of numbers formatted into a string, and recompiles for other values.
     expect(op, tensor.shape == (length,), name, f"of shape {[length]}", list(tensor.shape))
     expect(op, tensor.dtype in dtypes, name, " or ".join(str(dtype) for dtype in dtypes), tensor.dtype)
     expect(op, tensor.device == device, name, f"on {device}", tensor.device)
 
 
 def check_reduction(op: str, reduction: str) -> None:
-    """The rule on `reduction`."""
+    """Check `reduction`."""
     expect(op, reduction in ("none", "mean", "sum"), "reduction", "'mean', 'sum' or 'none'", repr(reduction))
 
 
-def in_forward(dtype: torch.dtype) -> bool:
-    """Whether the forward pass makes the gradients, of unit gradient of the loss. float16, whose small numbers would be lost
-    before the loss scale comes, makes them in the backward pass, scaled."""
+def gradients_in_forward(dtype: torch.dtype) -> bool:
+    """Whether the forward pass computes the gradients, for an upstream gradient of 1.
+
+    float16 computes them in the backward pass, scaled: small values would be lost before the loss scale is applied.
+    """
     return dtype != torch.float16
 
 
@@ -140,14 +145,14 @@ def reduction_weight(valid: Tensor, reduction: str, dtype: torch.dtype) -> Tenso
 
 
 def fake_gradients(query: Tensor, key: Tensor, temperature: Tensor, query_grad: bool, key_grad: bool) -> tuple[Tensor, ...]:
-    """Of either loss: a gradient that is not wanted is empty."""
+    """Gradients of either loss; one that is not requested is empty."""
     dq = query.new_empty(query.shape if query_grad else 0)
     dk = key.new_empty(key.shape if key_grad else 0)
     return dq, dk, torch.empty_like(temperature)
 
 
 def autocast_is_on(device_type: str) -> bool:
-    """Also of meta tensors, whose device knows no autocast."""
+    """Whether autocast is on; also takes meta tensors, whose device does not support it."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
@@ -158,7 +163,7 @@ def _no_tangent(op: str, name: str, given: Tensor) -> None:
 
 
 def autocast_rows(op: str, **rows: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, rows take its dtype, as operands of `matmul` do (float64 stays); losses are float32 anyway."""
+    """Under autocast, cast rows to its dtype, as `matmul` does (float64 stays); losses are float32 regardless."""
     for name, given in rows.items():
         expect(op, isinstance(given, Tensor), name, "a tensor", type(given).__name__)
         expect(op, given.layout is torch.strided, name, "a dense tensor", given.layout)

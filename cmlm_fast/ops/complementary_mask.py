@@ -5,8 +5,8 @@
     input_ids[i] itself
 
 Random bits: Philox4x32-10 with key = seed and counter = (c, step, sample id); a unit's assignment word is w0 at c = unit
-id, a token's corruption words are w1, w2 at c = position. So a sequence's masks depend on (seed, step, sample id) alone.
-Shapes: T tokens of B sequences packed end to end. Nothing but the three outputs reaches memory in the compiled kernels.
+id, a token's corruption words are w1, w2 at c = position. A sequence's masks therefore depend on (seed, step, sample id) alone.
+Shapes: T tokens of B sequences packed end to end. The compiled kernels write nothing but the three outputs to memory.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SCHEMA = (
 
 
 class ComplementaryMask(NamedTuple):
-    """Both views, of input_ids' shape and dtype, and `role` (uint8): 0 visible, 1 masked in view 1, 2 in view 2."""
+    """Both views, with input_ids' shape and dtype, and `role` (uint8): 0 visible, 1 masked in view 1, 2 masked in view 2."""
 
     view1: Tensor
     view2: Tensor
@@ -67,7 +67,7 @@ def _check(ids: Tensor, cu: Tensor, special: Tensor, eligible: Tensor | None, un
     for name, value in (("rate", rate), ("complement_rate", complement), ("mask_share", mask_share),
                         ("random_share", random_share)):  # fmt: skip
         rule(0.0 <= value <= 1.0, name, "in [0, 1]", value)
-    # The slack lets shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding, through.
+    # The slack admits shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding error.
     rule(mask_share + random_share <= 1.0 + 1e-9, "mask_share + random_share", "<= 1", mask_share + random_share)
     rule(0 <= step < 2**32, "step", "in [0, 2^32)", step)
 
@@ -115,7 +115,7 @@ def _fake(ids: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Packed batches: equal and ragged lengths, empty and one-token sequences, units, odd seeds, both samplings; special ids
-    in disorder, twice the same, with gaps of one id."""
+    unsorted, repeated, with gaps of one id."""
     generator = torch.Generator().manual_seed(0)
 
     def make(lengths: list[int], **options: Any) -> tuple[Any, ...]:
@@ -135,7 +135,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
         yield f"{label}-ragged", make([1, 0, 63, 7, 1000, 2], exact=exact, seed=-1, step=2**32 - 1)
         eligible = (torch.rand(300, generator=generator) < 0.5).to(device)
         units = torch.randint(0, 40, (300,), generator=generator).to(device, torch.int32)
-        units = units.masked_fill(~eligible, -1)  # of what is no word
+        units = units.masked_fill(~eligible, -1)  # tokens outside any word
         samples = torch.tensor([2**40 + 5, 7, -3], device=device)
         yield f"{label}-units", make([100, 150, 50], exact=exact, eligible=eligible, units=units, samples=samples)
         yield f"{label}-paper", make([37] * 5, exact=exact, complement=0.7, mask=1.0, random=0.0)
@@ -153,13 +153,13 @@ contracts[_NAME] = Contract(_NAME, _samples, (torch.int64, torch.int32), exact=T
 
 @lru_cache(maxsize=64)
 def _special_tensor(special_ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """One device copy of a tokenizer's special ids, so that a call moves nothing between host and device."""
+    """One device copy of a tokenizer's special ids, so that a call copies nothing between host and device."""
     return torch.tensor(special_ids, dtype=torch.int64, device=device)
 
 
 @lru_cache(maxsize=64)
 def _equal_lengths(batch: int, length: int, device: torch.device, stream: int) -> Tensor:
-    """cu_seqlens of a padded batch, kept as `_special_tensor` is, for the CUDA stream that fills it: others would not wait."""
+    """cu_seqlens of a padded batch, cached for the CUDA stream that fills it: other streams would not wait for it."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * length
 
 
@@ -183,7 +183,7 @@ def complementary_mask(
     sample_ids: Tensor | None = None,
     backend: str | None = None,
 ) -> ComplementaryMask:
-    """Two views of each sequence whose masked positions never overlap, and which position is masked where.
+    """Mask each sequence twice, at positions that never overlap; return both views and each position's role.
 
     Args:
         input_ids: int64 or int32, [B, L], or [T] with `cu_seqlens`.
@@ -193,24 +193,24 @@ def complementary_mask(
         special_ids: at most 16 ids that are never masked (cls, sep, pad, mask, ...), a sequence or an int64 tensor.
         attention_mask: [B, L]; positions where it is 0 are never masked.
         eligible: bool, shape of `input_ids`; positions where it is False are never masked.
-        unit_ids: int32 >= 0, shape of `input_ids`; tokens of a sequence with one id (a word, a span) are masked together.
+        unit_ids: int32 >= 0, shape of `input_ids`; tokens of a sequence that share an id (a word, a span) are masked together.
         rate: share of eligible units masked in view 1, in [0, 1].
         complement_rate: share of the remaining units masked in view 2, in [0, 1].
-        sampling: "exact" masks floor(rate·n + ½) units of each sequence, at least one; "bernoulli" draws each unit by itself.
-        mask_share, random_share: shares of masked tokens that become `mask_token_id`, or a random id; the rest stay.
-        seed: 64-bit key of the random numbers, in [-2⁶³, 2⁶⁴); a negative one stands for the same bits without a sign.
+        sampling: "exact" masks floor(rate·n + ½) of a sequence's n eligible units, at least 1; "bernoulli" draws each alone.
+        mask_share, random_share: shares of masked tokens replaced by `mask_token_id` and by a random id; the rest stay.
+        seed: 64-bit key of the random numbers, in [-2⁶³, 2⁶⁴); a negative one is read as the unsigned number of the same bits.
         step: training step, in [0, 2³²).
-        sample_ids: int64 [B], default 0..B-1: the id of each sequence in the data set. Masks depend on
-            (seed, step, sample id) alone, not on batch, padding on the right, device or backend.
-        backend: "reference", "cpp", "cuda", "triton"; None chooses.
+        sample_ids: int64 [B], default 0..B-1: the id of each sequence in the dataset. Masks depend on
+            (seed, step, sample id) alone, not on the batch, right padding, device or backend.
+        backend: "reference", "cpp", "cuda" or "triton"; None: the current choice (see `use_backend`).
 
     Returns:
         `ComplementaryMask(view1, view2, role)`, each of `input_ids`' shape. MLM labels of view v are
         `torch.where(role == v, input_ids, -100)`.
 
     Raises:
-        ValueError: a shape, dtype, device or number breaks its rule.
-        RuntimeError: `cu_seqlens` is malformed, an eligible id lies outside the vocabulary or its unit id is negative
+        ValueError: a shape, dtype, device or number is invalid.
+        RuntimeError: `cu_seqlens` is malformed, an eligible token's id is outside the vocabulary, or its unit id is negative
             (checked on the CPU).
 
     >>> ids = torch.arange(5, 25).view(2, 10)
@@ -229,7 +229,7 @@ def complementary_mask(
     traced = is_traced()
     if cu_seqlens is None:
         expect(_NAME, input_ids.dim() == 2, "input_ids", "of shape [B, L] when cu_seqlens is not given", list(shape))
-        # What a graph's capture makes exists only in its replays: nothing to keep for others.
+        # A tensor made during graph capture exists only in the graph's replays: do not cache it.
         once = traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" and not once else 0
         cu_seqlens = (_equal_lengths.__wrapped__ if once else _equal_lengths)(*shape, device, stream)
@@ -249,7 +249,7 @@ def complementary_mask(
         eligible = attended if eligible is None else eligible & attended
     if not isinstance(special_ids, Tensor):
         expect(_NAME, hasattr(special_ids, "__iter__"), "special_ids", "a sequence or a tensor", special_ids)
-        given_ids = tuple(special_ids)  # an iterator gives them once
+        given_ids = tuple(special_ids)  # an iterator yields them only once
         whole = all(is_whole(token) and -(2**63) <= token < 2**63 for token in given_ids)
         expect(_NAME, whole, "special_ids", "whole numbers of 64 bits", list(given_ids))
         special_ids = (_special_tensor.__wrapped__ if traced else _special_tensor)(given_ids, device)

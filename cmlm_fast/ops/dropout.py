@@ -1,10 +1,10 @@
-"""Dropout whose mask is a function of a seed: nothing is kept for the backward pass, and every thread draws for itself.
+"""Dropout whose mask is a function of a seed: nothing is saved for the backward pass, and every thread draws its own part.
 
     out_i = x_i · m_i / (1 − p)
     m_i   = 0 with probability p, else 1: in row r of the last dimension, at column c, the Philox word w_(c mod 4) at counter
             c div 4, step = 0, sample = r, key = seed, kept where w >= floor(p · 2³²)
 
-The gradient is the same op on the upstream gradient. PyTorch's own draws on the CPU come from one thread.
+The gradient is the same op applied to the upstream gradient. PyTorch's own dropout on the CPU draws in one thread.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Widths that are no multiple of a vector, three dimensions, a view that is not contiguous, nothing at all, and what
-    float16 does not hold once it is divided by 1 - p."""
+    """Widths that are not a multiple of the vector width, three dimensions, a non-contiguous view, an empty tensor, and
+    values that exceed float16 once divided by 1 - p."""
     shapes = (("wide", 3, 70, 0.1, 5), ("narrow", 9, 3, 0.5, -(2**40) - 7), ("whole", 4, 64, 0.25, 0),
               ("many-rows", 150, 6, 0.4, 2**62 + 1))  # fmt: skip
     for label, rows, width, p, seed in shapes:

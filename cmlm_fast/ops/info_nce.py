@@ -1,12 +1,12 @@
 """Sequence-level InfoNCE between two views.
 
-    cross     S = cos(z1, z2)/τ [B, B];  ½·[mean_i CE(S_i·, i) + mean_j CE(S_·j, j)]; symmetric=False keeps the first half
+    cross     S = cos(z1, z2)/τ [B, B];  ½·[mean_i CE(S_i·, i) + mean_j CE(S_·j, j)]; symmetric=False keeps the first term
     nt_xent   z = [z1; z2], S = cos(z, z)/τ [2B, 2B], self excluded, positive = the other view; mean over 2B
-    labels    S as in nt_xent; positives of i are the others with its label: log Σ_{a≠i} exp s_ia − mean_{p in P(i)} s_ip;
-              each row has one, the other view
+    labels    S as in nt_xent; P(i) = all other rows with i's label: log Σ_{a≠i} exp s_ia − mean_{p in P(i)} s_ip;
+              the other view is always a positive
 
-z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S, on the CPU the 2²⁴ scores of 4,096 pairs; for "mean" and "sum" the
-gradient is computed in the forward pass, but for float16, whose loss scale is known only later.
+z1, z2 [B, D]. The compiled kernels keep O(B · chunk) of S, on the CPU up to the 2²⁴ scores of 4,096 pairs. For "mean" and
+"sum" the gradient is computed in the forward pass, except for float16, whose loss scale is known only later.
 Sources: van den Oord et al. 2018 (cross), Chen et al. 2020, SimCLR (nt_xent), Khosla et al. 2020, SupCon (labels).
 """
 
@@ -30,7 +30,7 @@ from ._scores import (
     check_temperature,
     check_vector,
     fake_gradients,
-    in_forward,
+    gradients_in_forward,
     loss_dtype,
     random_rows,
     reduction_weight,
@@ -75,7 +75,7 @@ def _rows(z1: Tensor, z2: Tensor, temperature: Tensor, labels: Tensor | None, sc
     (u1, _), (u2, _) = unit_rows(z1, normalize), unit_rows(z2, normalize)
     if labels is None and scheme == "cross":
         s = u1 @ u2.T / temperature
-        # Shifted by the positive's score first, here and below: a loss near 0 is no difference of two large numbers.
+        # Subtract the positive's score first, here and below: a loss near 0 must not be the difference of two large numbers.
         loss = torch.logsumexp(s - s.diagonal()[:, None], 1)
         if symmetric:
             loss = (loss + torch.logsumexp(s - s.diagonal(), 0)) / 2
@@ -92,7 +92,7 @@ def _row_count(z1: Tensor, labels: Tensor | None, scheme: str) -> int:
 
 
 def _row_weight(z1: Tensor, labels: Tensor | None, scheme: str, reduction: str) -> Tensor:
-    """What each row's loss weighs in the reduced loss, [B] or [2B]."""
+    """Weight of each row's loss in the reduced loss, [B] or [2B]."""
     every = z1.new_ones(_row_count(z1, labels, scheme), dtype=torch.bool)
     return reduction_weight(every, reduction, loss_dtype(z1.dtype))
 
@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Both schemes, one side, labels, also all different ones, B = 1, B = 0, odd shapes, dot products, τ = 0.01."""
+    """Both schemes, one-sided, labels (also all different), B = 1, B = 0, odd shapes, dot products, τ = 0.01."""
     generator = torch.Generator().manual_seed(2)
 
     def make(b: int, d: int, tau: float = 0.05, **options: Any) -> tuple[Any, ...]:
@@ -217,36 +217,37 @@ def info_nce(
     group: Any = None,
     backend: str | None = None,
 ) -> Tensor:
-    """InfoNCE between the vectors of two views of the same sequences; the B×B scores stay in chunks.
+    """InfoNCE between the vectors of two views of the same sequences; the B×B scores are computed in chunks.
 
     Equivalent eager code for scheme "cross", with S = normalize(z1) @ normalize(z2).T / temperature and i = arange(B):
     `(F.cross_entropy(S, i) + F.cross_entropy(S.T, i)) / 2`.
 
     Args:
-        z1, z2: [B, D] of one dtype, float32, bfloat16, float16 or float64; row i of both is sequence i.
-        temperature: τ > 0, a number or a one-element tensor (then it gets a gradient).
-        scheme: "cross" contrasts view 1 with view 2 both ways; "nt_xent" (SimCLR) contrasts all 2B vectors.
-        symmetric: False keeps the view 1 → view 2 half of "cross".
-        labels: int64 [B]; given, the loss is SupCon over the 2B vectors: positives are all others with the row's label,
-            in both views. `scheme` then plays no part.
-        normalize: cosine (True) or dot product.
+        z1, z2: [B, D], both float32, bfloat16, float16 or float64; row i of each belongs to sequence i.
+        temperature: τ > 0, a number or a one-element tensor (which then gets a gradient).
+        scheme: "cross" contrasts view 1 with view 2 in both directions; "nt_xent" (SimCLR) contrasts all 2B vectors.
+        symmetric: False keeps only the view 1 → view 2 half of "cross".
+        labels: int64 [B]; if given, the loss is SupCon over the 2B vectors: a row's positives are all other vectors with its
+            label, in both views, and `scheme` is ignored.
+        normalize: True for cosine similarity, False for the dot product.
         reduction: "mean" over rows, "sum", or "none".
         group: a `torch.distributed` process group (`dist.group.WORLD`): negatives come from all its ranks, whose batches may
             differ in size. Loss and gradients equal those of one process on the concatenated batch: every rank returns the
-            whole loss, and its own z1, z2 get the whole loss's gradient; a temperature gets this rank's part of its
-            gradient, which add up to the whole's, as do those of all parameters behind z1, z2. (DDP averages parameter
-            gradients over ranks: multiply the loss by the world size there.) The call and its backward pass are collectives:
-            every rank makes both, with inputs that want gradients on all ranks or on none. Needs reduction "mean" or "sum".
-        backend: "reference", "cpp", "cuda", "triton"; None chooses.
+            whole loss, and its own z1, z2 get the whole loss's gradient. A temperature, like all parameters behind z1 and
+            z2, gets this rank's part of its gradient; the parts of all ranks sum to the whole. (DDP averages parameter
+            gradients over ranks: multiply the loss by the world size there.) The call and its backward pass are
+            collectives: every rank must make both, with inputs that require gradients on all ranks or on none. Requires
+            reduction "mean" or "sum".
+        backend: "reference", "cpp", "cuda" or "triton"; None: the current choice (see `use_backend`).
 
     Returns:
-        Scalar; with "none", [B] for "cross" (½(row + column), or the row term) and [2B] for "nt_xent" and labels (view 1,
-        then view 2). float32 (float64 for float64). B = 0: 0 with zero gradients. Under
-        autocast, z1 and z2 take its dtype.
+        Scalar; with "none", [B] for "cross" (½(row + column), or the row term alone) and [2B] for "nt_xent" and labels
+        (view 1, then view 2). float32 (float64 for float64 inputs). B = 0 gives 0 with zero gradients. Under autocast, z1
+        and z2 are cast to its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or option breaks its rule.
-        RuntimeError: a temperature tensor that is not finite and > 0 (checked on the CPU).
+        ValueError: a shape, dtype, device or option is invalid.
+        RuntimeError: a temperature tensor is not finite or not > 0 (checked on the CPU).
 
     >>> z = torch.eye(4, requires_grad=True)
     >>> loss = info_nce(z, torch.eye(4), temperature=0.5)
@@ -255,7 +256,7 @@ def info_nce(
     """
     z1, z2 = autocast_rows(_NAME, z1=z1, z2=z2)
     tau = as_temperature(_NAME, temperature, z1)
-    recording = torch.is_grad_enabled() and in_forward(z1.dtype)
+    recording = torch.is_grad_enabled() and gradients_in_forward(z1.dtype)
     labels = labels.contiguous() if isinstance(labels, Tensor) else labels
     args = (z1, z2, tau, labels, scheme, symmetric, normalize, reduction, recording and z1.requires_grad,
             recording and z2.requires_grad)  # fmt: skip

@@ -1,7 +1,7 @@
 """MLM loss at the masked positions: cross entropy of hidden · weightᵀ + bias against the vocabulary.
 
-A composite: the products are PyTorch's own (in float32 on the CPU the faster library's), and between them stands the op
-`softmax_loss`, which gives loss and gradient in one pass over the logits.
+A composite: the matrix products are PyTorch's own (for float32 on the CPU, the faster library's; see _linear.py); between
+them, the op `softmax_loss` computes loss and gradient in one pass over the logits.
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._library import expect, expect_values, is_traced, no_second_derivative
-from ..backends import instead
+from ..backends import replacement_op
 from ._linear import product
 from ._scores import FLOATING, IGNORE, autocast_is_on, autocast_rows, check_reduction, loss_dtype
 
 _NAME = "mlm_cross_entropy"
 _VOCABULARY_PART = 4096
-_EVEN = 64  # cuBLAS multiplies matrices of 30,522 columns at a third of the rate
+_EVEN = 64  # cuBLAS multiplies matrices with 30,522 columns at a third of the rate
 
 
 def mlm_cross_entropy(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *, reduction: str = "mean"
 ) -> Tensor:
-    """Cross entropy of the LM head's decoder at the rows whose target is not -100.
+    """Cross entropy of an LM head's decoder over the rows whose target is not -100.
 
     Equivalent eager code: `F.cross_entropy(F.linear(hidden, weight, bias), target)`.
 
     Args:
-        hidden: [N, D] rows that go into the decoder (after the head's transform).
-        weight: [V, D] decoder weight, hidden's dtype (under autocast PyTorch casts all three).
-        bias: [V] of that dtype, or None.
-        target: int64 [N] token ids; -100 ignores the row. Ignored rows are dropped before the product; under
-            torch.compile, and wherever else shapes stay fixed (fake tensors, `make_fx`), they are multiplied and then ignored.
-        reduction: "mean" over rows not ignored, "sum", or "none".
+        hidden: [N, D], the decoder's input (after the head's transform).
+        weight: [V, D], the decoder's weight, in hidden's dtype (under autocast PyTorch casts hidden, weight and bias).
+        bias: [V], in the same dtype, or None.
+        target: int64 [N] token ids; -100 ignores the row. Ignored rows are dropped before the product; under torch.compile,
+            and wherever else shapes are fixed (fake tensors, `make_fx`), they are multiplied and then ignored.
+        reduction: "mean" over the rows not ignored, "sum", or "none".
 
     Returns:
-        Scalar, or [N] with "none" (0 at ignored rows); float32 (float64 for float64). No valid row: 0, zero gradients.
+        Scalar, or [N] with "none" (0 at ignored rows); float32 (float64 for float64 inputs). Without a valid row, 0
+        with zero gradients.
 
     Raises:
-        ValueError: a shape, dtype or option breaks its rule.
-        RuntimeError: a target outside [0, V) (checked on the CPU; on a GPU loss and gradients are NaN, or the device stops).
+        ValueError: a shape, dtype or option is invalid.
+        RuntimeError: a target is outside [0, V) (checked on the CPU; on a GPU loss and gradients are NaN, or a device assert
+            fails).
 
     >>> hidden, weight = torch.zeros(2, 4), torch.zeros(8, 4)
     >>> round(mlm_cross_entropy(hidden, weight, None, torch.tensor([3, -100])).item(), 4)  # log 8
@@ -70,7 +72,7 @@ def mlm_cross_entropy(
     check_reduction(_NAME, reduction)
     valid = target != IGNORE
     if is_traced() or hidden.is_meta:
-        rows, labels = torch.where(valid[:, None], hidden, 0.0), target  # NaN would be one in the gradient of all weights
+        rows, labels = torch.where(valid[:, None], hidden, 0.0), target  # a NaN would spread to the gradients of all weights
     else:
         rows, labels = hidden[valid], target[valid]
         if labels.device.type == "cpu" and labels.numel():
@@ -85,8 +87,8 @@ def mlm_cross_entropy(
 
 
 def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> Tensor:
-    """Cross entropy of each row, [N], 0 where its target is -100: no row is dropped, nothing waits for the device."""
-    softmax_loss = None if is_traced() else instead("softmax_loss", hidden.device)
+    """Cross entropy of each row, [N], 0 where its target is -100; drops no row and never waits for the device."""
+    softmax_loss = None if is_traced() else replacement_op("softmax_loss", hidden.device)
     if softmax_loss is not None:
         (hidden,) = autocast_rows(_NAME, hidden=hidden)
         losses: Tensor = _HeadLosses.apply(hidden, weight, bias, target, softmax_loss)
@@ -96,14 +98,14 @@ def head_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Ten
 
 
 class _HeadLosses(torch.autograd.Function):
-    """weight and bias in a dtype of their own; products run in that of hidden."""
+    """weight and bias may have a dtype of their own; products run in that of hidden."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, softmax_loss: Any) -> Tensor:
         ctx.parameters, ctx.vocabulary = weight.dtype, len(weight)
         weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         rest = -len(weight) % _EVEN if hidden.is_cuda and hidden.element_size() == 2 else 0
-        if rest:  # columns whose softmax is 0; a target among them is as wrong as one beyond
+        if rest:  # columns whose softmax is 0; a target among them is as invalid as one beyond
             target = torch.where(target < ctx.vocabulary, target, ctx.vocabulary + rest)
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             weight, bias = F.pad(weight, (0, 0, 0, rest)), F.pad(bias, (0, rest), value=float("-inf"))
@@ -117,12 +119,12 @@ class _HeadLosses(torch.autograd.Function):
         no_second_derivative(_NAME)
         hidden, weight, slopes = ctx.saved_tensors
         by_hidden, by_weight, by_bias, *_ = ctx.needs_input_grad
-        # The upstream gradient multiplies the narrow operand of each product, not the slopes [N, V]; hidden in its own dtype,
-        # since in 16 bits the same error would be in all rows. For the bias it is that operand.
+        # Multiply the upstream gradient into the narrow operand of each product, not into the slopes [N, V]. It scales hidden
+        # in its own dtype: rounded to 16 bits, it would put the same error into all rows. For the bias, it is that operand.
         of_weight, of_bias, dtype, grad = None, None, hidden.dtype, grad[:, None]
         if by_weight:
             of_weight, scaled = torch.empty_like(weight, dtype=ctx.parameters), (hidden * grad).to(dtype).T
-            size = len(weight) if weight.is_cuda else _VOCABULARY_PART  # a part is widened while it is in the CPU's cache
+            size = len(weight) if weight.is_cuda else _VOCABULARY_PART  # each part is widened while in the CPU's cache
             for begin in range(0, len(weight), size):
                 part = slice(begin, begin + size)
                 of_weight[part] = product(slopes[:, part].T, scaled)

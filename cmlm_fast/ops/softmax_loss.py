@@ -1,10 +1,10 @@
-"""Cross entropy of rows of logits, and its gradient by them in the same pass.
+"""Cross entropy of rows of logits, and its gradient with respect to them, in the same pass.
 
     losses_i  = log Σ_j exp x_ij − x_(i, target_i)
     slopes_ij = exp x_ij / Σ_k exp x_ik − [j = target_i];   both 0 where target is −100
 
-The slopes, in the logits' dtype, are what the backward pass would make: a float32 copy of the logits, their log-softmax and
-its gradient never reach memory. Used by `mlm_cross_entropy`.
+The slopes, in the logits' dtype, are what a backward pass would compute, so a float32 copy of the logits, their log-softmax
+and its gradient never reach memory. Used by `mlm_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _check(logits: Tensor, target: Tensor) -> None:
 
 
 def check_values(logits: Tensor, target: Tensor) -> None:
-    """Raise RuntimeError where a target is no column."""
+    """Raise RuntimeError if a target is not a column."""
     vocabulary = logits.shape[1]
     good = ((target >= 0) & (target < vocabulary)) | (target == IGNORE)
     expect_values(_NAME, good.all(), "target", f"in [0, V = {vocabulary}) or {IGNORE}", target[~good].tolist()[:1])
@@ -40,7 +40,7 @@ def _reference(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     check_values(logits, target)
     x, valid = logits.to(loss_dtype(logits.dtype)), (target != IGNORE)[:, None]
     column = target.clamp_min(0)[:, None]
-    x = x - x.amax(1, keepdim=True)  # else losses would be rounded to the size of a logit
+    x = x - x.amax(1, keepdim=True)  # else losses would be rounded at a logit's magnitude
     losses = torch.where(valid, torch.logsumexp(x, 1, keepdim=True) - x.gather(1, column), 0.0)[:, 0]
     slopes = torch.softmax(x, 1).scatter_add(1, column, -torch.ones_like(x[:, :1]))
     return losses, torch.where(valid, slopes, 0.0).to(logits.dtype)
@@ -64,8 +64,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, Non
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """A vocabulary that is no multiple of a vector, ignored rows, large logits, all far below or above zero, one that
-    stands out, one column, no row, views that are not contiguous."""
+    """A vocabulary that is not a multiple of the vector width, ignored rows, large logits, all far below or above zero, a
+    single peak, one column, no rows, non-contiguous views."""
     shapes = (("odd", 7, 100, 1.0), ("large", 3, 64, 30.0), ("one-column", 2, 1, 1.0), ("no-rows", 0, 5, 1.0))
     for label, rows, width, scale in shapes:
         logits = next(random_rows([(rows, width)], dtype, device, rows + width)) * scale

@@ -5,9 +5,9 @@
     loss_i = log Σ_{j in C(i)} exp s_ij − s_{i,target_i};   target −100 ignores row i
 
 query [N, D], key [M, D]; the compiled kernels keep at most one chunk of the N×M scores. With reduction "mean" or "sum" the
-gradient is computed in the forward pass (6·N·M·D operations in all), but for float16, whose loss scale is known only later;
-then, and with "none", the backward pass recomputes the scores.
-Source: arXiv 2106.02327 (token level), van den Oord et al. 2018 (InfoNCE).
+gradient is computed in the forward pass (6·N·M·D operations in all, 8·N·M·D in Triton), except for float16, whose loss
+scale is known only later. For float16, and with "none", the backward pass recomputes the scores.
+Sources: arXiv 2106.02327 (token level), van den Oord et al. 2018 (InfoNCE).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._scores import (
     check_temperature,
     check_vector,
     fake_gradients,
-    in_forward,
+    gradients_in_forward,
     loss_dtype,
     random_rows,
     reduction_weight,
@@ -53,7 +53,7 @@ _BACKWARD_SCHEMA = f"(Tensor grad_loss, {_INPUTS}, bool query_grad, bool key_gra
 def check_pairs(op_name: str, query: Tensor, key: Tensor, target: Tensor | None, temperature: Tensor,
                 key_start: Tensor | None, key_end: Tensor | None, query_token: Tensor | None,
                 key_token: Tensor | None) -> None:  # fmt: skip
-    """The rules that token_contrastive and token_similarity share."""
+    """Check the arguments that token_contrastive and token_similarity share."""
     check_rows(op_name, "query", query, "key", key, temperature)
     n, m, device = query.shape[0], key.shape[0], query.device
     check_vector(op_name, "target", target, n, (torch.int64,), device)
@@ -69,7 +69,7 @@ def check_pairs(op_name: str, query: Tensor, key: Tensor, target: Tensor | None,
 
 
 def check_target(op_name: str, target: Tensor, m: int) -> None:
-    """The rule on what `target` holds."""
+    """Check the values of `target`."""
     outside = ((target < 0) & (target != IGNORE)) | (target >= m)
     if outside.any():
         expect_values(op_name, False, "target", f"in [0, M = {m}) or {IGNORE}", int(target[outside][0]))
@@ -80,13 +80,13 @@ def _gradients(weight: Tensor, query: Tensor, key: Tensor, target: Tensor, tempe
                query_grad: bool, key_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """loss [N] and the gradients of Σ weight_i·loss_i."""
     valid = (target != IGNORE)[:, None]
-    q, q_norm = unit_rows(torch.where(valid, query, 0.0), normalize)  # what an ignored row holds, NaN say, reaches no key
+    q, q_norm = unit_rows(torch.where(valid, query, 0.0), normalize)  # an ignored row's values, NaN say, reach no key
     k, k_norm = unit_rows(key, normalize)
     mask = candidates(query, key, target, key_start, key_end, query_token, key_token) & valid
     positive = (torch.arange(key.shape[0], device=query.device) == target[:, None]).to(q.dtype)
     s = (q @ k.T / temperature).masked_fill(~mask, float("-inf"))
     finite = s.masked_fill(~mask, 0.0)
-    above = s - (positive * finite).sum(1, keepdim=True)  # so that a loss near 0 is no difference of two large numbers
+    above = s - (positive * finite).sum(1, keepdim=True)  # a loss near 0 must not be the difference of two large numbers
     loss = torch.where(valid[:, 0], torch.logsumexp(above, 1), 0.0)
     g = torch.where(mask, torch.softmax(s, 1) - positive, 0.0) * weight[:, None]
     empty = query.new_empty(0)
@@ -149,7 +149,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         dq, dk, dt = scaled(dq, grad), scaled(dk, grad), grad * dt
     elif grad is not None:
         valid = inputs[2] != IGNORE
-        # A row that is ignored has no gradient, whatever comes from above: 0 · NaN would be one, of all keys.
+        # An ignored row has no gradient, whatever the upstream gradient: 0 · NaN would reach all keys.
         weight = torch.where(valid, grad * reduction_weight(valid, ctx.reduction, grad.dtype), 0.0)
         dq, dk, dt = op("token_contrastive_backward", ctx.backend)(weight, *inputs, ctx.normalize, want_query, want_key)
     else:
@@ -159,7 +159,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Odd shapes, ragged ranges, same-token exclusion, ignored rows, τ = 0.01, huge scores, non-contiguous rows, nothing."""
+    """Odd shapes, ragged ranges, same-token exclusion, ignored rows, τ = 0.01, huge scores, strided rows, empty inputs."""
     generator = torch.Generator().manual_seed(1)
 
     def make(n: int, m: int, d: int, tau: float = 0.05, ignored: float = 0.0, **options: Any) -> tuple[Any, ...]:
@@ -192,7 +192,7 @@ def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tu
     yield "cold", make(40, 70, 12, tau=0.01)
     query, key, _, *rest = make(20, 40, 32, tau=0.01, normalize=False)
     key = 23.5 * key / key.norm(dim=1, keepdim=True)
-    query = key[:20] + 0.1 * query  # of scores of 5.5·10⁴, which bfloat16 rounds by up to 200
+    query = key[:20] + 0.1 * query  # scores of 5.5·10⁴, which bfloat16 rounds by up to 200
     yield "huge-dot", (query, key, torch.arange(20, device=device), *rest)
     query, key, *rest = make(30, 50, 20)
     yield "non-contiguous", (query.T.contiguous().T, torch.cat([key, key], 1)[:, :20], *rest)
@@ -217,7 +217,7 @@ def token_contrastive(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Contrast each query with its target among the candidate keys; scores are computed in chunks, not kept.
+    """Contrast each query with its target among the candidate keys; scores are computed in chunks, not stored.
 
     Equivalent eager code, without the optional arguments:
     `F.cross_entropy(F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T / temperature, target)`.
@@ -226,21 +226,21 @@ def token_contrastive(
         query: [N, D], float32, bfloat16, float16 or float64.
         key: [M, D], query's dtype.
         target: int64 [N], index of each row's positive key; -100 ignores the row.
-        temperature: τ > 0, a number or a one-element tensor (then it gets a gradient).
+        temperature: τ > 0, a number or a one-element tensor (which then gets a gradient).
         key_start, key_end: int32 [N]; row i's candidates are the keys in [key_start_i, key_end_i).
-        query_token, key_token: int32 or int64 [N], [M]; a key with the row's token is no negative, a key marked -1 is no
-            candidate. The target is always a candidate.
-        normalize: cosine (True) or dot product.
-        reduction: "mean" over rows not ignored, "sum", or "none".
-        backend: "reference", "cpp", "cuda", "triton"; None chooses.
+        query_token, key_token: int32 or int64, [N] and [M]; a key with the row's token is not a negative, and a key marked -1
+            is not a candidate. The target is always a candidate.
+        normalize: True for cosine similarity, False for the dot product.
+        reduction: "mean" over the rows not ignored, "sum", or "none".
+        backend: "reference", "cpp", "cuda" or "triton"; None: the current choice (see `use_backend`).
 
     Returns:
-        Scalar, or [N] with "none" (0 at ignored rows); float32 (float64 for float64). No valid row: 0, zero gradients.
-        Gradients flow to query, key and temperature. Under autocast, query and key take its dtype.
+        Scalar, or [N] with "none" (0 at ignored rows); float32 (float64 for float64 inputs). Without a valid row, 0
+        with zero gradients. Gradients flow to query, key and temperature. Under autocast, query and key are cast to its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or option breaks its rule.
-        RuntimeError: a target outside [0, M), or a temperature tensor that is not finite and > 0 (checked on the CPU).
+        ValueError: a shape, dtype, device or option is invalid.
+        RuntimeError: a target is outside [0, M), or a temperature tensor is not finite or not > 0 (checked on the CPU).
 
     >>> query, key = torch.eye(3, requires_grad=True), torch.eye(3)
     >>> loss = token_contrastive(query, key, torch.tensor([0, 1, -100]), temperature=0.1)
@@ -250,7 +250,7 @@ def token_contrastive(
     query, key = autocast_rows(_NAME, query=query, key=key)
     expect(_NAME, isinstance(target, Tensor), "target", "a tensor", type(target).__name__)
     tau = as_temperature(_NAME, temperature, query)
-    recording = torch.is_grad_enabled() and in_forward(query.dtype)
+    recording = torch.is_grad_enabled() and gradients_in_forward(query.dtype)
     args = (query, key, target, tau, key_start, key_end, query_token, key_token, normalize, reduction,
             recording and query.requires_grad, recording and key.requires_grad)  # fmt: skip
     _check(*args)

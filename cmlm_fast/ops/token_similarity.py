@@ -86,9 +86,9 @@ def token_similarity(
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """The [N, M] scores that `token_contrastive` takes its softmax over, −inf where a key is no candidate.
+    """The [N, M] scores that `token_contrastive` takes its softmax over, −inf where a key is not a candidate.
 
-    Arguments, dtypes and errors as for `token_contrastive`; without `target` no key is kept against the other rules.
+    Arguments, dtypes and errors are those of `token_contrastive`; without `target`, no key is exempt from the other rules.
 
     Returns:
         [N, M] of query's dtype, differentiable in query, key and temperature.

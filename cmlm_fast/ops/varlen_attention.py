@@ -1,13 +1,13 @@
-"""Self-attention of sequences packed end to end: each token attends to those of its own sequence.
+"""Self-attention of sequences packed end to end: each token attends to the tokens of its own sequence.
 
     s_ij = scale · q_i · k_j      for j in i's sequence, and |i − j| < window where window > 0
     p_i  = softmax(s_i);   out_i = Σ_j p_ij · m_ij / (1 − dropout) · v_j
     m_ij = 0 with probability dropout, else 1: the Philox word w_(j mod 4) at c = j div 4, step = i, sample = sequence·H + head,
            key = seed, kept where w >= floor(dropout · 2³²); i, j count inside the sequence
 
-query, key, value [T, H, D]; cu_seqlens int32 [B + 1]. Saved for the backward pass besides the inputs: one log-sum-exp
-per row and head. The compiled kernels hold blocks of 32 or 64 rows of scores.
-Source: Dao et al. 2022 (FlashAttention), of which the sequences of encoder post-training need one tile.
+query, key, value [T, H, D]; cu_seqlens int32 [B + 1]. Besides the inputs, one log-sum-exp per row and head is saved for
+the backward pass. The compiled kernels hold blocks of 32 or 64 rows of scores.
+Source: Dao et al. 2022 (FlashAttention), of which sequences in encoder post-training need a single tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ._philox import philox, signed_seed
 from ._scores import FLOATING, autocast_rows, loss_dtype, random_rows
 
 _NAME = "varlen_attention"
-_AT_ONCE = 2**20  # dropout's numbers that the reference draws at once: Philox takes 64 bits for each, several times over
+_AT_ONCE = 2**20  # dropout words that the reference draws at once: Philox needs several 64-bit temporaries for each
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor cu_seqlens"
 _OPTIONS = "float scale, float dropout, Tensor seed, int window"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
@@ -51,8 +51,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu: Tensor, scale: float, 
     expect(_NAME, window >= 0, "window", ">= 0", window)
 
 
-def row_bytes(x: Tensor) -> int:
-    """Of a head's row in tiles, whose width is a power of 2."""
+def tile_row_bytes(x: Tensor) -> int:
+    """Bytes of a head's row in a tile, whose width is a power of 2."""
     return (1 << (x.shape[-1] - 1).bit_length()) * x.element_size()
 
 
@@ -62,7 +62,7 @@ def _check_values(cu: Tensor, tokens: int) -> None:
 
 
 def keep_mask(length: int, heads: int, sequence: int, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """Bool [H, L, L]: the weights of one sequence that dropout keeps."""
+    """Bool [H, L, L]: the attention weights of one sequence that dropout keeps."""
     quads, rows = torch.arange((length + 3) // 4, device=device), torch.arange(length, device=device)
     samples = sequence * heads + torch.arange(heads, device=device)
     kept = []
@@ -74,7 +74,7 @@ def keep_mask(length: int, heads: int, sequence: int, dropout: float, seed: int,
 
 def _weights(query: Tensor, key: Tensor, rows: slice, sequence: int, scale: float, dropout: float, seed: Tensor,
              window: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """q, k [H, L, D] in the accumulation dtype, log-sum-exp, softmax, and what dropout multiplies it by, of one sequence."""
+    """One sequence's q, k [H, L, D] in the accumulation dtype, log-sum-exp, softmax, and dropout's factors on it."""
     q, k = (x[rows].transpose(0, 1).to(loss_dtype(x.dtype)) for x in (query, key))
     heads, length, _ = q.shape
     s = q @ k.mT * scale
@@ -147,7 +147,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
 
 
 def _samples(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Ragged lengths, empty and one-token sequences, odd widths, a window, dropout, views that are not contiguous."""
+    """Ragged lengths, empty and one-token sequences, odd widths, a window, dropout, non-contiguous views."""
 
     def make(lengths: list[int], heads: int, d: int, dropout: float = 0.0, window: int = 0, seed: int = 0) -> tuple[Any, ...]:
         tokens = sum(lengths)
@@ -176,28 +176,28 @@ contracts[_NAME] = Contract(_NAME, _samples, FLOATING, differentiable=(0, 1, 2))
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None = None,
                      dropout: float = 0.0, seed: int | Tensor = 0, window: int = 0,
                      backend: str | None = None) -> Tensor:  # fmt: skip
-    """Softmax attention of each token to those of its own sequence.
+    """Softmax attention of each token over the tokens of its own sequence.
 
     Equivalent eager code, sequence by sequence on [H, L, D]: `F.scaled_dot_product_attention(q, k, v, scale=scale)`.
 
     Args:
-        query, key, value: [T, H, D] of one dtype, float32, bfloat16, float16 or float64; tokens packed end to end.
-        cu_seqlens: int32 [B + 1]; sequence b is [cu_seqlens[b], cu_seqlens[b + 1]).
-        scale: of the scores; default 1/√D.
-        dropout: probability that a weight is dropped, in [0, 1); in evaluation, too: there is no mode.
+        query, key, value: [T, H, D], all float32, bfloat16, float16 or float64; tokens packed end to end.
+        cu_seqlens: int32 [B + 1]; sequence b holds tokens [cu_seqlens[b], cu_seqlens[b + 1]).
+        scale: factor on the scores; default 1/√D.
+        dropout: probability that an attention weight is dropped, in [0, 1); also in evaluation, as there is no training mode.
         seed: 64-bit seed of the dropout, in [-2⁶³, 2⁶⁴). The same seed drops the same weights, so give each call and layer its
-            own; `torch.randint(2**62, (), device=query.device)` draws one, int64 [], where the kernel reads it: nothing waits,
-            and torch.compile traces it.
-        window: tokens i, j attend to each other where |i − j| < window; 0: everywhere.
-        backend: "reference", "cpp" or "triton"; None chooses. Triton's kernels are made for many sequences of at most some
-            hundred tokens; one of thousands is one program per head.
+            own. `torch.randint(2**62, (), device=query.device)` draws one (int64 []) where the kernel reads it: nothing
+            synchronizes, and torch.compile can trace it.
+        window: tokens i, j attend to each other if |i − j| < window; 0 means no window.
+        backend: "reference", "cpp" or "triton"; None: the current choice (see `use_backend`). The Triton kernels are made
+            for many sequences of at most a few hundred tokens; a sequence of thousands is one program per head.
 
     Returns:
         [T, H, D] of query's dtype, differentiable in query, key and value. Softmax and sums are float32 (float64 for float64).
-        Under autocast, query, key and value take its dtype.
+        Under autocast, query, key and value are cast to its dtype.
 
     Raises:
-        ValueError: a shape, dtype, device or number breaks its rule.
+        ValueError: a shape, dtype, device or number is invalid.
         RuntimeError: `cu_seqlens` is malformed (checked on the CPU).
 
     >>> q = torch.randn(5, 2, 4)
@@ -213,9 +213,9 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     whole = isinstance(window, (int, np.integer)) and window < 2**63
     expect(_NAME, whole, "window", "a whole number in [0, 2⁶³)", window)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    if not isinstance(seed, Tensor):  # filled on the device: a copy to it would wait
+    if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait
         seed = torch.full((), signed_seed(_NAME, seed), dtype=torch.int64, device=query.device)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed, window)
     _check(*args)
-    out: Tensor = resolve(_NAME, query.device, backend, query.dtype, row_bytes(query))(*args)[0]
+    out: Tensor = resolve(_NAME, query.device, backend, query.dtype, tile_row_bytes(query))(*args)[0]
     return out

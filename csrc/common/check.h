@@ -1,5 +1,5 @@
-// The one error pattern, and what host functions ask of their tensors. Host code only: throw before any parallel_for, since an
-// exception that leaves a worker thread loses its words.
+// The one error pattern, and the checks that host functions make on their tensors. Host code only. Throw before any
+// parallel_for: an exception that leaves a worker thread loses its message.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -36,7 +36,7 @@ inline std::string describe(const Tensor& tensor) {
   return words.str();
 }
 
-// A tensor of this dtype and shape whose memory the kernels can walk; size -1 stands for any.
+// Requires a contiguous tensor of this dtype and shape on `device`; size -1 matches any.
 inline void check_tensor(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
                          std::initializer_list<int64_t> shape,
                          torch::headeronly::DeviceType device = torch::headeronly::DeviceType::CPU) {

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: 16-bit numbers, shared memory, reductions, the merge of softmax sums, the last block of a launch.
-// No torch header: tests/cuda_host compiles the kernels for the CPU, over a <cuda_runtime.h> of its own.
+// Shared by the CUDA kernels: 16-bit types, shared memory, reductions, merging of softmax sums, detection of a launch's last
+// block. Includes no torch header: tests/cuda_host compiles the kernels for the CPU against its own <cuda_runtime.h>.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ struct Fp16 {
 template <class T>
 constexpr bool kNarrow = sizeof(T) == 2;
 
-// What arithmetic runs in: double for double, float for all others.
+// The type that arithmetic runs in: double for double, float for all others.
 template <class T>
 using math_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -32,7 +32,7 @@ __host__ __device__ constexpr X least(X a, X b) { return a < b ? a : b; }
 template <class X>
 __host__ __device__ constexpr X most(X a, X b) { return a < b ? b : a; }
 
-#if !defined(CMLM_CUDA_HOST)  // else in tests/cuda_host/cuda_runtime.h
+#if !defined(CMLM_CUDA_HOST)  // else defined by tests/cuda_host/cuda_runtime.h
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
@@ -56,16 +56,16 @@ __device__ __forceinline__ float quick_exp2(float x) {
   return y;
 }
 
-// Past the L1 cache: what another block has just written.
+// Bypasses L1, to see what another block has just written.
 template <class X>
 __device__ __forceinline__ X load_fresh(const X* from) { return __ldcg(from); }
 
 }  // namespace cmlm
-// Declared by the toolkit only without NDEBUG.
+// The toolkit declares it only without NDEBUG.
 extern "C" [[noreturn]] __host__ __device__ void __assert_fail(const char*, const char*, unsigned, const char*) noexcept;
 namespace cmlm {
-// Stops the device, as PyTorch's own kernels do over a bad index: the message goes to stderr, and the next wait for the device
-// raises RuntimeError.
+// Stops the device, as PyTorch's own kernels do on a bad index: the message goes to stderr, and the next synchronization with
+// the device raises RuntimeError.
 [[noreturn]] __device__ __forceinline__ void stop(const char* message) {
   __assert_fail(message, "cmlm_fast", 0, "kernel");
   __builtin_unreachable();
@@ -82,7 +82,7 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(Bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float widen(Fp16 x) { return half_to_float(x.bits); }
 
-// exp(x) for sums and weights over rows of T: where those have 16 bits, to some 10⁻⁶, far below their rounding.
+// exp(x) for sums and weights over rows of T. For 16-bit T its error is about 10⁻⁶, far below the rounding of T.
 template <class T>
 __device__ __forceinline__ math_t<T> exponential(math_t<T> x) {
   if constexpr (kNarrow<T>)
@@ -104,7 +104,7 @@ __device__ __forceinline__ T narrow(math_t<T> x) {
     return x;
 }
 
-// N numbers of 16 bytes together, or fewer: one load or store.
+// N elements of at most 16 bytes in all: one load or store.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T at[N];
@@ -112,7 +112,8 @@ struct alignas(sizeof(T) * N) Pack {
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_pack(const T* from) { return *reinterpret_cast<const Pack<T, N>*>(from); }
 
-// f(d, count) over a row by a warp, count numbers from d on (an integral_constant): 16 bytes of T if rows allow it, else one.
+// A warp calls f(d, count) for elements [d, d + count) of a row. count, an integral_constant, is 16 bytes of T if `vector`,
+// else 1.
 template <class T, class F>
 __device__ __forceinline__ void for_packs(int64_t width, bool vector, const F& f) {
   constexpr int kPack = 16 / sizeof(T);
@@ -126,8 +127,8 @@ __device__ __forceinline__ void for_packs(int64_t width, bool vector, const F& f
   }
 }
 
-// Arrays of a block's shared memory, one after the other. Every thread takes the same ones in the same order; `room` says to the
-// launch what an array takes.
+// Carves arrays out of a block's shared memory, one after another. Every thread takes the same arrays in the same order; `room`
+// tells the launch how many bytes an array needs.
 template <class X>
 __host__ __device__ constexpr size_t room(int64_t count) {
   return static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(X)), 16));
@@ -161,7 +162,7 @@ __device__ __forceinline__ X warp_sum(X value) {
   return value;
 }
 
-// The sum over a block, in every thread, always in the same order; scratch [32].
+// The sum over a block, in every thread, added in a fixed order; scratch [32].
 template <class X>
 __device__ __forceinline__ X block_sum(X value, X* scratch) {
   value = warp_sum(value);
@@ -178,7 +179,7 @@ template <class M>
 struct Softmax {
   M largest = kLowest<M>, sum = 0, moment = 0;
 
-  // The same sums beside a reference that is at least `largest`.
+  // Rescales the sums to a reference that is at least `largest`.
   __device__ __forceinline__ void raise(M reference) {
     const M down = largest - reference, factor = std::exp(down);
     moment = (moment + sum * down) * factor;
@@ -199,8 +200,8 @@ struct Softmax {
   }
 };
 
-// True in the block that is the last of `blocks` to come here: it sees, past the L1 cache, what the others wrote before. `ticket`
-// starts at 0.
+// True in the last of `blocks` blocks to arrive here, which then sees what the others wrote before, if its loads bypass L1.
+// `ticket` starts at 0.
 __device__ __forceinline__ bool last_block(unsigned* ticket, unsigned blocks, unsigned* shared) {
   __threadfence();
   __syncthreads();

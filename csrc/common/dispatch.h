@@ -1,4 +1,4 @@
-// From a tensor's dtype to C++ types: dispatch_ids and dispatch_floating call f with a Type<T> tag of the dtype.
+// Maps a tensor's dtype to a C++ type: dispatch_ids and dispatch_floating call f with a Type<T> tag for the dtype.
 //
 //   dispatch_floating("info_nce", "z1", z1, [&](auto tag) { using T = typename decltype(tag)::type; ... });
 #pragma once

@@ -1,19 +1,19 @@
-// One library for every x86-64 machine: a kernel is compiled once per instruction set, and the best one the machine has is
-// called. A kernel `f` lives in three places:
+// One library for every x86-64 machine: a kernel is compiled once per instruction set, and the best version that the machine
+// supports is called. A kernel `f` lives in three places:
 //
 //   csrc/cpu/<op>.h           CMLM_DECLARE_KERNEL(void, f, (const Args& args, int64_t begin, int64_t end))
 //   csrc/cpu/<op>_kernel.cpp  namespace cmlm::CMLM_ISA { void f(const Args& args, int64_t begin, int64_t end) { ... } }
 //   csrc/cpu/<op>.cpp         CMLM_KERNEL(f)(args, begin, end)
 //
 // CMLM_ISA is baseline, avx2 (+FMA, F16C, BMI) or avx512 (F, BW, DQ, VL); CMLM_ISA_avx512 and so on are defined for #ifdef.
-// The environment variable CMLM_FAST_ISA forces one, for tests. On other processors baseline is the only one.
+// The environment variable CMLM_FAST_ISA forces one, for tests. Other processors have baseline only.
 #pragma once
 
 namespace cmlm {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The instruction set in use; decided at the first call. Throws when CMLM_FAST_ISA names one this machine lacks.
+// The instruction set in use, chosen at the first call. Throws if CMLM_FAST_ISA names one that this machine lacks.
 Isa isa();
 const char* isa_name(Isa isa);
 

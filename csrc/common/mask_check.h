@@ -1,4 +1,4 @@
-// From the arguments of complementary_mask to MaskOptions. Host code only.
+// Turns the arguments of complementary_mask into MaskOptions. Host code only.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ inline MaskOptions mask_options(int64_t mask_id, int64_t vocab, double rate, dou
   share("complement_rate", complement_rate);
   share("mask_share", mask_share);
   share("random_share", random_share);
-  // The slack lets shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding, through.
+  // The slack admits shares such as 0.9 and 0.1, whose sum may exceed 1 by a rounding error.
   CMLM_CHECK(op, mask_share + random_share <= 1.0 + 1e-9, "mask_share + random_share", "<= 1", mask_share + random_share);
   CMLM_CHECK(op, 0 <= step && step < int64_t{1} << 32, "step", "in [0, 2^32)", step);
   const double two32 = 4294967296.0;

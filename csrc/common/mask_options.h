@@ -1,4 +1,4 @@
-// The numbers that steer complementary_mask, for CPU and CUDA alike: checked, and turned into thresholds on 32-bit words.
+// The options of complementary_mask as CPU and CUDA kernels take them: checked, and turned into thresholds on 32-bit words.
 #pragma once
 
 #include <cstdint>

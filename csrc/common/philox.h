@@ -1,9 +1,8 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC'11). The same lines give CPU and
-// CUDA their bits.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3; SC'11). CPU and CUDA share this code,
+// and so draw the same bits.
 //
-// A Word carries a 32-bit value in the low half of 64 bits, be it one uint64_t or a vector of them; what stands in its high half
-// is noise. So a round is two products, two shifts and two three-way xors, with no masking: a 32x32 -> 64 multiply reads low
-// halves only.
+// A Word (one uint64_t, or a vector of them) carries a 32-bit value in the low half of 64 bits; the high half is garbage. So a
+// round is two products, two shifts and two three-way xors, with no masking: a 32x32 -> 64 multiply reads low halves only.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,7 @@
 #if defined(__CUDACC__)
 #define CMLM_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define CMLM_HOST_DEVICE inline __attribute__((always_inline))  // no shared copy between instruction sets
+#define CMLM_HOST_DEVICE inline __attribute__((always_inline))  // no copy that instruction sets share
 #endif
 
 namespace cmlm {
@@ -21,7 +20,7 @@ struct PhiloxWords {
   Word w0, w1, w2, w3;  // low halves
 };
 
-// Low half of `word` times `factor`, for a plain uint64_t; vectors bring their own.
+// Low half of `word` times `factor`, for a plain uint64_t; vectors supply their own.
 struct MultiplyLow {
   CMLM_HOST_DEVICE uint64_t operator()(uint64_t word, uint32_t factor) const {
     return static_cast<uint64_t>(static_cast<uint32_t>(word)) * factor;
@@ -29,7 +28,7 @@ struct MultiplyLow {
 };
 
 // The draws at counters (c, step, low half of sample, high half of sample) under key (low half of seed, high half of seed), one
-// for each c. What does not depend on c is done in the constructor: the key schedule, and in rounds 1 and 2 one product each.
+// for each c. The constructor computes what does not depend on c: the key schedule, and one product in each of rounds 1 and 2.
 template <class Word, class Multiply = MultiplyLow>
 class Philox {
  public:

@@ -1,4 +1,4 @@
-// What host functions of several ops ask of tensors beside dtype and shape, and how they make new ones. Host code only.
+// Checks beyond dtype and shape that host functions of several ops share, and the creation of new tensors. Host code only.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +20,7 @@ inline void check_reduction(const char* op, const std::string& reduction) {
              "'" + reduction + "'");
 }
 
-// Sequences packed end to end, cu [B + 1]; returns the longest one's length.
+// Checks the offsets of sequences packed end to end, cu [B + 1]; returns the length of the longest.
 inline int64_t check_sequences(const char* op, const int32_t* cu, int64_t sequences, int64_t tokens) {
   int64_t longest = 0;
   bool good = cu[0] == 0 && cu[sequences] == tokens;

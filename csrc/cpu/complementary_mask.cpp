@@ -1,4 +1,4 @@
-// Complementary mask, CPU: checks, outputs, threads. The loops are in complementary_mask_kernel.cpp.
+// Complementary mask, CPU: checks, outputs and threads. The loops are in complementary_mask_kernel.cpp.
 #include "cpu/complementary_mask.h"
 
 #include <torch/csrc/stable/library.h>
@@ -20,17 +20,17 @@ namespace cmlm {
 namespace {
 
 constexpr const char* kOp = "complementary_mask";
-constexpr int64_t kTokensPerThread = 2048;        // below this a second thread costs more than it brings
+constexpr int64_t kTokensPerThread = 2048;        // below this, a second thread costs more than it saves
 constexpr int64_t kStreamTokens = int64_t{1} << 19;
 
-// Tokenizers number their special tokens in one or two runs, and a run costs the kernel one comparison.
+// Tokenizers give special tokens consecutive ids, in one or two runs, and a run costs the kernel one comparison.
 void find_runs(MaskArgs& args, const int64_t* special, int64_t count) {
   std::vector<int64_t> ids(special, special + count);
   std::sort(ids.begin(), ids.end());
   for (int64_t id : ids) {
     const int last = args.special_runs - 1;
     const int64_t next = last < 0 ? 0 : args.special_first[last] + static_cast<int64_t>(args.special_size[last]);
-    if (last >= 0 && id < next) continue;  // twice the same
+    if (last >= 0 && id < next) continue;  // a duplicate
     if (last >= 0 && id == next) {
       ++args.special_size[last];
     } else {
@@ -46,7 +46,7 @@ bool is_special(const MaskArgs& args, int64_t id) {
   return false;
 }
 
-// Names the first eligible token that breaks a rule, if there is one.
+// Raises for the first eligible token that breaks a rule, if there is one.
 template <class Id>
 void check_tokens(const MaskArgs& args, const Id* ids, int64_t tokens) {
   for (int64_t i = 0; i < tokens; ++i) {
@@ -56,7 +56,7 @@ void check_tokens(const MaskArgs& args, const Id* ids, int64_t tokens) {
   }
 }
 
-// Sequences of tokens [begin, end): those that begin there (exact sampling needs whole ones), or the parts inside.
+// Masks tokens [begin, end): the parts of sequences inside or, as exact sampling needs whole ones, those that begin there.
 bool mask_range(const MaskArgs& args, int64_t sequences, int64_t begin, int64_t end, int64_t scratch_words) {
   const std::unique_ptr<int64_t[]> scratch(args.exact ? new int64_t[scratch_words] : nullptr);
   const int32_t *cu = args.cu_seqlens, *last = cu + sequences;
@@ -72,7 +72,7 @@ bool mask_range(const MaskArgs& args, int64_t sequences, int64_t begin, int64_t 
     }
   }
 #if defined(__x86_64__)
-  _mm_sfence();  // stores past the caches are seen by others only after it
+  _mm_sfence();  // other threads see non-temporal stores only after it
 #endif
   return good;
 }

@@ -1,11 +1,11 @@
 // Complementary mask, CPU. Definition: cmlm_fast/ops/complementary_mask.py.
 //
-// Work:   tokens split over threads (bernoulli anywhere, exact between sequences) -> one vector of tokens at a time, one Philox
+// Work:   threads split the tokens (bernoulli anywhere, exact between sequences) -> one vector of tokens at a time, one Philox
 //         word in each 64-bit lane. Exact sampling: pass 1 draws, keeping keys and corrupted ids in scratch; a search finds the
-//         two keys that part the roles; pass 2 writes.
+//         two keys that separate the roles; pass 2 writes.
 // Memory: reads the id once (8 bytes, int32: 4; plus 1 for eligible, 4 for unit_ids), writes both views and the role once
-//         (17 or 9 bytes): 25 bytes per token. Exact: 16 bytes per token of one sequence besides, which the caches hold.
-// Same bits everywhere: a token's outputs depend on its position and sequence alone, never on how the work was split.
+//         (17 or 9 bytes): 25 bytes per token. Exact: another 16 bytes per token of one sequence, held in cache.
+// Same bits everywhere: a token's outputs depend only on its position and sequence, never on how the work was split.
 #include "cpu/complementary_mask.h"
 
 #include "common/philox.h"
@@ -32,7 +32,7 @@ struct Row {
   }
 };
 
-// Calls f(row, i) for each vector of a row of n tokens; the last one, if short, works on a copy whose further tokens are not eligible.
+// Calls f(row, i) for each vector of a row of n tokens; the last one, if short, is a copy padded with ineligible tokens.
 template <class Id, class F>
 inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
   int64_t i = 0;
@@ -56,7 +56,7 @@ inline void for_each_vector(const Row<Id>& row, int64_t n, const F& f) {
   }
 }
 
-constexpr int64_t kNotEligible = int64_t{1} << 33;  // stands where a 32-bit word would: above every threshold
+constexpr int64_t kNotEligible = int64_t{1} << 33;  // stands in for a 32-bit word: above every threshold
 
 struct Drawn {
   Lanes ids, corrupted;
@@ -71,7 +71,7 @@ class Sequence {
     for (int lane = 0; lane < kWidth; ++lane) iota_[lane] = lane;
   }
 
-  // Both return whether all went well, as mask_tokens does.
+  // Both return what mask_tokens returns.
   bool bernoulli(const Row<Id>& row, int64_t n) {
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t) {
       const Drawn d = draw(r);
@@ -86,13 +86,13 @@ class Sequence {
     Lanes eligible = {};
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
       const Drawn d = draw(r);
-      // (w0, unit id) in one signed word, in the same order; below kNoKey since unit ids are below 2^31.
+      // (w0, unit id) in one signed word, which sorts the same; below kNoKey since unit ids are below 2^31.
       const Lanes key = (d.assignment << 32 | d.unit) ^ INT64_MIN;
       store(keys + i, d.assignment == kNotEligible ? Lanes() + kNoKey : key);
       store(corrupted + i, d.corrupted);
       eligible -= d.assignment != kNotEligible;
     });
-    if (any(bad_unit_)) return false;  // their keys have no order
+    if (any(bad_unit_)) return false;  // keys of bad units have no order
     const int64_t* units = keys;
     int64_t slots = padded, count = 0;
     if (args_.unit_ids) {
@@ -103,7 +103,7 @@ class Sequence {
       for (int lane = 0; lane < kWidth; ++lane) count += eligible[lane];
     }
     const int64_t k1 = quota(args_.rate, count), k2 = quota(args_.complement_rate, count - k1);
-    const int64_t below1 = parting(units, slots, count, k1), below2 = parting(units, slots, count, k1 + k2);
+    const int64_t below1 = threshold(units, slots, count, k1), below2 = threshold(units, slots, count, k1 + k2);
     for_each_vector(row, n, [&](const Row<Id>& r, int64_t i) {
       write(r, load(r.ids), load(corrupted + i), load(keys + i), below1, below2);
     });
@@ -122,7 +122,7 @@ class Sequence {
       d.unit = load(r.units);
       d.assignment = (Lanes)(philox_((Words)d.unit).w0 & 0xffffffff);
     }
-    // Selections one after the other, not masks combined: with AVX-512 each is a compare and a masked move.
+    // Successive selections, not combined masks: with AVX-512 each is a compare and a masked move.
     for (int run = 0; run < args_.special_runs; ++run) {
       const Words above = (Words)d.ids - static_cast<uint64_t>(args_.special_first[run]);
       d.assignment = above < args_.special_size[run] ? Lanes() + kNotEligible : d.assignment;
@@ -168,7 +168,7 @@ class Sequence {
     return k < of ? k : of;
   }
 
-  // The different keys among keys[0, n), padded to whole vectors with kNoKey. Their top bits are Philox bits: a ready hash.
+  // The distinct keys among keys[0, n), padded to whole vectors with kNoKey. Their top bits are Philox bits, hence a hash.
   static int64_t distinct(const int64_t* keys, int64_t n, int64_t* out) {
     const int64_t size = mask_table(n);
     int64_t* table = out + n + kMaskPad;
@@ -188,9 +188,9 @@ class Sequence {
     return count;
   }
 
-  // A value with exactly k of `count` different keys below it. The keys are uniform, so interpolation closes in within a
-  // few counting passes; halving, after a while, guarantees an end.
-  static int64_t parting(const int64_t* keys, int64_t slots, int64_t count, int64_t k) {
+  // A value with exactly k of `count` distinct keys below it. The keys are uniform, so interpolation converges in a few
+  // counting passes; bisection, after a while, guarantees an end.
+  static int64_t threshold(const int64_t* keys, int64_t slots, int64_t count, int64_t k) {
     if (k == 0) return INT64_MIN;
     if (k == count) return kNoKey;
     int64_t low = INT64_MIN, high = kNoKey, at_low = 0, at_high = count;
@@ -214,7 +214,7 @@ class Sequence {
   const Philox<Words, MultiplyLanes> philox_;
   Lanes iota_;
   Lanes bad_unit_ = {};  // -1 where an eligible token's unit id is negative
-  Words largest_ = {};   // of all ids as unsigned numbers, eligible or not: a look at each only where this is outside the vocabulary
+  Words largest_ = {};   // largest id as unsigned, eligible or not: each id is examined only if this is outside the vocabulary
 };
 
 template <class Id>

@@ -1,4 +1,4 @@
-// What csrc/cpu/dropout.cpp and its kernel share.
+// Shared by csrc/cpu/dropout.cpp and its kernel.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ struct DropoutArgs {
   int64_t width;
   math_t<T> factor;  // 1 / (1 − p)
   uint64_t seed;
-  uint32_t below;  // a number is dropped where its random word is less
+  uint32_t below;  // an element is dropped if its random word is less than this
 };
 
 CMLM_DECLARE_KERNEL(template <class T> void, dropout, (const DropoutArgs<T>& args, int64_t begin, int64_t end))

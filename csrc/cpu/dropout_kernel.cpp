@@ -1,7 +1,7 @@
 // Dropout, CPU. Definition: cmlm_fast/ops/dropout.py.
 //
-// Work:   rows [begin, end); 32 numbers at a time, their random words made in registers.
-// Memory: each number read and written once. Deterministic: a number depends on its row and column alone.
+// Work:   rows [begin, end); 32 elements at a time, with their random words made in registers.
+// Memory: each element is read and written once. Determinism: whether one is dropped depends only on its row and column.
 #include "cpu/dropout.h"
 
 #include "cpu/keep.h"

@@ -1,5 +1,5 @@
-// Matrix products by the BLAS that torch chose for this machine (MKL, oneDNN with AMX, ...), on plain memory. A call inside a
-// parallel_for runs on its own thread; outside it uses all of them.
+// Matrix products by the BLAS that torch chose for this machine (MKL, oneDNN with AMX, ...), on raw pointers. A call inside a
+// parallel_for runs on its own thread; outside, it uses all of them.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -31,7 +31,7 @@ torch::stable::Tensor empty(std::initializer_list<int64_t> sizes) {
   return torch::stable::empty(sizes, scalar_type_of<T>());
 }
 
-// A view of rows × columns numbers, `stride` apart from row to row.
+// A rows × columns view with rows `stride` elements apart.
 template <class T>
 torch::stable::Tensor matrix(const T* data, int64_t rows, int64_t columns, int64_t stride) {
   const std::array<int64_t, 2> sizes{rows, columns}, strides{stride, 1};

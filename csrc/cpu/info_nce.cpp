@@ -1,4 +1,4 @@
-// info_nce, CPU: checks and the ops. The order of things is in info_nce_run.h.
+// info_nce, CPU: checks and the ops. The order of steps is in info_nce_run.h.
 #include "cpu/info_nce.h"
 
 #include <torch/csrc/stable/library.h>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr const char* kOp = "info_nce";
 
-// The rules of cmlm_fast/ops/info_nce.py, for those who call torch.ops themselves.
+// The rules of cmlm_fast/ops/info_nce.py, for callers of torch.ops.
 template <class M>
 InfoNceRequest check(const Tensor& z1, const Tensor& z2, const Tensor& temperature, const std::optional<Tensor>& labels,
               const std::string& scheme, bool symmetric) {

@@ -1,20 +1,20 @@
-// info_nce, CPU. Definition: cmlm_fast/ops/info_nce.py. The products are torch's; here is what happens to them between.
+// info_nce, CPU. Definition: cmlm_fast/ops/info_nce.py. These kernels process the scores between torch's matrix products.
 //
 // Work:   a chunk of score rows -> one row at a time -> a vector of columns.
-//         sums: one exponential a score gives the row's and the column's sum (where |s| <= scale bounds all scores; else each
-//         takes its own maximum and exponential). gradient: one more, in place.
+//         sums: one exponential per score serves the row's and the column's sum (if |s| <= scale bounds all scores; otherwise
+//         each uses its own maximum and exponential). gradient: one more, in place.
 // Memory: a chunk stays in cache: each pass reads it once (gradient: and writes it once), plus 4 to 16 bytes a column and row.
-// Norms:  rows are multiplied as they came. With k_ij = ‖l_i‖⁻¹‖r_j‖⁻¹·scale, s = k·(l·r), and g·k in the place of l·r makes
-//         the next product the gradient by the row, but for the part along it, which info_nce_project removes.
-// Types:  scores in the rows' dtype (bfloat16, float, double), all arithmetic and sums in float, double for double.
-// Same bits every time: sums run over kLanes accumulators folded in one order, columns over blocks of kInfoNceBlock rows
-//         merged in order; nothing depends on the number of threads.
+// Norms:  rows are multiplied unnormalised. With k_ij = ‖l_i‖⁻¹‖r_j‖⁻¹·scale, s = k·(l·r), and replacing l·r by g·k makes the
+//         next product the gradient with respect to the row, except for the component along it, which info_nce_project removes.
+// Types:  scores in the rows' dtype (bfloat16, float, double); all arithmetic and sums in float, double for double.
+// Determinism: sums run over kLanes accumulators folded in a fixed order, columns over blocks of kInfoNceBlock rows merged in
+//         order; nothing depends on the number of threads.
 #include "cpu/info_nce.h"
 
 namespace cmlm::CMLM_ISA {
 namespace {
 
-// body(lane, j) for all j < n, a vector at a time. body must not depend on what it wrote at another j.
+// Calls body(lane, j) for all j < n, a vector at a time. body must not depend on what it wrote at another j.
 template <class Body>
 CMLM_INLINE void sweep(int64_t n, Body body) {
   int64_t j = 0;
@@ -35,21 +35,21 @@ CMLM_INLINE M fold(const M* lanes) {
 template <class M>
 constexpr M kLowest = std::numeric_limits<M>::lowest();
 
-// k_ij, to the bit the same as k_ji: where rows and columns are the same vectors, row j's sums serve column j.
+// k_ij, bit-identical to k_ji: if rows and columns are the same vectors, row j's sums serve column j.
 template <class M>
 CMLM_INLINE M factor(M left, M right, M scale) {
   return (left * right) * scale;
 }
 
-// A score from its product: at least kLowest, lest what is hidden makes 0 · inf. The comparison also keeps the compiler from fusing
-// the multiplication with what follows in one pass and not in another: weights must sum to what the sums say.
+// The score of a product, at least kLowest so that hidden scores do not make 0 · inf. The comparison also keeps the compiler
+// from fusing the multiplication with the next operation in one pass but not in another: the weights must add up to the sums.
 template <class C, class M>
 CMLM_INLINE M score(C product, M k) {
   const M s = widen(product) * k;
   return kLowest<M> > s ? kLowest<M> : s;
 }
 
-// One row's sum, and its part of the columns' sums when these share its exponentials.
+// One row's sum, and its contribution to the columns' sums if they share its exponentials.
 template <bool Columns, class C, class M>
 CMLM_INLINE M row_sum(const InfoNce<C>& nce, const C* products, M left, M reference, M* columns) {
   const M *right = nce.right_scale, scale = nce.scale;
@@ -62,7 +62,7 @@ CMLM_INLINE M row_sum(const InfoNce<C>& nce, const C* products, M left, M refere
   return fold(lanes);
 }
 
-// Columns of a block of rows, with maxima of their own.
+// Column sums of a block of rows, with maxima of their own.
 template <class C, class M>
 void column_sums(const InfoNce<C>& nce, const C* products, int64_t rows, const M* left_scale, M* sum, M* reference) {
   const M *right = nce.right_scale, scale = nce.scale;
@@ -78,8 +78,7 @@ void column_sums(const InfoNce<C>& nce, const C* products, int64_t rows, const M
   }
 }
 
-// Takes the diagonal of self and a lone positive out of a row: -inf counts for nothing in maxima and sums. Returns what
-// nce.positive holds.
+// Hides the diagonal of self and a single positive: -inf does not affect maxima and sums. Returns the value of nce.positive.
 template <class C>
 typename InfoNce<C>::M hide(const InfoNce<C>& nce, C* row, int64_t i) {
   using M = typename InfoNce<C>::M;
@@ -112,24 +111,24 @@ void gradient_row(const InfoNce<C>& nce, C* row, int64_t i) {
   const M *right = nce.right_scale, *column_share = nce.column_share, *column_reference = nce.column_reference;
   const M *column_positive = nce.positive, *column_at_positive = nce.positive_gradient;
   const int32_t own = Classes ? nce.classes[i] : 0, *classes = nce.classes;
-  M pull[kLanes] = {};
+  M tau_term[kLanes] = {};
   sweep(nce.size, [&](int64_t lane, int64_t j) {
     const M k = factor(left, right[j], scale);
     const M s = score(row[j], k);
     const M below = s - reference, e = exp(below), level = Fixed && Classes ? below : s;
     M g = e * share, other = 0;
     if constexpr (Both) other = (Fixed ? e : exp(s - column_reference[j])) * column_share[j];
-    if constexpr (Classes) {  // of several positives, whose mean is rounded
+    if constexpr (Classes) {  // several positives: their mean is rounded, so their part is not 0
       const bool counts = classes[j] == own && j != i;
       g += counts ? at_positive : M(0);
       other += counts ? column_at_positive[j] : M(0);
     }
-    M weighted = g * (level - positive);  // Σ_j g_ij = 0: a lone positive's own part is then 0
+    M weighted = g * (level - positive);  // Σ_j g_ij = 0, so a single positive's own part is 0
     if constexpr (Both) weighted += other * (level - column_positive[j]), g += other;
-    pull[lane] += weighted;
+    tau_term[lane] += weighted;
     row[j] = narrow<C>(g * k);
   });
-  nce.pull[i] = fold(pull);
+  nce.tau_term[i] = fold(tau_term);
   if (nce.self) row[i] = narrow<C>(M(0));
   if constexpr (Classes) return;
   const int64_t j = nce.positive_of(i);

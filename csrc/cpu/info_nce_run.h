@@ -1,14 +1,14 @@
-// info_nce, CPU: the order of things, the matrix products and the outputs. What happens to scores: info_nce_kernel.cpp.
+// info_nce, CPU: the order of steps, the matrix products and the outputs. The scores are processed in info_nce_kernel.cpp.
 // Definition: cmlm_fast/ops/info_nce.py.
 //
 // Work:   chunks of rows of the N×N scores (N = B for cross, 2B for nt_xent and labels). One-sided cross: a chunk's scores,
-//         sums, gradient and products, then the next chunk: 6·N²·D operations. Else a gradient needs the sums of all columns
-//         first (nt_xent and labels: of all rows, S being symmetric; so is their gradient, and one product makes both
-//         views'): pass 1 makes the sums and keeps the chunks that fit kKeptScores, pass 2 makes the others again.
+//         sums, gradient and products, then the next chunk: 6·N²·D operations. Otherwise a gradient needs the sums of all
+//         columns first (nt_xent and labels: of all rows, since S is symmetric; its gradient is too, so one product serves both
+//         views): pass 1 computes the sums and keeps the chunks that fit kKeptScores, pass 2 recomputes the rest.
 //         6 to 8·N²·D operations for cross, 4 to 6 for nt_xent and labels.
-// Memory: kKeptScores or one chunk of scores, whichever is more; a chunk of a product; 12 numbers per row and one a row and block
-//         of the chunk. Rows are copied for nt_xent, labels and float16 only.
-// Same bits every time: chunks and blocks do not depend on the number of threads, and are merged in order.
+// Memory: kKeptScores or one chunk of scores, whichever is more; a chunk of a product; 12 numbers per row and one or two per
+//         row and block of the chunk. Rows are copied only for nt_xent, labels and float16.
+// Determinism: chunks and blocks do not depend on the number of threads, and are merged in order.
 #pragma once
 
 #include <algorithm>
@@ -26,25 +26,25 @@ namespace cmlm {
 
 constexpr int64_t kChunkScores = int64_t{1} << 20, kLeastRows = 128, kMostRows = 1024;
 constexpr int64_t kKeptScores = int64_t{1} << 24;  // those of 4,096 pairs: 64 MiB in float32
-constexpr int64_t kGrain = int64_t{1} << 15;  // numbers that are worth a thread
-constexpr double kFixedScale = 32;            // a loss scaled by 2^32, over e^(-2·32), is still a float
+constexpr int64_t kGrain = int64_t{1} << 15;  // elements that are worth a thread
+constexpr double kFixedScale = 32;            // a loss scaled by 2^32, divided by e^(-2·32), still fits a float
 
 struct InfoNceRequest {
   Tensor z1, z2;
   const int64_t* labels = nullptr;  // [B]
   double temperature = 1, weight = 1;
-  const void* row_weight = nullptr;  // [N], in the place of weight where not null
+  const void* row_weight = nullptr;  // [N], replaces weight if not null
   bool self = false, symmetric = true, normalize = true, gradient = true, z1_grad = false, z2_grad = false;
 };
 
 struct InfoNceResult {
-  std::vector<double> loss;  // of each row
+  std::vector<double> loss;  // per row
   Tensor grad1, grad2;
   double grad_temperature = 0;
 };
 
 template <class F>
-void parallel(int64_t n, int64_t work, const F& f) {  // work: numbers in each of the n
+void parallel(int64_t n, int64_t work, const F& f) {  // work: elements in each of the n
   if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work)), f);
 }
 
@@ -56,7 +56,7 @@ struct InfoNceRun {
   explicit InfoNceRun(const InfoNceRequest& asked)
       : request(asked), batch(asked.z1.size(0)), width(asked.z1.size(1)), n(asked.self ? 2 * batch : batch) {
     chunk = std::min(n, std::clamp(kChunkScores / std::max<int64_t>(n, 1), kLeastRows, kMostRows));
-    // A last chunk of few rows would have scores s_ij that BLAS rounds otherwise than s_ji, in whose sums they are.
+    // In a last chunk of few rows, BLAS would round the scores s_ij differently from s_ji, which are in the sums.
     while (asked.self && n > chunk && n % chunk > 0 && n % chunk < kInfoNceBlock) --chunk;
     blocks = (chunk + kInfoNceBlock - 1) / kInfoNceBlock;
     nce.size = n;
@@ -68,7 +68,7 @@ struct InfoNceRun {
     const int64_t chunks = n > 0 ? (n + chunk - 1) / chunk : 0;
     const int64_t fitting = nce.two_sided ? kKeptScores / std::max<int64_t>(1, chunk * n) : 1;
     slots = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(chunks, 1));
-    kept = slots == chunks ? chunks : slots - 1;  // the last slot serves all chunks that are made again
+    kept = slots == chunks ? chunks : slots - 1;  // the last slot serves all chunks that are recomputed
   }
 
   InfoNceResult operator()() {
@@ -95,13 +95,13 @@ struct InfoNceRun {
       make_gradient(first);
     }
     if (columns_sum() && out2 != nullptr) project(right_sum, right, right_scale, out2, n);
-    for (int64_t i = 0; request.gradient && i < n; ++i) result.grad_temperature -= static_cast<double>(nce.pull[i]);
+    for (int64_t i = 0; request.gradient && i < n; ++i) result.grad_temperature -= static_cast<double>(nce.tau_term[i]);
     result.grad_temperature *= (nce.self ? 0.5 : 1) / request.temperature;
     return result;
   }
 
  private:
-  // nt_xent and labels have one matrix of rows and one gradient by it; cross has two.
+  // nt_xent and labels have one matrix of rows and its gradient; cross has two.
   bool columns_sum() const { return !nce.self; }
   int64_t last(int64_t first) const { return std::min(first + chunk, n); }
   C* scores_of(int64_t first) const { return scores + std::min(first / chunk, slots - 1) * chunk * n; }
@@ -117,7 +117,7 @@ struct InfoNceRun {
     const auto next = [&] { return std::exchange(numbers, numbers + n); };
     left_scale = next(), weight = next(), positive_gradient = next(), row_share = next();
     right_scale = nce.self ? left_scale : next();
-    nce.row_sum = next(), nce.row_reference = next(), nce.positive = next(), nce.pull = next();
+    nce.row_sum = next(), nce.row_reference = next(), nce.positive = next(), nce.tau_term = next();
     nce.column_sum = nce.self ? nce.row_sum : next();
     nce.column_reference = nce.self ? nce.row_reference : next();
     column_share = nce.self ? row_share : next();
@@ -147,7 +147,7 @@ struct InfoNceRun {
     if (copy != nullptr) left = copy, right = nce.self ? copy : copy + batch * width;
 
     int32_t* classes = request.labels == nullptr ? nullptr : take<int32_t>(n);
-    std::unordered_map<int64_t, std::pair<int32_t, int64_t>> members;  // label -> class, rows in it
+    std::unordered_map<int64_t, std::pair<int32_t, int64_t>> members;  // label -> class, number of its rows
     for (int64_t i = 0; classes != nullptr && i < n; ++i) {
       const auto found = members.try_emplace(request.labels[i % batch], static_cast<int32_t>(members.size()), 0).first;
       classes[i] = found->second.first;
@@ -156,7 +156,7 @@ struct InfoNceRun {
     const M* given = static_cast<const M*>(request.row_weight);
     for (int64_t i = 0; i < n; ++i) {
       weight[i] = (given != nullptr ? given[i] : static_cast<M>(request.weight)) * (columns ? M(0.5) : M(1));
-      // A row's positives are never none: the other view has its label.
+      // A row always has a positive: the other view has its label.
       if (classes != nullptr) positive_gradient[i] = -weight[i] / static_cast<M>(members.at(request.labels[i % batch]).second - 1);
     }
     nce.left_scale = left_scale;
@@ -175,8 +175,8 @@ struct InfoNceRun {
     C* to = scores_of(first);
     multiply(matrix(to, rows, n), matrix(left + first * width, rows, width), transposed(right, n, width));
     if (!nce.self || n > kLeastRows) return;
-    // Of a few rows BLAS may round s_ij and s_ji differently, and row j's sums hold s_ji: where a softmax has decided, its weights
-    // would be off by what a score is.
+    // With few rows, BLAS may round s_ij and s_ji differently, and row j's sums hold s_ji: in a saturated softmax, the weights
+    // would be off by as much as a score is.
     for (int64_t i = 1; i < n; ++i)
       for (int64_t j = 0; j < i; ++j) to[i * n + j] = to[j * n + i];
   }
@@ -193,8 +193,8 @@ struct InfoNceRun {
     if (columns) parallel(n, count, [&](int64_t begin, int64_t end) { merge(nce, block_sum, block_reference, count, begin, end); });
   }
 
-  // Loss of row (or column) i from its sums. `share` becomes weight / the whole sum; returns minus the gradient by a lone
-  // positive's score. The larger of the others' maximum and the positive becomes the reference of the gradient.
+  // Adds the loss of row (or column) i, from its sums. `share` becomes weight / the whole sum, and the gradient's reference
+  // the larger of the others' maximum and the positive. Returns minus the gradient with respect to a single positive's score.
   double finish(int64_t i, const M* sum, M* reference, M* share, double& loss) const {
     const double positive = nce.positive[i], before = nce.fixed ? nce.scale : reference[i];
     if (nce.classes != nullptr) {
@@ -244,7 +244,7 @@ struct InfoNceRun {
     }
   }
 
-  // Rows [begin, end) of the gradient by z1 (self: by z), into out, where row 0 would be.
+  // Writes rows [begin, end) of the gradient with respect to z1 (self: z); `out` points to where row 0 would be.
   void left_product(const C* scores, int64_t begin, int64_t end, int64_t first, T* out) {
     if (begin >= end) return;
     multiply(matrix(part, end - begin, width), matrix(scores + (begin - first) * n, end - begin, n), matrix(right, n, width));
@@ -262,7 +262,7 @@ struct InfoNceRun {
   const InfoNceRequest& request;
   const int64_t batch, width, n;
   int64_t chunk, blocks, slots, kept;
-  bool columns;  // have sums of their own
+  bool columns;  // columns have sums of their own
   InfoNce<C> nce{};
   std::vector<Tensor> memory;
   const C *left = nullptr, *right = nullptr;

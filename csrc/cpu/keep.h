@@ -1,4 +1,4 @@
-// What dropout keeps: the words of Philox draws in order, word j of a row being w_(j mod 4) at c = j div 4.
+// The elements that dropout keeps, from the words of Philox draws in order: word j of a row is w_(j mod 4) at c = j div 4.
 // A vector of draws gives four vectors of words; nothing is read, and no mask reaches memory.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace cmlm::CMLM_ISA {
 using Draws = Philox<Words, MultiplyLanes>;
 
 struct DrawTables {
-  int64_t count[kWidth], first[kWidth], second[kWidth];  // c of each lane; which pairs of words stand in each half of a vector
+  int64_t count[kWidth], first[kWidth], second[kWidth];  // c of each lane; the pairs of words in each half of a vector
   constexpr DrawTables() : count{}, first{}, second{} {
     for (int lane = 0; lane < kWidth; ++lane) {
       count[lane] = lane;
@@ -22,7 +22,7 @@ struct DrawTables {
 };
 alignas(kBytes) constexpr DrawTables kDraws;
 
-// keep[j − begin] = 0 where word j is below `below`, else factor; begin and end are multiples of 32.
+// keep[j − begin] = 0 if word j is below `below`, else factor; begin and end are multiples of 32.
 template <class M>
 CMLM_INLINE void draw_keep(const Draws& draws, uint32_t below, M factor, int64_t begin, int64_t end, M* keep) {
   constexpr int64_t kDrawn = 4 * kWidth;

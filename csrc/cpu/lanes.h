@@ -1,5 +1,5 @@
-// Vectors of 64-bit lanes, as wide as the instruction set has them, for integer kernels: GCC's vector extension gives +, ^, <, ?:
-// for every machine; what it does badly, or cannot say, is spelled out here.
+// Vectors of 64-bit lanes, as wide as the instruction set allows, for integer kernels. GCC's vector extension provides +, ^, <
+// and ?: on every machine; what it compiles badly, or cannot express, is spelled out here.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct MultiplyLanes {
   }
 };
 
-// Numbers of any integer type, widened to lanes and narrowed back.
+// Integers of any type, widened to lanes and narrowed back.
 template <class T>
 inline Lanes load(const T* from) {
   typename Narrow<T>::type narrow;
@@ -67,7 +67,7 @@ inline void store(T* to, Lanes values) {
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
-// Past the caches, where the address allows it.
+// Bypasses the caches, if the address allows it.
 inline void store_around(int64_t* to, Lanes values) {
 #if defined(__x86_64__)
   if (reinterpret_cast<uintptr_t>(to) % sizeof values == 0) {

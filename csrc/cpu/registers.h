@@ -1,4 +1,4 @@
-// Small matrices in vector registers: products, transposes, and sums over lanes, in GCC's vector types, which clang has too.
+// Small matrices in vector registers: products, transposes, and sums over lanes, in GCC's vector types, which clang also has.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ struct Vector {
   static constexpr int kWidth = kBytes / sizeof(M);
 };
 
-// Lanes of `shuffle` for each distance 1, 2, 4, ..., as constants: written lane by lane they would be made at run time.
+// Lane indices of `shuffle` for each distance 1, 2, 4, ..., as constants: written lane by lane they would be built at run time.
 template <class M>
 struct LaneTable {
   static constexpr int kWidth = Vector<M>::kWidth;
@@ -35,7 +35,7 @@ struct LaneTable {
 template <class M>
 constexpr LaneTable<M> kLaneOf;
 
-// Lane l of the result is lane index[l] of a and b, one behind the other.
+// Lane l of the result is lane index[l] of a and b, concatenated.
 template <class M>
 CMLM_INLINE typename Vector<M>::type shuffle(typename Vector<M>::type a, typename Vector<M>::type b,
                                              const typename Vector<M>::Index* index) {
@@ -49,14 +49,14 @@ CMLM_INLINE typename Vector<M>::type shuffle(typename Vector<M>::type a, typenam
 #endif
 }
 
-// A strided matrix: element (i, k) stands at data[i * row + k * column].
+// A strided matrix: element (i, k) is at data[i * row + k * column].
 template <class M>
 struct Strided {
   const M* data;
   int64_t row, column;
 };
 
-// A square of vectors, transposed in place: each step swaps the off-diagonal blocks of the blocks before.
+// Transposes a square of vectors in place: each step swaps the off-diagonal blocks of the previous step's blocks.
 template <class M>
 CMLM_INLINE void transpose(typename Vector<M>::type* x) {
 #pragma GCC unroll 4
@@ -70,7 +70,7 @@ CMLM_INLINE void transpose(typename Vector<M>::type* x) {
     }
 }
 
-// kRows rows of out (+)= a · b; b [depth, n] and out have neighbouring columns.
+// kRows rows of out (+)= a · b; the columns of b [depth, n] and out are contiguous.
 template <int kRows, bool kAdd, class M>
 CMLM_INLINE void multiply_rows(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t depth, int64_t n) {
   using V = typename Vector<M>::type;
@@ -98,7 +98,7 @@ CMLM_INLINE void multiply_rows(Strided<M> a, const M* b, int64_t b_row, M* out, 
   }
 }
 
-// out [m, n] (+)= a [m, depth] · b [depth, n]; n a multiple of 32. Computes, and writes, m rounded up to a multiple of 4 rows.
+// out [m, n] (+)= a [m, depth] · b [depth, n]; n a multiple of 32. Computes and writes m rows, rounded up to a multiple of 4.
 template <bool kAdd, class M>
 CMLM_INLINE void multiply(Strided<M> a, const M* b, int64_t b_row, M* out, int64_t out_row, int64_t m, int64_t depth, int64_t n) {
   int64_t i = 0;
@@ -109,7 +109,7 @@ CMLM_INLINE void multiply(Strided<M> a, const M* b, int64_t b_row, M* out, int64
     multiply_rows<4, kAdd>({a.data + i * a.row, a.row, a.column}, b, b_row, out + i * out_row, out_row, depth, n);
 }
 
-// kLanes numbers to one, pair by pair: in the same order on every machine.
+// Reduces kLanes numbers to one, pair by pair, in the same order on every machine.
 template <class M, class Pair>
 CMLM_INLINE M fold(const M* lanes, Pair pair) {
   constexpr int kVectors = kLanes / Vector<M>::kWidth;

@@ -29,18 +29,19 @@ std::tuple<Tensor, Tensor> softmax_loss(Tensor logits, Tensor target) {
   }
   const auto dtype = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor losses = empty(logits, {rows}, dtype);
-  Tensor slopes = torch::stable::empty_like(logits);
+  Tensor grad_logits = torch::stable::empty_like(logits);
   dispatch_floating(kOp, "logits", logits, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const SoftmaxLossArgs<T> args{static_cast<const T*>(logits.const_data_ptr()), columns,
-                                  static_cast<math_t<T>*>(losses.mutable_data_ptr()), static_cast<T*>(slopes.mutable_data_ptr()), width};
+                                  static_cast<math_t<T>*>(losses.mutable_data_ptr()),
+                                  static_cast<T*>(grad_logits.mutable_data_ptr()), width};
     const auto kernel = CMLM_KERNEL(softmax_loss<T>);
     torch::stable::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
       std::vector<math_t<T>> scratch(width);
       kernel(args, begin, end, scratch.data());
     });
   });
-  return {losses, slopes};
+  return {losses, grad_logits};
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Cross entropy of rows and its gradient by the logits, CPU. Definition: cmlm_fast/ops/softmax_loss.py.
+// Cross entropy of rows and its gradient with respect to the logits, CPU. Definition: cmlm_fast/ops/softmax_loss.py.
 //
-// Work:   one row at a time: highest logit; exponentials into scratch, summed; slopes from scratch.
-// Memory: logits read once from memory and once from cache, slopes written once; scratch of one row stays in cache.
-// Accumulation: float32 (float64 for float64), 32 partial sums. Deterministic: a row is one thread's, in one order.
+// Work:   one row at a time: highest logit; exponentials into scratch, and their sum; grad_logits from scratch.
+// Memory: logits are read once from memory and once from cache, grad_logits written once; scratch of one row stays in cache.
+// Accumulation: float32 (float64 for float64), 32 partial sums. Determinism: one thread per row, one order.
 #include "cpu/softmax_loss.h"
 
 #include <cmath>
@@ -15,11 +15,11 @@ void softmax_loss(const SoftmaxLossArgs<T>& args, int64_t begin, int64_t end, ma
   const int64_t width = args.width, whole = width / kLanes * kLanes;
   for (int64_t i = begin; i < end; ++i) {
     const T* __restrict x = args.logits + i * width;
-    T* __restrict slopes = args.slopes + i * width;
+    T* __restrict grad_logits = args.grad_logits + i * width;
     const int64_t target = args.target[i];
     if (target < 0) {
       args.losses[i] = 0;
-      for (int64_t j = 0; j < width; ++j) slopes[j] = narrow<T>(M(0));
+      for (int64_t j = 0; j < width; ++j) grad_logits[j] = narrow<T>(M(0));
       continue;
     }
     M highest[kLanes], sums[kLanes] = {};
@@ -38,10 +38,10 @@ void softmax_loss(const SoftmaxLossArgs<T>& args, int64_t begin, int64_t end, ma
     for (int64_t j = whole; j < width; ++j) sums[0] += scratch[j] = exp(widen(x[j]) - top);
     M sum = 0;
     for (M lane : sums) sum += lane;
-    args.losses[i] = std::log(sum) + (top - widen(x[target]));  // not top + log: that rounds to the size of a logit
+    args.losses[i] = std::log(sum) + (top - widen(x[target]));  // not top + log: that rounds at the magnitude of a logit
     const M inverse = 1 / sum;
-    for (int64_t j = 0; j < width; ++j) slopes[j] = narrow<T>(scratch[j] * inverse);
-    slopes[target] = narrow<T>(scratch[target] * inverse - 1);
+    for (int64_t j = 0; j < width; ++j) grad_logits[j] = narrow<T>(scratch[j] * inverse);
+    grad_logits[target] = narrow<T>(scratch[target] * inverse - 1);
   }
 }
 

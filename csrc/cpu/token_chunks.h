@@ -1,4 +1,4 @@
-// How token_contrastive cuts its rows into chunks: host code only.
+// How token_contrastive splits its rows into chunks. Host code only.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,12 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t kPad = 32;  // columns of a chunk are padded to whole vectors with queries of scale 0
 
-// A chunk of scores, [M, rows], is no larger than the key's gradient, [M, D]: memory that is held anyway.
+// A chunk of scores, [M, rows], is no larger than the key's gradient, [M, D], which is held anyway.
 inline int64_t rows_per_chunk(const TokenPairs& pairs) {
   return std::clamp<int64_t>(pairs.d / kPad * kPad, 64, 256);
 }
 
-// Keys a block: one size whatever the number of threads, so that sums do not depend on it; small enough for 16 threads at M = 8192.
+// Keys per block: independent of the number of threads, so that sums are too; small enough for 16 threads at M = 8192.
 inline int64_t keys_per_block(int64_t most_keys) {
   return std::clamp<int64_t>(round_up(ceil_div(most_keys, 16), 64), 128, 512);
 }
@@ -31,9 +31,9 @@ struct Chunk {
 };
 
 struct Plan {
-  std::vector<int64_t> order;   // rows that have a target and other candidates' range
+  std::vector<int64_t> order;   // rows with a target and a range of other candidates
   std::vector<Chunk> chunks;
-  std::vector<int64_t> groups;  // first chunk of each group, and the end; keys of one group are met by no other
+  std::vector<int64_t> groups;  // first chunk of each group, and the end; groups share no keys
   int64_t most_rows = 0, most_keys = 0;
 };
 
@@ -50,7 +50,7 @@ inline Plan make_plan(const TokenPairs& pairs, int64_t most) {
   const int64_t count = static_cast<int64_t>(plan.order.size());
   int64_t reach = 0, begin = 0;
   while (begin < count) {
-    // Equal chunks of what is left; a chunk ends early where further keys would be met mostly by rows that do not want them.
+    // Equal chunks of what is left; a chunk ends early if further keys would mostly meet rows that do not want them.
     const int64_t size = std::min(count - begin, round_up(ceil_div(count - begin, ceil_div(count - begin, most)), kPad));
     Chunk chunk{begin, 0, first[plan.order[begin]], 0, false};
     int64_t wanted = 0;

@@ -18,7 +18,7 @@ struct Result {
   Tensor loss, grad_query, grad_key, grad_temperature;
 };
 
-// weight: [N] of the loss dtype, or nothing for losses alone.
+// weight: [N] in the loss dtype, or nothing to compute only losses.
 template <class T>
 Result compute(const TokenPairs& pairs, bool normalize, const std::optional<Tensor>& weight, bool query_grad, bool key_grad) {
   using O = math_t<T>;
@@ -48,7 +48,7 @@ Result run(TokenPairs pairs, bool normalize, const std::optional<Tensor>& weight
   });
 }
 
-// Weight of each row in the reduced loss; Σ weight·loss goes to total.
+// Weight of each row in the reduced loss, Σ weight·loss.
 template <class O>
 void row_weights(const TokenPairs& pairs, bool mean, O* weight) {
   int64_t count = 0;

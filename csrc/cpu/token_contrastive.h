@@ -1,4 +1,5 @@
-// What csrc/cpu/token_contrastive.cpp, token_similarity.cpp and their kernels share. T is the dtype of the products: float, BFloat16 or double.
+// Shared by csrc/cpu/token_contrastive.cpp, token_similarity.cpp and their kernels. T is the dtype of the products: float,
+// BFloat16 or double.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace cmlm {
 
-// A block of the transposed score matrix: keys × columns, a column for each query of the chunk. Columns are padded to a multiple
+// A block of the transposed score matrix: keys × columns, one column per query of the chunk. Columns are padded to a multiple
 // of kLanes with queries of scale 0, so that loops over them need no tail.
 template <class T>
 struct ScoreBlock {
@@ -38,7 +39,7 @@ struct ScoreRow {
   const O* key_scale;       // [M] 1 / ‖k_j‖
   int64_t m, first, last;   // candidates by range: first <= j < last
   const int32_t* key_token; // [M] or null
-  int32_t token;            // besides -1, the key_token that is no candidate
+  int32_t token;            // the key_token, besides -1, that is no candidate
 };
 
 // One row of the query's gradient.
@@ -54,13 +55,13 @@ struct QueryRow {
 // y[r] = 1 / max(‖x_r‖, 1e-12) for `rows` rows of length d; all 1 unless normalize.
 CMLM_DECLARE_KERNEL(template <class T> void, token_inverse_norms, (const T* x, int64_t rows, int64_t d, bool normalize, math_t<T>* y))
 CMLM_DECLARE_KERNEL(template <class T> math_t<T>, token_dot, (const T* a, const T* b, int64_t d))
-// y = inverse · x · factor, in this order: of a short row and a small sum the two are no number together
+// y = inverse · x · factor, in this order: for a short row and a small sum, inverse · factor may overflow
 CMLM_DECLARE_KERNEL(template <class T> void, token_scale, (const T* x, int64_t d, math_t<T> inverse, math_t<T> factor, T* y))
-// sum[i] = the largest score among the candidates of column i, the target apart; at most -1e38 without one.
+// sum[i] = the largest score among the candidates of column i except the target; at most -1e38 if there is none.
 CMLM_DECLARE_KERNEL(template <class T> void, token_max, (const ScoreBlock<T>& block))
 // e_ij = exp(s_ij − shift_i), 0 where j is no candidate; scores = e_ij · key_scale_j, and the sums.
 CMLM_DECLARE_KERNEL(template <class T> void, token_exp, (const ScoreBlock<T>& block))
-// Raw products into scores, in place.
+// Turns raw products into scores, in place.
 CMLM_DECLARE_KERNEL(template <class T> void, token_scores, (const ScoreRow<T>& row))
 // y += x, or y = x if fresh
 CMLM_DECLARE_KERNEL(template <class T> void, token_add, (const T* x, int64_t n, bool fresh, math_t<T>* y))

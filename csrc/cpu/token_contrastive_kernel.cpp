@@ -1,17 +1,17 @@
 // Token-level contrast, CPU: the loops around the matrix products (token_engine.h has the algorithm).
 //
-// Grid: a call handles one block of keys × a chunk of queries, or rows of D numbers; threads take blocks or rows.
+// Work: a call handles one block of keys × a chunk of queries, or rows of D elements; threads take blocks or rows.
 // Loop: over keys j, and inside over the chunk's queries i, 16 (AVX-512), 8 or 4 at a time: no reduction across a vector.
-// Read and written once: a score is read, becomes its exponential in place (2·sizeof(T) bytes, in L2 since its product was just
-//   written), and is added to two sums a query that stay in L1.
-// Accumulation: float32 (float64 for float64); scores and weights have T between the products, as eager PyTorch has.
-// Determinism: sums run over j in order, one accumulator for a query and block; the caller adds blocks in order.
+// Memory: each score is read once and replaced in place by its exponential (2·sizeof(T) bytes, in L2 since its product was just
+//   written), which is added to two sums per query that stay in L1.
+// Accumulation: float32 (float64 for float64); scores and weights are T between the products, as in eager PyTorch.
+// Determinism: sums run over j in order, one accumulator per query and block; the caller adds blocks in order.
 #include "cpu/token_contrastive.h"
 
 namespace cmlm::CMLM_ISA {
 namespace {
 
-// Score of what is no candidate: its exponential is 0, and so is their product.
+// The score of a non-candidate: its exponential is 0, and so is the product of the two.
 constexpr float kNever = -1e38f;
 
 template <bool kMax, bool kRange, bool kToken, class T>
@@ -43,8 +43,8 @@ void visit(const ScoreBlock<T>& block) {
       bool candidate = key != hidden[i];
       if constexpr (kRange) candidate &= static_cast<uint32_t>(key - start[i]) < static_cast<uint32_t>(length[i]);
       if constexpr (kToken) candidate &= token[i] != key_token;
-      // Chosen before it is subtracted from: a product fused with the difference is not rounded as the maximum was, and with
-      // scores of 1e10 its exponential is infinite or 0.
+      // Selected before the subtraction: a product fused with the difference is not rounded as the maximum was, and with scores
+      // of 1e10 its exponential is infinite or 0.
       const O s = candidate ? widen(row[i]) * (scale[i] * key_scale) : O(kNever);
       if constexpr (kMax) {
         sum[i] = max(sum[i], s);

@@ -1,20 +1,21 @@
 // Token-level contrast, CPU: the algorithm, its memory and its threads. The loops are in token_contrastive_kernel.cpp.
 //
-// Rows that count are ordered by the start of their range and cut into chunks of at most 256 queries. A chunk meets only the keys
-// between the first start and the last end of its rows:
+// The rows that count are sorted by the start of their range and split into chunks of at most 256 queries. A chunk meets only
+// the keys between the first start and the last end of its rows:
 //
 //   Sᵀ = K·Qᵀ            [keys, queries] in blocks of keys, one thread per block; each block is turned in place into
-//                        e_ij = exp(s_ij − shift_i), 0 where j is no candidate or is the target, times 1/‖k_j‖
-//   Z_i = Σ_j e_ij + e_i,target → loss; the target's score is a dot product of its own, wherever the target lies
+//                        e_ij = exp(s_ij − shift_i), 0 if j is no candidate or is the target, times 1/‖k_j‖
+//   Z_i = Σ_j e_ij + e_i,target → loss; the target's score is a separate dot product, wherever the target lies
 //   dQ  = Sᵀᵀ·K          rows scaled by w_i/(Z_i·τ), the target's part and the normalisation added: finished at once
-//   dK += Sᵀ·(Q·w/(Zτ))  in float32 over all chunks; the targets' part and the normalisation follow at the end: where the last
+//   dK += Sᵀ·(Q·w/(Zτ))  in float32 over all chunks; the targets' part and the normalisation follow at the end or, if the last
 //                        chunk meets all keys, inside it, 64 at a time while they are in L2
 //
-// so 6·N·M·D operations make loss and gradients, and only one chunk of the N×M matrix exists at a time. Every score is read and
-// written once: with unit vectors and τ >= 1/32 the shift is the bound 1/τ; otherwise the maximum is found first.
-// Threads: key blocks inside a chunk, or, when ranges split the chunks into many groups with keys of their own, the groups.
-// Accumulation: float32 (float64 for float64). Determinism: no atomics; partial sums are added in the order of blocks and chunks,
-// whose sizes do not depend on the number of threads (what torch's products do with it is theirs).
+// so loss and gradients take 6·N·M·D operations, and only one chunk of the N×M matrix exists at a time. Every score is read and
+// written once with unit vectors and τ >= 1/32, when the shift is the bound 1/τ; otherwise the maximum is found first.
+// Threads: over key blocks inside a chunk or, if ranges split the chunks into many groups with disjoint keys, over the groups.
+// Accumulation: float32 (float64 for float64).
+// Determinism: no atomics; partial sums are added in the order of blocks and chunks, whose sizes do not depend on the number of
+// threads (torch's own products may).
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -31,9 +32,9 @@ namespace cmlm {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t kStrip = 64;  // keys that are finished at a time
+constexpr int64_t kStrip = 64;  // keys finished at a time
 
-// Memory of one chunk at a time; `threads` of them work on it.
+// Memory of one chunk at a time, which `threads` threads work on.
 template <class T>
 struct TokenWorkspace {
   using O = math_t<T>;
@@ -57,7 +58,7 @@ struct TokenWorkspace {
 
   int64_t blocks(int64_t keys) const { return ceil_div(keys, block_keys); }
 
-  // f(block, first key, keys, thread) for the blocks of `keys` keys: neighbours on one thread, the same in every sweep.
+  // Calls f(block, first key, keys, thread) for the blocks of `keys` keys: neighbours share a thread, the same in every sweep.
   template <class F>
   void for_blocks(int64_t keys, F f) const {
     const int64_t blocks = ceil_div(keys, block_keys), each = ceil_div(blocks, threads);
@@ -74,7 +75,7 @@ class TokenEngine {
   using O = math_t<T>;
 
  public:
-  // Losses go to loss [N] and, for a row weight [N] that is not null, the gradients of Σ weight_i·loss_i are made.
+  // Losses go to loss [N]. If weight [N] is not null, the gradients of Σ weight_i·loss_i are computed too.
   TokenEngine(const TokenPairs& pairs, bool normalize, const O* weight, bool query_grad, bool key_grad, O* loss)
       : pairs_(pairs), query_(data<T>(pairs.query)), key_(data<T>(pairs.key)), target_(pairs.targets()), d_(pairs.d),
         tau_(static_cast<O>(pairs.temperature)), normalize_(normalize), query_grad_(query_grad), key_grad_(key_grad),
@@ -91,7 +92,7 @@ class TokenEngine {
   void run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last);
   void load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const;
   void score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const;
-  void finish_row(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i);
+  void finish_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i);
   void query_gradient(const Chunk& chunk, TokenWorkspace<T>& w) const;
   void key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool fresh, bool last) const;
   void finish_keys(int64_t begin, int64_t end, O* sums) const;
@@ -105,12 +106,12 @@ class TokenEngine {
   O* loss_;
   Plan plan_;
   T *query_out_ = nullptr, *key_out_ = nullptr;
-  O* key_sums_ = nullptr;  // [M, D] the key's gradient in O; empty where T is not O and one chunk meets all keys
-  std::vector<O> key_inverse_, key_factor_, tau_part_;  // 1/‖k‖; the query's share in its target's gradient; in temperature's
+  O* key_sums_ = nullptr;  // [M, D] the key's gradient in O; empty if T is not O and one chunk meets all keys
+  std::vector<O> key_inverse_, key_factor_, tau_part_;  // 1/‖k‖; a query's part in its target's gradient; in temperature's
 };
 
-// Column i of the chunk: a copy of the query and what turns its products into scores. The copy is scaled by a power of two to a
-// length in [1, 2): no rounding, and no product leaves the range of T.
+// Column i of the chunk: a copy of the query, and the factors that turn its products into scores. A copy to be
+// normalised is scaled by a power of two to a length in (1/2, 1]: no rounding, and no product leaves the range of T.
 template <class T>
 void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) const {
   T* copy = data<T>(w.rows) + i * d_;
@@ -134,7 +135,7 @@ void TokenEngine<T>::load_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_
   w.token[i] = pairs_.query_token.empty() ? 0 : pairs_.query_token[row];
 }
 
-// Scores of the chunk, as weights e_ij / ‖k_j‖, and their sums by block.
+// Scores of the chunk, as weights e_ij / ‖k_j‖, and their sums per block.
 template <class T>
 void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const {
   const int64_t columns = round_up(chunk.rows, kPad);
@@ -145,7 +146,7 @@ void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const 
     block.key_scale = key_inverse_.data() + block.first;
     block.key_token = pairs_.key_token.empty() ? nullptr : pairs_.key_token.data() + block.first;
     block.scale = w.scale.data(), block.shift = w.shift.data(), block.target = w.target_score.data();
-    block.hidden = w.hidden.data();  // the target has a score of its own, not rounded to T, and its weight is added apart
+    block.hidden = w.hidden.data();  // the target has its own score, not rounded to T, and its weight is added separately
     block.start = chunk.ranged ? w.start.data() : nullptr, block.length = w.length.data();
     block.token = pairs_.query_token.empty() ? nullptr : w.token.data();
     block.sum = w.partial.data() + 2 * columns * b, block.moment = block.sum + columns;
@@ -167,9 +168,9 @@ void TokenEngine<T>::score_keys(const Chunk& chunk, TokenWorkspace<T>& w) const 
   });
 }
 
-// From the sums of column i: loss, temperature's gradient, and the factors of both gradients.
+// Computes, from the sums of column i, the loss, the temperature's gradient and the factors of both gradients.
 template <class T>
-void TokenEngine<T>::finish_row(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) {
+void TokenEngine<T>::finish_query(const Chunk& chunk, TokenWorkspace<T>& w, int64_t i) {
   const int64_t columns = round_up(chunk.rows, kPad), row = plan_.order[chunk.row + i];
   O others = 0, moment = 0;
   for (int64_t b = 0; b < w.blocks(chunk.keys); ++b) {
@@ -229,7 +230,7 @@ void TokenEngine<T>::key_gradient(const Chunk& chunk, TokenWorkspace<T>& w, bool
   });
 }
 
-// From the sums [end - begin, D] of these keys: adds the targets' parts, then goes through the normalisation.
+// Adds the targets' parts to the sums [end - begin, D] of these keys, then backpropagates through the normalisation.
 template <class T>
 void TokenEngine<T>::finish_keys(int64_t begin, int64_t end, O* sums) const {
   for (const int64_t row : plan_.order) {
@@ -255,7 +256,7 @@ typename TokenEngine<T>::Gradients TokenEngine<T>::run() {
     query_out_ = data<T>(result.query);
     if (static_cast<int64_t>(plan_.order.size()) < pairs_.n) std::fill_n(query_out_, pairs_.n * d_, baseline::narrow<T>(0));
   }
-  const bool fresh = !plan_.chunks.empty() && plan_.chunks[0].keys == pairs_.m;  // its product needs no zeros to be added to
+  const bool fresh = !plan_.chunks.empty() && plan_.chunks[0].keys == pairs_.m;  // its product overwrites: no zeros are needed
   const bool grouped = groups >= 2 * threads, last = !grouped && groups > 0 && plan_.chunks.back().keys == pairs_.m;
   if (key_grad_) {
     result.key = empty<T>({pairs_.m, d_});
@@ -287,7 +288,7 @@ void TokenEngine<T>::run_chunk(const Chunk& chunk, TokenWorkspace<T>& w, bool fr
     for (int64_t i = begin; i < end; ++i) load_query(chunk, w, i);
   });
   score_keys(chunk, w);
-  for (int64_t i = 0; i < chunk.rows; ++i) finish_row(chunk, w, i);
+  for (int64_t i = 0; i < chunk.rows; ++i) finish_query(chunk, w, i);
   if (weight_ && query_grad_) query_gradient(chunk, w);
   if (weight_ && key_grad_) key_gradient(chunk, w, fresh, last);
 }

@@ -1,4 +1,4 @@
-// The inputs that token_contrastive and token_similarity share, checked, contiguous and with 32-bit tokens. Host code only.
+// The inputs of token_contrastive and token_similarity: checked, contiguous and with 32-bit tokens. Host code only.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -29,7 +29,7 @@ struct TokenPairs {
   int64_t last(int64_t i) const { return end ? std::clamp<int64_t>(end->const_data_ptr<int32_t>()[i], first(i), m) : m; }
 };
 
-// Tokens are compared for equality alone, in 32 bits: as they are where they fit, else by rank among all; -1 stays -1.
+// Tokens are only compared for equality, in 32 bits: unchanged if all fit, else replaced by their rank among all; -1 stays -1.
 template <class Id>
 void narrow_tokens(const Id* query, int64_t n, const Id* key, int64_t m, TokenPairs& pairs) {
   const auto fits = [](Id id) { return id == static_cast<int32_t>(id); };

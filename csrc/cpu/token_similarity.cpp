@@ -1,7 +1,7 @@
-// Token-level scores, CPU: one product, then each row scaled and masked in place by token_scores (token_contrastive_kernel.cpp).
+// Token-level scores, CPU: one product, then token_scores (token_contrastive_kernel.cpp) scales and masks each row in place.
 //
-// Memory: the product is written into the output, N·M numbers, which are read and written once more; 4 bytes per key beside them.
-// Accumulation: float32 (float64 for float64). Determinism: what torch's product does is its own.
+// Memory: the product is written into the output, N·M elements, which are read and written once more; plus 4 bytes per key.
+// Accumulation: float32 (float64 for float64). Determinism: that of torch's product.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -36,13 +36,13 @@ Tensor compute(const TokenPairs& pairs, bool normalize) {
       O scale;
       inverse_norms(query + i * d, 1, d, normalize, &scale);
       scale /= static_cast<O>(pairs.temperature);
-      // Without tokens of queries only keys marked -1 fall out: -1 again excludes no further one.
+      // Without query tokens, only keys marked -1 are excluded: passing -1 excludes no others.
       const int32_t token = pairs.query_token.empty() ? -1 : pairs.query_token[i];
       const int64_t target = pairs.target ? pairs.targets()[i] : -1;
       const O own = target < 0 ? O(0) : baseline::widen(row[target]) * (scale * key_scale[target]);
       finish({row, scale, key_scale.data(), m, pairs.first(i), pairs.last(i),
               pairs.key_token.empty() ? nullptr : pairs.key_token.data(), token});
-      if (target >= 0) row[target] = baseline::narrow<T>(own);  // a candidate, whatever the other rules say
+      if (target >= 0) row[target] = baseline::narrow<T>(own);  // always a candidate, despite the other rules
     }
   });
   return scores;

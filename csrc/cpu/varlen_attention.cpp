@@ -1,5 +1,5 @@
 // Attention of packed sequences, CPU: checks, outputs and threads. The loops are in varlen_attention_kernel.cpp.
-// Nothing is shared between pairs of a sequence and a head.
+// (sequence, head) pairs share nothing.
 #include "cpu/varlen_attention.h"
 
 #include <torch/csrc/stable/library.h>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr const char* kOp = "varlen_attention";
 
-// Numbers of D next to each other, whatever the other strides.
+// Makes D contiguous; the other strides may be anything.
 Tensor rows_of(const char* name, const Tensor& x, const Tensor& like) {
   const bool fits = x.dim() == 3 && like.dim() == 3 && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
                     x.size(2) == like.size(2) && x.size(2) >= 1 && x.scalar_type() == like.scalar_type();
@@ -64,7 +64,7 @@ VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
   args.lse = static_cast<math_t<T>*>(const_cast<void*>(lse.const_data_ptr()));
   args.cu_seqlens = call.cu.const_data_ptr<int32_t>();
   args.tokens = call.query.size(0), args.heads = call.query.size(1), args.width = call.query.size(2);
-  args.window = call.window < call.longest ? call.window : 0;  // none: i + window must not overflow
+  args.window = call.window < call.longest ? call.window : 0;  // 0 if it hides nothing: i + window must not overflow
   args.scale = static_cast<math_t<T>>(call.scale);
   args.keep_factor = static_cast<math_t<T>>(1 / (1 - call.dropout));
   args.seed = static_cast<uint64_t>(call.seed);
@@ -72,8 +72,8 @@ VarlenArgs<T> arguments(const Call& call, const Tensor& lse) {
   return args;
 }
 
-// kernel(args, sequence, head, scratch) for every sequence and head. Threads take the next sequence when they are done with one:
-// the work of a sequence grows with the square of its length. Its heads stay together, they are neighbours in memory.
+// Calls kernel(args, sequence, head, scratch) for every sequence and head. A thread takes the next sequence when it finishes
+// one, because the work of a sequence grows with the square of its length. Its heads, neighbours in memory, stay together.
 template <class T, class Kernel>
 void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
   const int64_t threads = torch::stable::get_num_threads(), pairs = call.sequences * args.heads;
@@ -82,7 +82,7 @@ void run(const Call& call, const VarlenArgs<T>& args, Kernel kernel) {
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     using M = math_t<T>;
     std::vector<M> memory(varlen_scratch(call.longest, args.width) + 64 / sizeof(M));
-    // At the start of a cache line, as then is every part of it: their sizes are multiples of 32 numbers.
+    // Aligned to a cache line, as then is every part of it: their sizes are multiples of 32 elements.
     M* scratch = reinterpret_cast<M*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
     for (int64_t k = next.fetch_add(step); k < pairs; k = next.fetch_add(step))
       for (int64_t pair = k; pair < std::min(k + step, pairs); ++pair) kernel(args, pair / args.heads, pair % args.heads, scratch);

@@ -1,4 +1,4 @@
-// What csrc/cpu/varlen_attention.cpp and its kernel share.
+// Shared by csrc/cpu/varlen_attention.cpp and its kernel.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace cmlm {
 
-// [T, H, D] with neighbouring numbers of D next to each other.
+// [T, H, D] with D contiguous.
 template <class T>
 struct Packed {
   T* data;
@@ -25,13 +25,13 @@ struct VarlenArgs {
   int64_t tokens, heads, width, window;  // window 0: none
   M scale, keep_factor;                  // 1 / (1 − dropout)
   uint64_t seed;
-  uint32_t drop_below;  // a weight is dropped where its random word is less; 0: no dropout
+  uint32_t drop_below;  // a weight is dropped if its random word is less; 0: no dropout
 };
 
 constexpr int64_t kVarlenBlock = 32;  // query rows whose scores are held at a time
-// Numbers of D, or tokens, rounded up to whole vectors.
+// Elements of D, or tokens, rounded up to whole vectors.
 inline int64_t varlen_pad(int64_t n) { return (n + 31) / 32 * 32; }
-// Numbers of scratch for the longest sequence.
+// Elements of scratch for the longest sequence.
 inline int64_t varlen_scratch(int64_t length, int64_t width) {
   const int64_t rows = varlen_pad(length), columns = varlen_pad(width);
   return (5 * columns + 2 * kVarlenBlock + 1) * rows + 3 * kVarlenBlock * columns;

@@ -1,10 +1,10 @@
 // Attention of packed sequences, CPU. Definition: cmlm_fast/ops/varlen_attention.py.
 //
-// Work:   one sequence and head a call, a block of 32 query rows at a time against all keys of the sequence (or of their window).
-//         Every product is `multiply`, of small matrices in registers. Keys and values are copied once, transposed where
-//         scores are made, so that each inner loop runs over neighbouring numbers.
-// Memory: query, key, value (and grad_out) read once, outputs written once; the copies and a block of scores stay in cache.
-// Accumulation: float32 (float64 for float64), whatever the inputs. Deterministic: one thread per sequence and head, one order.
+// Work:   one sequence and head per call, a block of 32 query rows at a time against all keys of the sequence (or of their
+//         window). Every product is `multiply`, of small matrices in registers. Keys and values are copied once, transposed for
+//         the score products, so that every inner loop runs over contiguous elements.
+// Memory: query, key, value (and grad_out) are read once, outputs written once; the copies and a block of scores stay in cache.
+// Accumulation: float32 (float64 for float64), whatever the inputs. Determinism: one thread per sequence and head, one order.
 #include "cpu/varlen_attention.h"
 
 #include <cmath>
@@ -16,7 +16,7 @@
 namespace cmlm::CMLM_ISA {
 namespace {
 
-// One sequence and head, with what its scores are made of.
+// One sequence and head, with the operands of its products.
 template <class T>
 class Head {
   using M = math_t<T>;
@@ -33,7 +33,7 @@ class Head {
     return taken;
   }
 
-  // [count, columns]: rows first.. of x times factor, 0 past column D.
+  // [count, columns]: `count` rows of x from `begin` on, times factor; 0 past column D.
   void copy(const Packed<const T>& x, int64_t begin, int64_t count, M factor, M* to) const {
     for (int64_t j = 0; j < count; ++j, to += columns) {
       const T* from = row(x, begin + j);
@@ -95,7 +95,7 @@ class Head {
 
 }  // namespace
 
-// Query rows [begin, end), and the keys in whole vectors that any of them sees.
+// A block of query rows and the keys, in whole vectors, that any of them sees.
 template <class T>
 struct Block {
   Block(const Head<T>& h, int64_t begin)
@@ -107,7 +107,7 @@ struct Block {
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// A row of scores: those that query i does not see become −∞.
+// In a row of scores, sets those that query i does not see to −∞.
 template <class T>
 CMLM_INLINE void hide(const Head<T>& h, const Block<T>& block, int64_t i, math_t<T>* p) {
   constexpr auto kNever = -std::numeric_limits<math_t<T>>::infinity();
@@ -146,7 +146,7 @@ void varlen_forward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, m
       highest[r] = highest_of(p, first, last);
       M sums[kLanes] = {};
       for (int64_t j = first; j < last; j += kLanes) {
-        M e[kLanes];  // of its own: GCC vectorises no exp that is stored through p
+        M e[kLanes];  // a separate array: GCC does not vectorise an exp stored through p
         for (int64_t lane = 0; lane < kLanes; ++lane) e[lane] = exp(p[j + lane] - highest[r]);
         for (int64_t lane = 0; lane < kLanes; ++lane) p[j + lane] = e[lane], sums[lane] += e[lane];
       }
@@ -174,7 +174,7 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
   const M* value_columns = h.transposed(h.copy(args.value, keys));
   const M* key_columns = h.transposed(h.copy(args.key, keys));
   for (int64_t i = 0; i < size; ++i) grad_keys[i] = grad_values[i] = 0;
-  M *slopes = h.take(kVarlenBlock * h.rows), *weights = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
+  M *grad_scores = h.take(kVarlenBlock * h.rows), *weights = h.take(kVarlenBlock * h.rows), *keep = h.take(h.rows);
   M *queries = h.take(kVarlenBlock * h.columns), *grads = h.take(kVarlenBlock * h.columns);
   M* grad_queries = h.take(kVarlenBlock * h.columns);
   for (int64_t j = 0; j < h.rows; ++j) keep[j] = 1;
@@ -183,10 +183,12 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
     const int64_t first = block.first, last = block.last, width = last - first;
     h.copy(args.query, at, block.count, args.scale, queries);
     h.copy(args.grad_out, at, block.count, 1, grads);
-    multiply<false>({queries, h.columns, 1}, key_columns + first, h.rows, weights + first, h.rows, block.count, args.width, width);
-    multiply<false>({grads, h.columns, 1}, value_columns + first, h.rows, slopes + first, h.rows, block.count, args.width, width);
+    multiply<false>({queries, h.columns, 1}, key_columns + first, h.rows, weights + first, h.rows, block.count, args.width,
+                    width);
+    multiply<false>({grads, h.columns, 1}, value_columns + first, h.rows, grad_scores + first, h.rows, block.count, args.width,
+                    width);
     for (int64_t r = 0; r < block.count; ++r) {
-      M *p = weights + r * h.rows, *dp = slopes + r * h.rows;
+      M *p = weights + r * h.rows, *dp = grad_scores + r * h.rows;
       const int64_t i = at + r;
       const M lse = h.lse(i);
       hide(h, block, i, p);
@@ -202,16 +204,16 @@ void varlen_backward(const VarlenArgs<T>& args, int64_t sequence, int64_t head, 
           totals[lane] += e[lane];
         }
       }
-      // Not quite 1: a large lse is rounded by more than dp and its mean differ.
+      // The total is not quite 1: a large lse is rounded by more than dp and its mean differ.
       const M inverse = 1 / sum_of(totals), mean = sum_of(sums) * inverse;
       for (int64_t j = first; j < last; ++j) {
-        dp[j] = p[j] * inverse * (dp[j] - mean);  // the gradient by the score
-        p[j] *= keep[j] * inverse;                // the weight that met the value
+        dp[j] = p[j] * inverse * (dp[j] - mean);  // gradient with respect to the score
+        p[j] *= keep[j] * inverse;                // the weight that multiplied the value
       }
     }
-    multiply<false>({slopes + first, h.rows, 1}, keys + first * h.columns, h.columns, grad_queries, h.columns, block.count,
+    multiply<false>({grad_scores + first, h.rows, 1}, keys + first * h.columns, h.columns, grad_queries, h.columns, block.count,
                     block.keys, h.columns);
-    multiply<true>({slopes + first, 1, h.rows}, queries, h.columns, grad_keys + first * h.columns, h.columns, block.keys,
+    multiply<true>({grad_scores + first, 1, h.rows}, queries, h.columns, grad_keys + first * h.columns, h.columns, block.keys,
                    block.count, h.columns);
     multiply<true>({weights + first, 1, h.rows}, grads, h.columns, grad_values + first * h.columns, h.columns, block.keys,
                    block.count, h.columns);

@@ -1,11 +1,11 @@
-// What vectorised CPU loops need, as plain branch-free functions of one element: the compiler turns a loop over them into
-// SSE2, NEON, AVX2 or AVX-512 code, whichever the file is compiled for. Conditions for that: every function is inlined, no
-// branch, no call into libm, bit patterns through __builtin_bit_cast, and loops without a dependence from step to step (so a
-// sum runs over kLanes accumulators and is folded at the end, in one order on every machine).
+// Building blocks of vectorised CPU loops, as plain branch-free functions of one element: the compiler turns a loop over them
+// into SSE2, NEON, AVX2 or AVX-512 code, whichever the file is compiled for. This requires that every function is inlined,
+// without branches or calls into libm, that bit patterns go through __builtin_bit_cast, and that loops carry no dependence
+// between iterations (so a sum runs over kLanes accumulators and is folded at the end, in the same order on every machine).
 //
 //   for (int64_t j = 0; j < n; ++j) y[j] = narrow<T>(exp(widen(x[j]) - shift));      // T: float, BFloat16, Half, double
 //
-// Everything lies in the namespace of the instruction set: code compiled for AVX-512 never serves an older machine.
+// Everything is in the namespace of its instruction set: code compiled for AVX-512 never serves an older machine.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -23,7 +23,7 @@
 
 namespace cmlm {
 
-// What arithmetic runs in: double for double, float for all others.
+// The type that arithmetic runs in: double for double, float for all others.
 template <class T>
 using math_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -34,8 +34,8 @@ namespace cmlm::CMLM_ISA {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// Accumulators of a reduction: two of the widest vectors, so that the order of a sum does not depend on the instruction set (and
-// GCC vectorises the loop over them: one of 16 steps it would unroll first).
+// Accumulators of a reduction: two of the widest vectors, so that the order of a sum does not depend on the instruction set
+// (and GCC vectorises the loop over them; it would unroll one of 16 steps first).
 constexpr int64_t kLanes = 32;
 
 template <class X>
@@ -52,8 +52,8 @@ CMLM_INLINE float widen(BFloat16 x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.x) << 16);
 }
 
-// The bits of half, moved to float's places, are a float 2^112 too small, subnormals included; infinity and NaN need their
-// exponent filled.
+// The bits of a half, moved to a float's positions, are a float that is too small by 2^112, subnormals included; infinity and
+// NaN need their exponent filled.
 CMLM_INLINE float widen(Half x) {
   const uint32_t magnitude = static_cast<uint32_t>(x.x & 0x7fffu) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.x & 0x8000u) << 16;
@@ -89,7 +89,7 @@ CMLM_INLINE T narrow(math_t<T> x) {
 // ---- exp ----
 
 // e^x to 1 ulp; 0 below 2^-125 (x < -86.6) and at -inf, inf above 88.7, NaN at NaN.
-// x = n·ln 2 + r with |r| <= ln 2 / 2: 2^n is made in the exponent bits, e^r is a polynomial.
+// x = n·ln 2 + r with |r| <= ln 2 / 2: 2^n is built in the exponent bits, e^r is a polynomial.
 CMLM_INLINE float exp(float x) {
   constexpr float kRound = 0x1.8p23f;  // adding it leaves the integer in the low bits
   const float shifted = x * 0x1.715476p+0f + kRound;

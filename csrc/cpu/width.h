@@ -1,4 +1,4 @@
-// How wide a vector is in the instruction set that a file is compiled for.
+// The vector width, in bytes, of the instruction set that a file is compiled for.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Complementary mask, CUDA: checks, outputs, launch. The kernels are in the two headers.
+// Complementary mask, CUDA: checks, outputs and launch. The kernels are in the two headers.
 #include "cuda/complementary_mask.cuh"
 
 #include <tuple>
@@ -20,8 +20,8 @@ void launch(const Launcher& launcher, MaskParams& params, bool exact) {
     launcher(mask_bernoulli<Id>, blocks, kBernoulliThreads, kBernoulliShared, params);
     return;
   }
-  // How long the longest sequence is only the device knows. Room for twice the mean length serves padded and most packed batches
-  // with many blocks at a time on each multiprocessor; longer sequences draw their keys again.
+  // Only the device knows the longest sequence. Room for twice the mean length suits padded and most packed batches and lets
+  // many blocks run at a time on each multiprocessor; longer sequences draw their keys again.
   const int64_t mean = ceil_div(params.tokens, params.sequences);
   params.capacity = 512;
   while (params.capacity < 2 * mean && params.capacity < 8192) params.capacity *= 2;

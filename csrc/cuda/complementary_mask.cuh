@@ -1,13 +1,14 @@
 // Complementary mask, CUDA. Definition: cmlm_fast/ops/complementary_mask.py.
 //
-// This file: what both samplings share, and bernoulli. complementary_mask_exact.cuh has the other.
+// This file has bernoulli and what both samplings share; complementary_mask_exact.cuh has exact.
 //
-// Grid:   a block for 1024 tokens, wherever sequences begin.
-// Tile:   16 bytes of ids a thread, neighbours' side by side; Philox in registers.
-// Loop:   none: ids are on their way while two threads look for the block's sequences.
+// Grid:   one block per 1024 tokens, regardless of where sequences begin.
+// Tile:   16 bytes of ids per thread, coalesced across threads; Philox in registers.
+// Loop:   none: ids are in flight while two threads search for the block's sequences.
 // Memory: reads the id once, writes both views and the role once: 25 bytes per token (int32: 13), plus 1 for eligible and 4 for
 //         unit_ids.
-// Types:  integers throughout. Same bits every time: a token's outputs depend on its sequence and position alone.
+// Types:  integers throughout.
+// Determinism: a token's outputs depend only on its sequence and position.
 #pragma once
 
 #include "common/cuda.cuh"
@@ -20,14 +21,14 @@ struct MaskParams : MaskOptions {
   const void* ids;
   const int32_t* cu_seqlens;
   const int64_t* special;
-  const uint8_t* eligible;  // may be null, as unit_ids and sample_ids
+  const uint8_t* eligible;  // may be null, as may unit_ids and sample_ids
   const int32_t* unit_ids;
   const int64_t* sample_ids;
   void *view1, *view2;
   uint8_t* role;
   int64_t tokens, sequences;
-  int special_count, capacity;  // capacity: tokens whose keys shared memory holds, a power of 2
-  bool vector;  // every array starts on 16 bytes
+  int special_count, capacity;  // capacity: number of tokens whose keys fit in shared memory, a power of 2
+  bool vector;  // every array is aligned to 16 bytes
 };
 
 constexpr int kBernoulliThreads = 256, kBernoulliTokens = 1024, kMostSpecial = 16;
@@ -38,7 +39,7 @@ using Draw = Philox<uint64_t>;
 
 __device__ __forceinline__ uint32_t word(uint64_t low_half) { return static_cast<uint32_t>(low_half); }
 
-// Numbers [from, from + N), of which those in [begin, end) are needed.
+// Loads elements [from, from + N), of which only those in [begin, end) are needed.
 template <class X, int N>
 __device__ __forceinline__ void load_group(const X* x, int64_t from, int64_t begin, int64_t end, bool vector, X (&to)[N]) {
   if (vector && from >= begin && from + N <= end) {
@@ -65,17 +66,17 @@ __device__ __forceinline__ void store_group(X* x, int64_t to, int64_t begin, int
   }
 }
 
-// Tokens [from, from + kGroup) and what decides about them.
+// Tokens [from, from + kGroup) and what decides their roles.
 template <class Id>
 struct Group {
   Id ids[kGroup<Id>];
   int32_t units[kGroup<Id>];
-  bool can[kGroup<Id>];  // outside [begin, end) none can
+  bool can[kGroup<Id>];  // eligible; false outside [begin, end)
 
   __device__ __forceinline__ void load(const MaskParams& p, int64_t from, int64_t begin, int64_t end) {
     load_group(static_cast<const Id*>(p.ids), from, begin, end, p.vector, ids);
   }
-  // What is loaded is used no sooner than here.
+  // Loaded ids are first used here, so that loads stay in flight until then.
   __device__ __forceinline__ void judge(const MaskParams& p, const int64_t* special, int64_t from, int64_t begin, int64_t end) {
     uint8_t eligible[kGroup<Id>];
     if (p.eligible != nullptr) load_group(p.eligible, from, begin, end, p.vector, eligible);
@@ -97,7 +98,7 @@ struct Group {
   }
 };
 
-// The rule on cu_seqlens, as far as sequence b shows it.
+// Checks cu_seqlens, as far as sequence b can.
 __device__ __forceinline__ void check_sequence(const MaskParams& p, int64_t b) {
   const int32_t begin = p.cu_seqlens[b], end = p.cu_seqlens[b + 1];
   if (begin > end || (b == 0 && begin != 0) || (b == p.sequences - 1 && end != p.tokens))
@@ -119,7 +120,7 @@ __device__ __forceinline__ void load_special(const MaskParams& p, int64_t* speci
   if (threadIdx.x < static_cast<unsigned>(p.special_count)) special[threadIdx.x] = p.special[threadIdx.x];
 }
 
-// The sequence that token i is in, one of [low, high).
+// The sequence that contains token i, one of [low, high).
 __device__ __forceinline__ int64_t sequence_of(const int32_t* cu, int64_t i, int64_t low, int64_t high) {
   while (low + 1 < high) {
     const int64_t middle = (low + high) / 2;
@@ -128,7 +129,7 @@ __device__ __forceinline__ int64_t sequence_of(const int32_t* cu, int64_t i, int
   return low;
 }
 
-// The same of all sequences: where it would be if they were of equal length, else by bisection, whose loads wait for each other.
+// The same over all sequences: first where it would be if all were equally long, else by bisection, whose loads are serial.
 __device__ __forceinline__ int64_t sequence_of(const MaskParams& p, int64_t i) {
   const int64_t guess = i * p.sequences / p.tokens;
   if (p.cu_seqlens[guess] <= i && i < p.cu_seqlens[guess + 1]) return guess;
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kBernoulliThreads, 4) mask_bernoulli(MaskParam
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kBernoulliTokens;
   const int64_t last = least(first + kBernoulliTokens, p.tokens) - 1;
   const int64_t start = first + (threadIdx.x / 32 * kRounds * 32 + threadIdx.x % 32) * kGroup<Id>;
-  Group<Id> groups[kRounds];  // on their way while the block's sequences are looked for
+  Group<Id> groups[kRounds];  // in flight during the search for the block's sequences
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) groups[round].load(p, start + round * 32 * kGroup<Id>, 0, p.tokens);
   load_special(p, special);

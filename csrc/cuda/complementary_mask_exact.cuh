@@ -1,15 +1,15 @@
 // Complementary mask, CUDA, exact sampling.
 //
-// Grid:   a block for each sequence.
-// Tile:   16 bytes of ids a thread, neighbours' side by side; Philox in registers.
-// Loop:   pass 1 draws the units' keys (w0, unit id) into shared memory, a radix selection (256 bins of 8 bits, both thresholds at
-//         once; 2 passes do for most sequences, 8 are the most) finds the keys that part the roles, pass 2 writes. Units are made
-//         distinct in a table of their ids. Sequences with more tokens than shared memory was asked for draw their keys again
-//         where they are needed, and look for a unit's first token by comparing: any length is right.
-// Memory: reads the id twice, the second time from cache, writes both views and the role once: 25 bytes per token (int32: 13), plus
-//         1 for eligible and 4 for unit_ids.
+// Grid:   one block per sequence.
+// Tile:   16 bytes of ids per thread, coalesced across threads; Philox in registers.
+// Loop:   pass 1 draws the units' keys (w0, unit id) into shared memory; a radix selection (8 bits, 256 bins at a time, both
+//         thresholds at once; 2 passes suffice for most sequences, 8 at most) finds the keys that separate the roles; pass 2
+//         writes. A table of unit ids removes duplicates. Sequences with more tokens than shared memory was sized for draw
+//         their keys again when needed, and find a unit's first token by comparison: any length is correct.
+// Memory: reads the id twice, the second time from cache, writes both views and the role once: 25 bytes per token (int32: 13),
+//         plus 1 for eligible and 4 for unit_ids.
 // Types:  integers throughout; the two quotas of a sequence in double.
-// Same bits every time: atomics count integers, and which thread first enters a unit does not matter.
+// Determinism: atomics only count integers, and it does not matter which thread enters a unit first.
 #pragma once
 
 #include "cuda/complementary_mask.cuh"
@@ -29,7 +29,7 @@ __device__ __forceinline__ int quota(double rate, int of) {
   return least(k, of);
 }
 
-// One of two searches for a number with exactly `rank` keys below it: `rank` keys with this prefix are still to be left below.
+// One of two searches for a number with a given count of keys below it; `rank` of the keys with this prefix must be below it.
 struct Search {
   uint64_t prefix;
   int rank;
@@ -40,7 +40,7 @@ constexpr size_t mask_exact_shared(int64_t capacity) {
   return room<int64_t>(kMostSpecial) + room<Search>(2) + room<int>(2 * kBins) + room<int>(32) + room<uint64_t>(capacity);
 }
 
-// Narrows both searches by 8 bits at a time, over key(0..slots); kNoKey counts for nothing, all others differ.
+// Narrows both searches by 8 bits at a time, over key(0..slots); kNoKey is not counted, all others are distinct.
 template <class Key>
 __device__ __forceinline__ void search_keys(Search* searches, int* bins, int64_t slots, const Key& key) {
   for (int shift = 56; shift >= 0; shift -= 8) {
@@ -61,7 +61,7 @@ __device__ __forceinline__ void search_keys(Search* searches, int* bins, int64_t
     const int q = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (q > 1) continue;
     const Search own = q == 0 ? search[0] : search[1];
-    const int* mine = bins + q * kBins + lane * 8;  // a warp a search, 8 bins a lane
+    const int* mine = bins + q * kBins + lane * 8;  // one warp per search, 8 bins per lane
     int count = 0;
     for (int bin = 0; bin < 8; ++bin) count += mine[bin];
     int below = count;
@@ -89,7 +89,7 @@ __global__ void mask_exact(MaskParams p) {
   int* bins = shared.take<int>(2 * kBins);
   int* scratch = shared.take<int>(32);
   uint64_t* keys = shared.take<uint64_t>(p.capacity);
-  int32_t* table = reinterpret_cast<int32_t*>(keys);  // of unit ids, twice as many, -1 where empty
+  int32_t* table = reinterpret_cast<int32_t*>(keys);  // of unit ids, twice as many slots, -1 if empty
   const int64_t length = end - begin, stride = static_cast<int64_t>(blockDim.x) * kGroup<Id>;
   const int64_t start = begin / kGroup<Id> * kGroup<Id> + threadIdx.x * kGroup<Id>;
   const bool kept = length <= p.capacity, units = p.unit_ids != nullptr;
@@ -124,7 +124,7 @@ __global__ void mask_exact(MaskParams p) {
         int32_t found;
         while ((found = atomicCAS(table + slot, -1, group.units[k])) != -1 && found != group.units[k]) slot = (slot + 1) % size;
         count += found == -1;
-      } else if (!kept) {  // role marks the first token of each unit until it is written
+      } else if (!kept) {  // until it is written, role marks the first token of each unit
         bool first = group.can[k];
         for (int64_t j = begin; first && j < i; ++j) first = p.unit_ids[j] != group.units[k] || !can(j);
         p.role[i] = first;

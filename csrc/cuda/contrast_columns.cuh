@@ -1,16 +1,16 @@
-// The columns of a symmetric cross as anchors: their softmax, from the chunks that contrast_rows.cuh turns into weights.
+// The softmax of a symmetric cross's columns, which are anchors too, from the chunks that contrast_rows.cuh turns into weights.
 //
-// Grid:   columns: a block for 2,048 columns (of 16 bits) and a share of the chunk's rows; merge: a thread a column.
+// Grid:   columns: one block per 256 vectors of 16 bytes of columns and share of the chunk's rows. merge: one thread per column.
 // Loop:   down the rows, four at a time, with the softmax of each column in registers.
-// Memory: reads a score once; 3 numbers a column and share in between.
-// Same bits every time: a column's shares are merged in one order.
+// Memory: reads each score once; passes 3 numbers per column and share to merge.
+// Determinism: a column's shares are merged in a fixed order.
 #pragma once
 
 #include "cuda/contrast_chunk.cuh"
 
 namespace cmlm {
 
-// The softmax of each column over a share of the chunk's rows; of a symmetric cross, whose rows' positives are its columns' too.
+// The softmax of each column over a share of the chunk's rows, for a symmetric cross: a row's positive is also the column's.
 template <class P>
 __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_columns(RowTask<P> task) {
   using T = typename P::Number;
@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
   const int s = task.side, o = p.other(s);
   const int64_t columns = p.side[o].rows, column = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) * kPack;
   if (column >= columns) return;
-  const M coldness = 1 / *p.temperature;
-  ColumnFacts<M, kPack> facts;
+  const M inverse_temperature = 1 / *p.temperature;
+  ColumnStats<M, kPack> facts;
   facts.load(task, o, column, columns);
   Softmax<M> mine[kPack];
 #pragma unroll
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
       const M scale = p.stats[s].scale[r];
 #pragma unroll
       for (int k = 0; k < kPack; ++k)
-        down[k][i] = row + i < end ? biased_score(at[i][k], scale, facts.scale[k], coldness, facts.bias[k]) : kOut<M>;
+        down[k][i] = row + i < end ? biased_score(at[i][k], scale, facts.scale[k], inverse_temperature, facts.bias[k]) : kOut<M>;
       at_column<kPack>(column, static_cast<int32_t>(p.partner(s, r)), [&](int k) { down[k][i] = kOut<M>; });
     }
 #pragma unroll
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
   }
 }
 
-// Merges the shares of a chunk into what the chunks before it gave; after the last one, the columns are anchors like the rows.
+// Merges a chunk's shares into the result of the chunks before it; after the last chunk, finishes the columns as anchors.
 template <class P>
 __global__ void __launch_bounds__(kRowThreads) contrast_merge(RowTask<P> task) {
   using M = typename P::M;

@@ -1,14 +1,15 @@
-// The gradient of a contrast, tile by tile, after contrast_tiles.cuh has made the softmax: no score leaves the chip.
+// The gradient of a contrast, tile by tile, after the softmax of contrast_tiles.cuh: scores never leave the chip.
 //
-// Grid:   a block for 64 rows of either side, or one for each of several shares of the other side's rows.
+// Grid:   one block per 64 rows of either side, or per 64 rows and share of the other side's rows.
 // Tile:   as in contrast_tiles.cuh.
-// Loop:   over the other side's tiles: the scores again, turned into weights in shared memory until 512 bytes per row are full; then
-//         weights · rows of the other side, 128 bytes of D at a time, into `sums`; at the end through the normalisation.
-// Memory: each block reads its rows once a tile and the other side twice, from L2 for the most part; writes the gradient once and
-//         sums once for each 512 bytes of weights. The last block of a row's shares reads them once.
+// Loop:   over the other side's tiles: recomputes their scores and turns them into weights in shared memory; once 512 bytes per
+//         row are full, adds weights · rows of the other side to `sums`, 128 bytes of D at a time. At the end, backpropagates
+//         through the normalisation.
+// Memory: each block reads its rows once per tile and the other side twice, mostly from L2; writes the gradient once and `sums`
+//         once per 512 bytes of weights. The last block of a row's shares reads all their sums once.
 // Types:  scores and sums in float (double for double); weights in T between the products.
-// Same bits every time: a row belongs to one block, sums run in the order of tiles, and shares are added in order by the last
-//         block to arrive.
+// Determinism: a row belongs to one block, sums run in the order of tiles, and shares are added in order by the last block to
+//         arrive.
 #pragma once
 
 #include "cuda/contrast_tiles.cuh"
@@ -16,15 +17,15 @@
 namespace cmlm {
 
 template <class T>
-constexpr int kWeightPitch = 528 / sizeof(T);  // 512 bytes of weights a row, and 16 against bank conflicts
+constexpr int kWeightPitch = 528 / sizeof(T);  // 512 bytes of weights per row, and 16 against bank conflicts
 template <class T>
-constexpr int kSlots = 512 / sizeof(T) / kTile;  // tiles of weights
+constexpr int kSlots = 512 / sizeof(T) / kTile;  // tiles of weights that fit
 
 template <class T>
 constexpr size_t kGradientShared = room<T>(2 * kStages * kSlice<T>) + room<T>(kTile * kWeightPitch<T>) +
                                    2 * room<Facts<math_t<T>>>(kTile) + room<int64_t>(kSlots<T>) +
                                    room<float>(kSlots<T> * kTile) + room<unsigned>(1);
-static_assert(kGradientShared<double> <= 99 << 10 && kGradientShared<Fp16> <= 99 << 10);  // the least a block may have: 8.6, 12.0
+static_assert(kGradientShared<double> <= 99 << 10 && kGradientShared<Fp16> <= 99 << 10);  // the lowest limit: 8.6, 12.0
 
 // sums (+)= weights · y over the tiles in `list`.
 template <class T>
@@ -41,7 +42,7 @@ __device__ __forceinline__ void add_products(const Matrix<T>& y, const T* weight
         const int slot = step % slots;
         if (slot == 0) product.clear();
         T* slice = slices + stage * kSlice<T>;
-        if constexpr (std::is_same_v<T, Fp16>) {  // to a length between 1/2 and 1
+        if constexpr (std::is_same_v<T, Fp16>) {  // scale rows to a length between 1/2 and 1
           constexpr int kPack = 16 / sizeof(T);
           auto* half = reinterpret_cast<Pack<T, kPack>*>(slice + threadIdx.x / 2 * kPitch<T> + threadIdx.x % 2 * (kDepth<T> / 2));
 #pragma unroll
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_gradient(P p) {
   const unsigned shares = gridDim.y;
   M* sums = p.sums[s] + blockIdx.y * (x.rows * x.width);
 
-  const M coldness = 1 / *p.temperature;
+  const M inverse_temperature = 1 / *p.temperature;
   int slots = 0;
   bool fresh = true, known = false;
   for (int64_t tile = blockIdx.y; tile * kTile < y.rows || slots > 0; tile += shares) {
@@ -103,12 +104,12 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_gradient(P p) {
       multiply_rows<false>(x, place.row, y, column, slices, product, squares);
       if (!known && mine < kTile && place.row + mine < x.rows) {
         rows[mine] = p.facts(s, place.row + mine);
-        p.recall(s, place.row + mine, rows[mine]);
+        p.load_stats(s, place.row + mine, rows[mine]);
       }
       known = true;
       if (mine < kTile && column + mine < y.rows) {
         columns[mine] = p.facts(o, column + mine);
-        p.recall(o, column + mine, columns[mine]);
+        p.load_stats(o, column + mine, columns[mine]);
       }
       if constexpr (std::is_same_v<T, Fp16>)
         if (mine < kTile) powers[slots * kTile + mine] = column + mine < y.rows ? power_below(columns[mine].scale) : 1.0f;
@@ -128,7 +129,8 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_gradient(P p) {
             M g = 0;
             if (i < x.rows && j < y.rows) {
               const Facts<M>& other = columns[tile_column(n, e)];
-              g = p.weight(s, row, other, i, j, score_of(scores(n, 2 * h + e), row.scale, other.scale, coldness)) * other.scale;
+              const M score = score_of(scores(n, 2 * h + e), row.scale, other.scale, inverse_temperature);
+              g = p.weight(s, row, other, i, j, score) * other.scale;
               if constexpr (std::is_same_v<T, Fp16>) g /= powers[slots * kTile + tile_column(n, e)];
             }
             pair.at[e] = narrow<T>(g);
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_gradient(P p) {
     for (int64_t tile = 0; fresh && tile * kTile < y.rows; ++tile) fresh = !p.wants(s, place.tile, tile);
   }
   __syncthreads();
-  const M factor = *p.unit * coldness;
+  const M factor = *p.unit * inverse_temperature;
   const int64_t share_size = x.rows * x.width;
   for (int64_t i = place.row + threadIdx.x / 32; i < end; i += kTileThreads / 32) {
     T* out = p.gradient_row(s, i);

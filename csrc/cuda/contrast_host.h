@@ -1,12 +1,12 @@
-// The order of launches for a contrast (contrast.cuh), which token_contrastive and info_nce share. Host code only.
+// The launches of a contrast (contrast.cuh), shared by token_contrastive and info_nce. Host code only.
 //
-// by tiles: one launch for the softmax, one for the gradient. by rows: chunks of kChunkBytes of scores (of kChunkRows rows at
-// least where the other side's gradient grows with them: of 262,144 keys 1 GiB in bfloat16, 3 in float16),
+// By tiles: one launch for the softmax, one for the gradient. By rows: chunks of kChunkBytes of scores, but of at least
+// kChunkRows rows if the other side's gradient accumulates over them (with 262,144 keys 1 GiB in bfloat16, 3 in float16):
 //
 //   S = X·Yᵀ   contrast_rows: softmax, and weights in place of S   dX = W·Y   dY += Wᵀ·X          6·N·M·D operations
 //
-// in one go where a row's gradient needs that row's softmax alone. Where it needs those of all rows (symmetric and self), the
-// softmax of all comes first, that of the columns in the same chunks, and the scores are made again: 8·B²·D for the symmetric
+// in one sweep if a row's gradient needs only that row's softmax. If it needs that of all rows (symmetric and self), a first
+// sweep computes every softmax, for columns from the same chunks, and a second recomputes the scores: 8·B²·D for the symmetric
 // cross, 24·B²·D (6·N²·D, N = 2B) for self.
 #pragma once
 
@@ -31,7 +31,7 @@ constexpr ScalarType scalar_type_of() {
   if constexpr (std::is_same_v<T, Fp16>) return ScalarType::Half;
 }
 
-// What temperature and losses have.
+// The dtype of temperature and losses.
 inline ScalarType loss_type(const Tensor& rows) {
   return rows.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -62,7 +62,7 @@ struct ContrastResult {
   Tensor loss, grad1, grad2, grad_temperature;
 };
 
-// Runs problem P, whose sides, options and outputs are set, on memory of its own.
+// Runs problem P, whose sides, options and outputs are set, in memory that it allocates.
 template <class P>
 class ContrastRun {
   using T = typename P::Number;
@@ -75,15 +75,15 @@ class ContrastRun {
       p_.stats[s].scale = memory<M>(rows + kColumnPad);
       if (s >= anchors()) continue;
       p_.stats[s].reference = memory<M>(rows + kColumnPad);
-      p_.stats[s].share = memory<M>(rows + kColumnPad);
-      p_.stats[s].push = memory<M>(rows + kColumnPad);
+      p_.stats[s].negative_weight = memory<M>(rows + kColumnPad);
+      p_.stats[s].positive_weight = memory<M>(rows + kColumnPad);
     }
     p_.losses = memory<M>(anchors() * p_.side[0].rows);
-    p_.pulls = memory<M>(anchors() * p_.side[0].rows);
+    p_.tau_terms = memory<M>(anchors() * p_.side[0].rows);
     p_.unit = memory<M>(1);
   }
 
-  // `split`: let several blocks share the columns of a row, so that a small batch too fills the device.
+  // `split`: let several blocks share the columns of a row, so that a small batch also fills the device.
   void by_tiles(bool gradient, bool split) {
     const int64_t tiles[2] = {ceil_div(p_.side[0].rows, kTile), p_.self ? 0 : ceil_div(p_.side[1].rows, kTile)};
     const int64_t forward = tiles[0] + (anchors() == 2 ? tiles[1] : 0), backward = tiles[0] + (wanted(1) ? tiles[1] : 0);
@@ -125,7 +125,7 @@ class ContrastRun {
   int anchors() const { return !p_.self && p_.symmetric ? 2 : 1; }
   bool wanted(int s) const { return p_.gradient[s][0] != nullptr || p_.gradient[s][1] != nullptr; }
 
-  // Small arrays share allocations: each costs the host more than a launch does.
+  // Small arrays share allocations: an allocation costs the host more than a launch.
   template <class X>
   X* memory(int64_t count) {
     const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(X)), 256);
@@ -142,8 +142,8 @@ class ContrastRun {
     return array;
   }
 
-  // Rows that the products over a side's rows take. cuBLAS is two to three times as slow where 16-bit columns are no multiple of 8:
-  // then the side is copied, with rows of zeros at its end, and the scores of those get weights of 0.
+  // Number of rows in products over a side's rows. cuBLAS is two to three times as slow if the number of 16-bit columns is not
+  // a multiple of 8; the side is then copied and padded with rows of zeros, whose scores get weights of 0.
   int64_t padded_rows(int s) const {
     const bool even = sizeof(T) == 2 && sizeof(typename RowTask<P>::Score) == 2 && s == (p_.self ? 0 : 1);
     return even ? round_up(p_.side[s].rows, 8) : p_.side[s].rows;
@@ -168,36 +168,36 @@ class ContrastRun {
     }
   }
 
-  // All chunks of side 0: its softmax and that of the other side's anchors, the gradients of both, or all of that.
+  // Over all chunks of side 0: its softmax and that of the other side's anchors, the gradients of both sides, or all of that.
   void sweep(bool softmax, bool weigh) {
     using Score = typename RowTask<P>::Score;
     const int s = 0, o = p_.self ? 0 : 1;
     const Matrix<T> x = task_.p.side[s], y = task_.p.side[o];
     constexpr bool in_place = sizeof(Score) == sizeof(T);
     const int64_t pitch = round_up(y.rows, 8), bytes = pitch * (sizeof(Score) + (in_place ? 0 : sizeof(T)));
-    const bool across = weigh && !p_.self && wanted(o), along = weigh && wanted(s);
-    const int64_t fewest = across ? kChunkRows : 8;
+    const bool other_gradient = weigh && !p_.self && wanted(o), own_gradient = weigh && wanted(s);
+    const int64_t fewest = other_gradient ? kChunkRows : 8;
     const int64_t chunk = std::min(std::max(kChunkBytes / bytes / 8 * 8, fewest), x.rows), chunks = ceil_div(x.rows, chunk);
-    if (task_.scores == nullptr || in_place_rows_ < chunk * pitch) {
-      in_place_rows_ = chunk * pitch;
+    if (task_.scores == nullptr || score_capacity_ < chunk * pitch) {
+      score_capacity_ = chunk * pitch;
       task_.scores = memory<Score>(chunk * pitch);
       if constexpr (!in_place) task_.weights = memory<T>(chunk * pitch);
     }
     if constexpr (in_place) task_.weights = reinterpret_cast<T*>(task_.scores);
     const Rows<const T> columns{y.first, padded_rows(o), y.width, y.width};
-    M* part = along ? memory<M>(chunk * x.width) : nullptr;
-    // The other side's gradient grows chunk by chunk: in float, unless it is done with the first. float16 has no room for the sum of
-    // a popular row's weights, before `project` scales it.
+    M* part = own_gradient ? memory<M>(chunk * x.width) : nullptr;
+    // The other side's gradient accumulates over chunks: in float, unless one chunk completes it. float16 always needs float,
+    // as the sum of a popular row's weights would overflow before `project` scales it.
     M* sums = nullptr;
     if constexpr (std::is_same_v<T, M>)
-      sums = across ? p_.gradient[o][0] : nullptr;
-    else if (across && (chunks > 1 || std::is_same_v<T, Fp16>))
+      sums = other_gradient ? p_.gradient[o][0] : nullptr;
+    else if (other_gradient && (chunks > 1 || std::is_same_v<T, Fp16>))
       sums = memory<M>(columns.rows * y.width);
     task_.side = s, task_.pitch = pitch, task_.softmax = softmax, task_.weigh = weigh;
     const bool columns_too = softmax && anchors() == 2;
-    const int64_t across_columns = ceil_div(y.rows, kRowThreads * (16 / static_cast<int64_t>(sizeof(Score))));
+    const int64_t column_blocks = ceil_div(y.rows, kRowThreads * (16 / static_cast<int64_t>(sizeof(Score))));
     if (columns_too) {
-      const int64_t shares = std::clamp<int64_t>(4 * launch_.multiprocessors() / across_columns, 1, ceil_div(chunk, kRowsPerBlock));
+      const int64_t shares = std::clamp<int64_t>(4 * launch_.multiprocessors() / column_blocks, 1, ceil_div(chunk, kRowsPerBlock));
       task_.share_rows = round_up(ceil_div(chunk, shares), kRowsPerBlock);
       task_.parts = memory<M>((ceil_div(chunk, task_.share_rows) + 1) * 3 * y.rows);
     }
@@ -206,25 +206,25 @@ class ContrastRun {
       task_.first = first, task_.rows = count;
       const Rows<const T> rows{x.first + first * x.width, count, x.width, x.width};
       multiply_transposed(launch_, rows, columns, Rows<Score>{task_.scores, count, columns.rows, pitch});
-      if (columns_too) {  // before the rows' launch may put weights in the place of scores
+      if (columns_too) {  // before the rows' launch may overwrite scores with weights
         task_.shares = static_cast<int>(ceil_div(count, task_.share_rows)), task_.last = first + count == x.rows;
-        const dim3 grid(static_cast<unsigned>(across_columns), static_cast<unsigned>(task_.shares));
+        const dim3 grid(static_cast<unsigned>(column_blocks), static_cast<unsigned>(task_.shares));
         launch_(contrast_columns<P>, grid, kRowThreads, 0, task_);
         launch_(contrast_merge<P>, dim3(static_cast<unsigned>(ceil_div(y.rows, kRowThreads))), kRowThreads, 0, task_);
       }
       launch_(contrast_rows<P>, dim3(static_cast<unsigned>(ceil_div(count, kRowsPerBlock))), kRowThreads, kRowsShared<M>, task_);
       const Rows<const T> weights{task_.weights, count, columns.rows, pitch};
-      if (along) {
+      if (own_gradient) {
         multiply(launch_, weights, columns, Rows<M>{part, count, x.width, x.width});
         project(part, s, first, count);
       }
-      if (!across) continue;
+      if (!other_gradient) continue;
       if (sums != nullptr)
         add_transposed(launch_, weights, rows, first == 0, Rows<M>{sums, columns.rows, y.width, y.width});
       else
         add_transposed(launch_, weights, rows, true, Rows<T>{p_.gradient[o][0], y.rows, y.width, y.width});
     }
-    if (!across) return;
+    if (!other_gradient) return;
     if (sums != nullptr)
       project(sums, o, 0, y.rows);
     else
@@ -241,13 +241,13 @@ class ContrastRun {
   const Tensor& like_;
   P& p_;
   RowTask<P> task_{};
-  int64_t in_place_rows_ = 0;
+  int64_t score_capacity_ = 0;
   std::vector<Tensor> tensors_;
   unsigned char* shared_ = nullptr;
   int64_t shared_left_ = 0;
 };
 
-// Sides of a problem: rows of x and of y, or (self) both as one.
+// Sets the sides of a problem: rows of x and of y, or (self) both as one.
 template <class P>
 void set_sides(P& p, const Tensor& x, const Tensor& y, bool self) {
   using T = typename P::Number;
@@ -259,7 +259,7 @@ void set_sides(P& p, const Tensor& x, const Tensor& y, bool self) {
   p.side[1] = {second, second, y.size(0), self ? 0 : y.size(0), width, vector};
 }
 
-// The gradients' tensors, empty where not wanted; a problem's pointers to them.
+// Allocates the gradients, empty if not wanted, and sets a problem's pointers to them.
 template <class P>
 void set_gradients(P& p, ContrastResult& result, const Tensor& x, const Tensor& y, bool x_grad, bool y_grad) {
   using T = typename P::Number;

@@ -1,15 +1,16 @@
-// A contrast between matrix products, for score matrices too large to make twice: chunks of anchors' rows are multiplied with the
-// other side by cuBLAS, the chunk is turned in place into the gradient by the products, and multiplied back (contrast_host.h).
+// A contrast between matrix products, for score matrices too large for tiles: cuBLAS multiplies a chunk of anchors' rows
+// with the other side, the kernels here turn the chunk in place into the gradient with respect to the products, and cuBLAS
+// multiplies it back (contrast_host.h).
 //
-// Grid:   prepare, project: a warp for each row; rows: a block for 4 rows of the chunk, so that what is known of a column is loaded
-//         once for the four; unit, totals: one block.
+// Grid:   prepare, project: one warp per row. rows: one block per 4 rows of the chunk, so that a column's facts are loaded once
+//         for all four. unit, totals: one block.
 // Tile:   16 bytes of scores per thread and row.
-// Loop:   rows: over the row once for the softmax (one exponential a score), once more for the weights (another).
-// Memory: rows: reads a score twice and writes it once: 6 bytes (16-bit types; float 12), and 4 to 24 bytes a column for four
-//         rows. prepare: each row once. project: sums, rows and gradient once.
-// Types:  scores and weights in T (float16: scores in float, since dot products may exceed it; rows scaled by powers of two to a
-//         length near 1, since weights may fall below it); all arithmetic and sums in float, double for double.
-// Same bits every time: a row belongs to one block, and its sums are folded in one order.
+// Loop:   rows: once over the row for the softmax (one exponential per score), once more for the weights (another).
+// Memory: rows: reads each score twice and writes its weight once: 6 bytes (float16 10, float 12), and 4 to 24 bytes per column for
+//         four rows. prepare: each row once. project: sums, rows and gradient once.
+// Types:  scores and weights in T (float16: scores in float, since dot products may overflow it; rows scaled by powers of two
+//         to a length near 1, since weights may underflow it); all arithmetic and sums in float, double for double.
+// Determinism: a row belongs to one block, and its sums are folded in a fixed order.
 #pragma once
 
 #include "cuda/contrast_chunk.cuh"
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kRowThreads) contrast_prepare(RowTask<P> task)
   p.stats[s].scale[r] = scale / power;
   task.full_scale[s][r] = scale;
   if (task.marks[s] != nullptr) task.marks[s][r] = p.mark(s, r);
-  if (s >= p.anchors() || !p.lone()) return;
+  if (s >= p.anchors() || !p.single_positive()) return;
   const M other_scale = p.normalize ? 1 / most(std::sqrt(others), M(1e-12)) : M(1);
   task.positives[s * p.side[0].rows + r] = partner >= 0 ? score_of(product, scale, other_scale, 1 / *p.temperature) : kNaN<M>;
 }
@@ -74,32 +75,33 @@ constexpr size_t kTotalsShared = room<double>(32);
 
 // A row of the block.
 template <class M>
-struct RowFacts {
-  M scale, reference, share, push;
+struct RowStats {
+  M scale, reference, negative_weight, positive_weight;
   int64_t mark;
-  int32_t partner, own;  // the column of its positive, and of itself; or -1
+  int32_t partner, own;  // the columns of its positive and of itself, or -1
 };
 
-// What the softmax left of a thread's columns, where they are anchors: as Contrast::recall, without what positives need.
+// What the softmax stored for a thread's columns, if they are anchors: as Contrast::load_stats, without the positives' weights.
 template <class M, int kPack>
-struct AnchorFacts {
-  M reference[kPack], share[kPack];
+struct AnchorStats {
+  M reference[kPack], negative_weight[kPack];
 
   template <class P>
   __device__ __forceinline__ void load(const P& p, int o, int64_t column, int64_t columns) {
-    const auto references = load_pack<kPack>(p.stats[o].reference + column), shares = load_pack<kPack>(p.stats[o].share + column);
+    const auto references = load_pack<kPack>(p.stats[o].reference + column);
+    const auto weights = load_pack<kPack>(p.stats[o].negative_weight + column);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       const bool inside = column + k < columns;
       const M weight = inside ? p.anchor_weight(column + k) : M(0);
       reference[k] = inside ? references.at[k] : -kLowest<M>;
-      share[k] = inside ? shares.at[k] * weight : M(0);
+      negative_weight[k] = inside ? weights.at[k] * weight : M(0);
     }
   }
 };
 
 template <class M>
-constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<RowFacts<M>>(kRowsPerBlock);
+constexpr size_t kRowsShared = room<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock) + room<RowStats<M>>(kRowsPerBlock);
 
 template <class P>
 __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 2) contrast_rows(RowTask<P> task) {
@@ -109,13 +111,13 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
   constexpr int kPack = 16 / sizeof(Score);
   Shared shared;
   Anchor<M>* anchors = shared.take<Anchor<M>>(kRowThreads / 32 * kRowsPerBlock);
-  RowFacts<M>* rows = shared.take<RowFacts<M>>(kRowsPerBlock);
+  RowStats<M>* rows = shared.take<RowStats<M>>(kRowsPerBlock);
   const P& p = task.p;
   const int s = task.side, o = p.other(s);
   const int64_t columns = p.side[o].rows, begin = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock, row0 = task.first + begin;
   const int count = static_cast<int>(least<int64_t>(kRowsPerBlock, task.rows - begin)), q = threadIdx.x;
-  const M coldness = 1 / *p.temperature;
-  const bool lone = p.lone(), marked = task.marks[s] != nullptr;
+  const M inverse_temperature = 1 / *p.temperature;
+  const bool single_positive = p.single_positive(), marked = task.marks[s] != nullptr;
   if (q < kRowsPerBlock) {
     const int64_t r = row0 + least(q, count - 1);
     rows[q].scale = p.stats[s].scale[r];
@@ -136,18 +138,19 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
       M at[kRowsPerBlock][kPack];
 #pragma unroll
       for (int i = 0; i < kRowsPerBlock; ++i) scores_of(i, column, at[i]);
-      ColumnFacts<M, kPack> facts;
+      ColumnStats<M, kPack> facts;
       facts.load(task, o, column, columns);
 #pragma unroll
       for (int i = 0; i < kRowsPerBlock; ++i) {
-        const RowFacts<M>& row = rows[i];
+        const RowStats<M>& row = rows[i];
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) at[i][k] = biased_score(at[i][k], row.scale, facts.scale[k], coldness, facts.bias[k]);
+        for (int k = 0; k < kPack; ++k)
+          at[i][k] = biased_score(at[i][k], row.scale, facts.scale[k], inverse_temperature, facts.bias[k]);
         if (marked) {
 #pragma unroll
           for (int k = 0; k < kPack; ++k) {
-            const bool same = (P::kMarksJoin ? task.marks[o][column + k] : facts.mark[k]) == row.mark;
-            if constexpr (P::kMarksJoin) {
+            const bool same = (P::kEqualMarksArePositive ? task.marks[o][column + k] : facts.mark[k]) == row.mark;
+            if constexpr (P::kEqualMarksArePositive) {
               if (same && column + k < columns && column + k != row.own) mine[i].positive += at[i][k], mine[i].count += 1;
             } else if (same) {
               at[i][k] = kOut<M>;
@@ -169,42 +172,44 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(typename P::M) == 8 ? 1 : 
     if (q < count) {
       Anchor<M> anchor = anchors[q];
       for (int warp = 1; warp < kRowThreads / 32; ++warp) anchor.merge(anchors[warp * kRowsPerBlock + q]);
-      if (lone) anchor.positive = task.positives[s * p.side[0].rows + row0 + q], anchor.count = 1;
-      finish_anchor(p, s, row0 + q, anchor, lone, p.valid(row0 + q));
+      if (single_positive) anchor.positive = task.positives[s * p.side[0].rows + row0 + q], anchor.count = 1;
+      finish_anchor(p, s, row0 + q, anchor, single_positive, p.valid(row0 + q));
     }
   }
   if (!task.weigh) return;
   if (q < count) {
     Facts<M> known{};
-    p.recall(s, row0 + q, known);
-    rows[q].reference = known.reference, rows[q].share = known.share, rows[q].push = known.push;
+    p.load_stats(s, row0 + q, known);
+    rows[q].reference = known.reference;
+    rows[q].negative_weight = known.negative_weight, rows[q].positive_weight = known.positive_weight;
   }
   __syncthreads();
-  const bool both = P::kTwoSided && p.stats[o].share != nullptr;  // a score counts in its column's loss, too
+  const bool both = P::kTwoSided && p.stats[o].negative_weight != nullptr;  // a score also counts in its column's loss
   for (int64_t column = threadIdx.x * kPack; column < columns; column += kRowThreads * kPack) {
     M at[kRowsPerBlock][kPack];
 #pragma unroll
     for (int i = 0; i < kRowsPerBlock; ++i) scores_of(i, column, at[i]);
-    ColumnFacts<M, kPack> facts;
+    ColumnStats<M, kPack> facts;
     facts.load(task, o, column, columns);
-    AnchorFacts<M, kPack> anchors_of;
+    AnchorStats<M, kPack> anchors_of;
     if (both) anchors_of.load(p, o, column, columns);
 #pragma unroll
     for (int i = 0; i < kRowsPerBlock; ++i) {
       if (i >= count) continue;
-      const RowFacts<M>& row = rows[i];
-      const auto positive = [&](int k) {  // few pairs are: what they need stays in memory
+      const RowStats<M>& row = rows[i];
+      const auto positive = [&](int k) {  // few pairs are positive: what they need stays in memory
         const bool anchor = both && column + k < columns;
-        return anchor ? -(row.push + p.stats[o].push[column + k] * p.anchor_weight(column + k)) : -row.push;
+        return anchor ? -(row.positive_weight + p.stats[o].positive_weight[column + k] * p.anchor_weight(column + k))
+                      : -row.positive_weight;
       };
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
         M& g = at[i][k];
-        const M score = biased_score(g, row.scale, facts.scale[k], coldness, facts.bias[k]);
-        g = row.share * exponential<T>(score - row.reference);
-        if (both) g += anchors_of.share[k] * exponential<T>(score - anchors_of.reference[k]);
-        if (marked && (P::kMarksJoin ? task.marks[o][column + k] : facts.mark[k]) == row.mark)
-          g = P::kMarksJoin ? g + positive(k) : M(0);
+        const M score = biased_score(g, row.scale, facts.scale[k], inverse_temperature, facts.bias[k]);
+        g = row.negative_weight * exponential<T>(score - row.reference);
+        if (both) g += anchors_of.negative_weight[k] * exponential<T>(score - anchors_of.reference[k]);
+        if (marked && (P::kEqualMarksArePositive ? task.marks[o][column + k] : facts.mark[k]) == row.mark)
+          g = P::kEqualMarksArePositive ? g + positive(k) : M(0);
       }
       at_column<kPack>(column, row.partner, [&](int k) { at[i][k] = positive(k); });
       if constexpr (P::kTwoSided) at_column<kPack>(column, row.own, [&](int k) { at[i][k] = 0; });
@@ -234,7 +239,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) contrast_project(ProjectTask<P
   auto* out = p.gradient_row(task.side, r);
   if (out == nullptr) return;
   const int64_t width = p.side[task.side].width;
-  // The weights held this row's scale, and the other side's.
+  // The weights already contain the scales of this row and of the other side.
   const M scale = p.stats[task.side].scale[r], factor = *p.unit * task.full_scale[r] / (*p.temperature * scale);
   project_row(task.sums + at * width, p.side[task.side].row(r), scale, factor, p.normalize, width, p.side[task.side].vector, out);
 }

@@ -1,13 +1,13 @@
-// The softmax of a contrast, tile by tile: no score leaves the chip. contrast_gradient.cuh has the gradient.
+// The softmax of a contrast, tile by tile: scores never leave the chip. The gradient is in contrast_gradient.cuh.
 //
-// Grid:   a block for 64 anchors, or one for each of several shares (splits) of the other side's rows.
-// Tile:   64×64 scores over D in slices of 128 bytes per row, the next slices on their way by cp.async while tensor cores (float,
-//         double: multiply-adds) work on this one. Tiles that none of the 64 rows wants are skipped.
-// Loop:   over the other side's tiles, keeping the softmax of each row; norms are made of the same slices.
-// Memory: each block reads its rows once a tile and the other side once, from L2 for the most part; writes 4 numbers per row.
+// Grid:   one block per 64 anchors, or per 64 anchors and share (split) of the other side's rows.
+// Tile:   64×64 scores, accumulated over D in slices of 128 bytes per row; cp.async fetches the next slices while tensor cores
+//         (float, double: multiply-adds) work on this one. Tiles that none of the 64 rows wants are skipped.
+// Loop:   over the other side's tiles, keeping the softmax of each row; norms come from the same slices.
+// Memory: each block reads its rows once per tile and the other side once, mostly from L2; writes 4 numbers per row.
 // Types:  scores and softmax in float (double for double).
-// Same bits every time: a row belongs to one block; shares of a row are merged in order by the last block to arrive, as are all
-//         rows' losses. Several blocks may write one scale: always the same number.
+// Determinism: a row belongs to one block; the last block to arrive merges a row's shares in order, and the last of all adds up
+//         the rows' losses. Several blocks may write one scale: always the same number.
 #pragma once
 
 #include "cuda/contrast.cuh"
@@ -17,7 +17,7 @@ namespace cmlm {
 template <class T>
 constexpr size_t kForwardShared = room<T>(2 * kStages * kSlice<T>) + 2 * room<Facts<math_t<T>>>(kTile) + room<unsigned>(1) + room<double>(32);
 
-// A thread's scores: in registers, or for double, whose exponentials need these, where the slices were.
+// A thread's scores: in registers or, for double, whose exponentials need the registers, where the slices were.
 template <class T>
 class Scores {
   static constexpr bool kStaged = sizeof(math_t<T>) == 8;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_forward(P p) {
   const Place place = place_of(p, blockIdx.x);
   const int s = place.side, o = p.other(s);
   const Matrix<T> x = p.side[s], y = p.side[o];
-  const int mine = threadIdx.x / 2;  // the row, and column, of which this thread makes facts and half the squares
+  const int mine = threadIdx.x / 2;  // the row and the column whose facts and half of whose squares this thread computes
   const bool first_half = threadIdx.x % 2 == 0;
   if (first_half && place.row + mine < x.rows) {
     p.check(s, place.row + mine);
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_forward(P p) {
   const auto reach = p.reach(rows, least<int64_t>(kTile, x.rows - place.row));
   if (threadIdx.x == 0) p.keep_reach(place.tile, reach);
 
-  const M coldness = 1 / *p.temperature;
+  const M inverse_temperature = 1 / *p.temperature;
   Anchor<M> anchors[2];
   for (int64_t tile = blockIdx.y; tile * kTile < y.rows; tile += p.splits) {
     if (!p.touches(reach, tile * kTile, (tile + 1) * kTile)) continue;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_forward(P p) {
           const int64_t j = column + tile_column(n, e);
           const bool inside = i < x.rows && j < y.rows;
           M& at = scores(n, 2 * h + e);
-          const M score = inside ? score_of(at, row.scale, other.scale, coldness) : M(0);
+          const M score = inside ? score_of(at, row.scale, other.scale, inverse_temperature) : M(0);
           const bool positive = inside && p.positive(row, other, i, j);
           anchor.positive += positive ? score : M(0);
           anchor.count += positive ? M(1) : M(0);
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kTileThreads, 2) contrast_forward(P p) {
       else
         anchor.merge(share);
     }
-    finish_anchor(p, s, i, anchor, p.lone(), p.valid(i));
+    finish_anchor(p, s, i, anchor, p.single_positive(), p.valid(i));
   }
   if (!last_block(p.tickets, gridDim.x, flag)) return;
   finish_unit(p, scratch);

@@ -1,4 +1,4 @@
-// Row-major matrix products of torch's cuBLAS, on plain memory and the current stream. Host code only.
+// Row-major matrix products by torch's cuBLAS, on raw pointers and the current stream. Host code only.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace cmlm {
 
-// A row-major matrix whose rows lie `pitch` numbers apart.
+// A row-major matrix whose rows are `pitch` elements apart.
 template <class T>
 struct Rows {
   T* data;
@@ -17,7 +17,7 @@ struct Rows {
 // c = a · bᵀ
 template <class T, class O>
 void multiply_transposed(const Launcher& launcher, Rows<const T> a, Rows<const T> b, Rows<O> c) {
-  // To cuBLAS, which counts columns first, the row-major c is cᵀ = b · aᵀ, and a and b are already transposed.
+  // cuBLAS is column-major: it sees the row-major c as cᵀ = b · aᵀ, and a and b as already transposed.
   launcher.gemm(true, false, c.columns, c.rows, a.columns, 0, b.data, b.pitch, a.data, a.pitch, c.data, c.pitch);
 }
 

@@ -1,4 +1,4 @@
-// info_nce, CUDA: checks, outputs, which kernels. contrast_host.h has the order of launches.
+// info_nce, CUDA: checks, outputs and the choice of kernels. contrast_host.h has the order of launches.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -10,7 +10,7 @@ namespace cmlm {
 namespace {
 
 constexpr const char* kOp = "info_nce";
-constexpr int64_t kTiledRows = 128;  // sequences up to which a launch makes the softmax and another the gradient
+constexpr int64_t kTiledRows = 128;  // up to this many sequences, one launch computes the softmax and another the gradient
 
 ContrastResult contrast(const Tensor& z1, const Tensor& z2, const Tensor& temperature, const std::optional<Tensor>& labels,
                         const std::string& scheme, bool symmetric, bool normalize, Reduce reduce,

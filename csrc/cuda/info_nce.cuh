@@ -1,6 +1,6 @@
 // info_nce as a problem of contrast.cuh. Definition: cmlm_fast/ops/info_nce.py. cross: z1 against z2, and z2 against z1 if
-// symmetric; nt_xent and labels: [z1; z2] against itself. The kernels are those of contrast_tiles.cuh (up to kTiledRows sequences:
-// one launch forward, one backward) and contrast_rows.cuh (above).
+// symmetric; nt_xent and labels: [z1; z2] against itself. It runs on the kernels of contrast_tiles.cuh (up to kTiledRows
+// sequences: one launch forward, one backward) and contrast_rows.cuh (above that).
 #pragma once
 
 #include "cuda/contrast.cuh"
@@ -16,12 +16,12 @@ struct InfoNce : Contrast<T> {
   struct All {};
 
   __device__ __forceinline__ bool valid(int64_t) const { return true; }
-  __device__ __forceinline__ bool lone() const { return labels == nullptr; }
+  __device__ __forceinline__ bool single_positive() const { return labels == nullptr; }
   __device__ __forceinline__ int64_t partner(int, int64_t r) const {  // the row of the other side that is r's positive, or -1
     return labels != nullptr ? -1 : !this->self ? r : r < batch ? r + batch : r - batch;
   }
-  static constexpr bool kMarksJoin = true;  // equal labels make a positive
-  static constexpr bool kTwoSided = true;  // whether rows of both sides may be anchors, or one side its own other
+  static constexpr bool kEqualMarksArePositive = true;  // equal labels make a positive
+  static constexpr bool kTwoSided = true;  // whether rows of both sides may be anchors, or a side may face itself
   __host__ __device__ __forceinline__ bool marked() const { return labels != nullptr; }
   __device__ __forceinline__ int64_t mark(int, int64_t r) const { return labels[r < batch ? r : r - batch]; }
 

@@ -1,4 +1,4 @@
-// What the CUDA ops ask of their tensors. Host code only.
+// Input checks of the CUDA ops. Host code only.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,7 @@
 
 namespace cmlm {
 
-// The tensor, contiguous, if it has this dtype and shape and lies where `like` does; size -1 stands for any.
+// The tensor made contiguous, checked to have this dtype and shape (size -1 matches any) and the device of `like`.
 inline Tensor take(const char* op, const char* argument, const Tensor& tensor, ScalarType dtype,
                    std::initializer_list<int64_t> shape, const Tensor& like) {
   Tensor dense = torch::stable::contiguous(tensor);

@@ -1,4 +1,4 @@
-// The host side of a CUDA op: its device and stream, and launches. tests/cuda_host has the same names for the CPU.
+// The host side of a CUDA op: its device, stream and launches. tests/cuda_host defines the same names for the CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,23 +20,24 @@ namespace cmlm {
 
 constexpr auto kDevice = torch::headeronly::DeviceType::CUDA;
 
-// Scores of a chunk (contrast_host.h). Larger than the L2 cache of any GPU of its day on purpose: the other side's gradient is read
-// and written once a chunk, in float. With kChunkRows rows at least, the product that adds to it does 512 operations a byte, twice
-// what memory bounds; measured on an H100, 2,048 rows also suit the two other products best.
+// Size of a chunk of scores (contrast_host.h), deliberately larger than the L2 cache of any current GPU: the other side's
+// gradient is read and written once per chunk, in float. With at least kChunkRows rows, the product that adds to it does 512
+// operations per byte, twice the intensity below which memory is the bound; measured on an H100, 2,048 rows also suit the two
+// other products best.
 constexpr int64_t kChunkBytes = int64_t{128} << 20, kChunkRows = 2048;
-constexpr int64_t kSharedBytes = 512 << 10;  // of an allocation that small arrays share
+constexpr int64_t kSharedBytes = 512 << 10;  // size of an allocation that small arrays share
 
-// Whether a contrast goes by tiles: what its op wishes; tests/cuda_host has another, which is told.
+// Whether a contrast goes by tiles: as its op wishes. The version in tests/cuda_host can be overridden.
 inline bool goes_by_tiles(bool wish) { return wish; }
 
-// cublasGemmEx of the library that torch itself is linked to: so nothing is linked here, and no second copy can come in.
+// cublasGemmEx from the library that torch itself is linked to: nothing is linked here, and no second copy can be loaded.
 using CublasGemm = int (*)(void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a,
                            int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c, int c_type, int ldc,
                            int compute_type, int algorithm);
 inline CublasGemm cublas_gemm() {
   static const CublasGemm found = [] {
     void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol = torch == nullptr ? nullptr : dlsym(torch, "cublasGemmEx");  // looks into what it depends on, too
+    void* symbol = torch == nullptr ? nullptr : dlsym(torch, "cublasGemmEx");  // also searches its dependencies
     if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected libtorch_cuda.so to bring cublasGemmEx, got none");
     return reinterpret_cast<CublasGemm>(symbol);
   }();
@@ -49,7 +50,7 @@ constexpr int kBlasType = std::is_same_v<T, double>  ? CUDA_R_64F
                           : std::is_same_v<T, Bf16>  ? CUDA_R_16BF
                                                      : CUDA_R_16F;
 
-// Launches on the device of a tensor and the stream that is current there. No call waits for the device.
+// Launches on a tensor's device and its current stream. No call waits for the device.
 class Launcher {
  public:
   explicit Launcher(const Tensor& on) : device_(on.get_device_index()), guard_(device_) {
@@ -65,7 +66,7 @@ class Launcher {
     kernel<<<grid, threads, shared, stream_>>>(params);
     check(cudaGetLastError());
   }
-  // Column-major c [m, n] = op(a) [m, k] · op(b) [k, n] + beta · c, by the cuBLAS handle that torch keeps for this stream.
+  // Column-major c [m, n] = op(a) [m, k] · op(b) [k, n] + beta · c, with the cuBLAS handle that torch keeps for this stream.
   template <class T, class O>
   void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, int beta, const T* a, int64_t lda, const T* b,
             int64_t ldb, O* c, int64_t ldc) const {

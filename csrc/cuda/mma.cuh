@@ -1,5 +1,5 @@
-// Products of 64×64 tiles from shared memory, for a block of 4 warps, and the copies that fill it: tensor cores (mma.sync) for
-// 16-bit numbers, fused multiply-adds for float and double. Both leave element (row, column) in the same thread and place:
+// Products of 64×64 tiles in shared memory by a block of 4 warps, and the copies that fill the tiles: tensor cores (mma.sync)
+// for 16-bit types, fused multiply-adds for float and double. Both leave element (row, column) in the same thread and register:
 //
 //   warp w, lane l, at[n][2h + e]: row 16·w + l/4 + 8·h, column 8·n + 2·(l%4) + e
 #pragma once
@@ -10,33 +10,33 @@ namespace cmlm {
 
 constexpr int kTile = 64, kTileThreads = 128;
 
-// A slice holds 128 bytes of each of 64 rows; 16 bytes more between rows spread them over the banks.
+// A slice holds 128 bytes of each of 64 rows; 16 bytes of padding per row spread the rows over the banks.
 template <class T>
 constexpr int kDepth = 128 / sizeof(T);
 template <class T>
 constexpr int kPitch = 144 / sizeof(T);
 template <class T>
 constexpr int kSlice = kTile * kPitch<T>;
-constexpr int kStages = 3;  // slices, or pairs of them, of which all but the one in work are on their way
+constexpr int kStages = 3;  // slices, or pairs of them, of which all but the current one are in flight
 
-// Where a thread's numbers of a tile lie.
+// Row and column of a thread's elements in a tile.
 __device__ __forceinline__ int tile_row(int half) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half; }
 __device__ __forceinline__ int tile_column(int n, int e) { return 8 * n + threadIdx.x % 4 * 2 + e; }
 
-#if !defined(CMLM_CUDA_HOST)  // else in tests/cuda_host/cuda_runtime.h
-// 16 bytes from global to shared memory behind the thread's back; zeros, and no read, unless `whole`.
+#if !defined(CMLM_CUDA_HOST)  // else defined by tests/cuda_host/cuda_runtime.h
+// Copies 16 bytes from global to shared memory asynchronously; zeros, and no read, unless `whole`.
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool whole) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(whole ? 16 : 0) : "memory");
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until all but the last kOpen committed groups of this thread have arrived.
+// Waits until all but this thread's last kOpen committed groups have arrived.
 template <int kOpen>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit numbers; lane l gives the address of row l%8 of matrix l/8.
+// Loads four 8×8 matrices of 16-bit elements; lane l supplies the address of row l%8 of matrix l/8.
 template <bool kTranspose>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(row));
@@ -60,17 +60,17 @@ __device__ __forceinline__ void multiply_fragments(float (&d)[4], const uint32_t
 }
 #endif
 
-// Rows of a matrix that lies in two pieces: those below `split` from `first` on, the others from `second` on.
+// A matrix in two pieces: the rows below `split` start at `first`, the others at `second`.
 template <class T>
 struct Matrix {
   const T *first, *second;
   int64_t split, rows, width;
-  bool vector;  // every row starts on 16 bytes and is a multiple of 16 bytes long
+  bool vector;  // every row is aligned to 16 bytes and a multiple of 16 bytes long
 
   __device__ __forceinline__ const T* row(int64_t r) const { return r < split ? first + r * width : second + (r - split) * width; }
 };
 
-// Rows [r0, r0 + 64), numbers [d0, d0 + kDepth) of x into a slice; zeros beyond its ends.
+// Loads rows [r0, r0 + 64), elements [d0, d0 + kDepth) of x into a slice, with zeros beyond its ends.
 template <class T>
 __device__ __forceinline__ void load_slice(const Matrix<T>& x, int64_t r0, int64_t d0, T* slice) {
   constexpr int kPack = 16 / sizeof(T);
@@ -100,7 +100,7 @@ struct Product {
   }
 };
 
-// product += x · yᵀ over the numbers of two slices.
+// product += x · yᵀ over the depth of two slices.
 template <class T>
 __device__ __forceinline__ void multiply_slices(const T* x, const T* y, Product<T, kTile>& product) {
   const int lane = threadIdx.x % 32;
@@ -139,7 +139,7 @@ __device__ __forceinline__ void multiply_slices(const T* x, const T* y, Product<
   }
 }
 
-// product += weights · y: weights [64, 64] with `pitch` numbers per row, y a slice of 64 rows.
+// product += weights · y: weights [64, 64] with rows `pitch` elements apart, y a slice of 64 rows.
 template <class T>
 __device__ __forceinline__ void multiply_weights(const T* weights, int pitch, const T* y, Product<T, kDepth<T>>& product) {
   const int lane = threadIdx.x % 32;
@@ -178,7 +178,7 @@ __device__ __forceinline__ void multiply_weights(const T* weights, int pitch, co
   }
 }
 
-// Slice after slice: load(step, stage) starts one on its way, use(step, stage) has it in shared memory.
+// Pipelines the slices: load(step, stage) starts copying one, use(step, stage) finds it in shared memory.
 template <class Load, class Use>
 __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use& use) {
   const auto start = [&](int step) {
@@ -189,7 +189,7 @@ __device__ __forceinline__ void pipeline(int steps, const Load& load, const Use&
   for (int step = 0; step < kStages - 1; ++step) start(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // all threads' copies are there, and nobody uses the stage that is filled next
+    __syncthreads();  // all threads' copies have arrived, and none uses the stage that is filled next
     start(step + kStages - 1);
     use(step, step % kStages);
   }
@@ -210,7 +210,7 @@ __device__ __forceinline__ math_t<T> half_squares(const T* slice) {
   return squares;
 }
 
-// The product of 64 rows of x with 64 of y; squares: of half of row threadIdx.x/2 of x, and of y, if kSquares.
+// The product of 64 rows of x with 64 of y. If kSquares, also the squares of half of row threadIdx.x/2 of x, and of y.
 template <bool kSquares, class T>
 __device__ __forceinline__ void multiply_rows(const Matrix<T>& x, int64_t x0, const Matrix<T>& y, int64_t y0, T* slices,
                                               Product<T, kTile>& product, math_t<T> (&squares)[2]) {

@@ -1,7 +1,7 @@
-// token_contrastive and token_similarity, CUDA: checks, outputs, which kernels. contrast_host.h has the order of launches.
+// token_contrastive and token_similarity, CUDA: checks, outputs, choice of kernels. contrast_host.h has the order of launches.
 //
-// Ranges lie on the device, so the host cannot see how long they are: where they are given, tiles outside them are skipped and the
-// scores are made once for each output; where not, and the matrix is large, chunks of rows go through cuBLAS.
+// Ranges are on the device, so the host cannot see how long they are. If they are given, tiles outside them are skipped and
+// scores are computed once per output; if not, and the matrix is large, chunks of rows go through cuBLAS.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,7 +13,7 @@
 namespace cmlm {
 namespace {
 
-constexpr int64_t kTiledScores = 128 * 128;  // fewer are not worth the launches of chunks
+constexpr int64_t kTiledScores = 128 * 128;  // fewer are not worth the launches of the path by rows
 
 struct TokenInputs {
   Tensor query, key, temperature;
@@ -143,7 +143,7 @@ Tensor token_similarity(Tensor query, Tensor key, std::optional<Tensor> target, 
     for (int s = 0; s < 2; ++s) task.p.stats[s].scale = numbers(task.p.side[s].rows);
     const unsigned blocks = static_cast<unsigned>(ceil_div(n + m, kSimilarityThreads / 32));
     launcher(similarity_norms<T>, dim3(blocks), kSimilarityThreads, 0, task);
-    // Products of float16 rows may exceed float16, and are made as float, a chunk at a time.
+    // Products of float16 rows may overflow float16, so they are computed in float, a chunk at a time.
     const int64_t chunk = std::is_same_v<T, Fp16> ? std::clamp<int64_t>(kChunkBytes / (4 * m), 1, n) : n;
     M* products = std::is_same_v<T, Fp16> ? numbers(chunk * m) : nullptr;
     for (int64_t first = 0; first < n; first += chunk) {

@@ -1,12 +1,12 @@
-// token_contrastive as a problem of contrast.cuh: side 0 are the queries, side 1 the keys. Definition:
-// cmlm_fast/ops/token_contrastive.py. The kernels are those of contrast_tiles.cuh (where ranges are given) and contrast_rows.cuh.
+// token_contrastive as a problem of contrast.cuh: side 0 holds the queries, side 1 the keys. Definition:
+// cmlm_fast/ops/token_contrastive.py. It runs on the kernels of contrast_tiles.cuh (ranges, or few scores) and contrast_rows.cuh.
 #pragma once
 
 #include "cuda/contrast.cuh"
 
 namespace cmlm {
 
-// Which keys a tile of 64 queries may want: two runs, for ranges and for targets.
+// The keys that a tile of 64 queries may want, as two intervals: one for ranges, one for targets.
 struct Reach {
   int64_t first, last, first_target, last_target;
 };
@@ -24,17 +24,17 @@ struct TokenContrast : Contrast<T> {
     return wide ? static_cast<const int64_t*>(tokens)[i] : static_cast<const int32_t*>(tokens)[i];
   }
   __device__ __forceinline__ bool valid(int64_t query) const { return target != nullptr && target[query] != -100; }
-  __device__ __forceinline__ bool lone() const { return true; }
+  __device__ __forceinline__ bool single_positive() const { return true; }
   __device__ __forceinline__ int64_t partner(int s, int64_t r) const {  // the row of the other side that is r's positive, or -1
     return s == 0 && target[r] >= 0 && target[r] < this->side[1].rows ? target[r] : -1;
   }
 
-  static constexpr bool kMarksJoin = false;  // equal tokens part a query from a key
-  static constexpr bool kTwoSided = false;  // whether rows of both sides may be anchors, or one side its own other
+  static constexpr bool kEqualMarksArePositive = false;  // equal tokens exclude a key from a query's candidates
+  static constexpr bool kTwoSided = false;  // whether rows of both sides may be anchors, or a side may face itself
   __host__ __device__ __forceinline__ bool marked() const { return key_token != nullptr; }
   __device__ __forceinline__ int64_t mark(int s, int64_t r) const {
     const void* tokens = s == 0 ? query_token : key_token;
-    return tokens != nullptr ? token(tokens, r) : -1;  // keys of token -1 take no part anyway
+    return tokens != nullptr ? token(tokens, r) : -1;  // keys of token -1 are never candidates
   }
 
   __device__ __forceinline__ void check(int s, int64_t r) const {

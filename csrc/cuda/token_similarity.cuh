@@ -1,9 +1,10 @@
-// token_similarity, CUDA: from products to scores. Definition: cmlm_fast/ops/token_similarity.py. For plots, so plain.
+// token_similarity, CUDA: turns products into scores. Definition: cmlm_fast/ops/token_similarity.py. For plots, so kept simple.
 //
-// Grid:   norms: a warp for each row of query and key. scores: row × runs of the row's columns.
-// Loop:   scores: over the columns, neighbouring threads at neighbouring ones.
-// Memory: reads a product and writes a score: 4 bytes in 16-bit types (float16: 6, its products are float), 8 in float.
-// Types:  float (double for double) for norms and scores. Same bits every time: one thread an output, norms folded in one order.
+// Grid:   norms: one warp per row of query and key. scores: row × runs of the row's columns.
+// Loop:   scores: over the columns, neighbouring threads on neighbouring columns.
+// Memory: reads a product and writes a score: 4 bytes in 16-bit types (float16: 6, since its products are float), 8 in float.
+// Types:  float (double for double) for norms and scores.
+// Determinism: one thread per output; norms are folded in a fixed order.
 #pragma once
 
 #include "cuda/token_contrastive.cuh"
@@ -16,7 +17,7 @@ template <class T>
 struct SimilarityTask {
   using Number = std::conditional_t<std::is_same_v<T, Fp16>, float, T>;
   TokenContrast<T> p;
-  const Number* products;  // [rows, M] from row `first` on; may be out
+  const Number* products;  // [rows, M] from row `first` on; may alias out
   T* out;
   int64_t first, rows;
 };

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda/*.cu with the host compiler over tests/cuda_host, as a library that CMLM_FAST_LIBRARY can name.
+"""Compiles csrc/cuda/*.cu with the host compiler against tests/cuda_host, into a library that CMLM_FAST_LIBRARY can name.
 
     python tests/cuda_host/build.py OUT.so [SOURCES] [--plain]
 
@@ -25,9 +25,9 @@ COMPILER = os.environ.get("CXX") or shutil.which("g++")
 
 
 def build(out: Path, sources: Path = ROOT / "csrc", ops: tuple[str, ...] = (), sanitize: bool = True) -> Path:
-    """The library `out` of the ops in `sources`/cuda (all of them by default), anew if a source is younger than it.
+    """The library `out` of the ops in `sources`/cuda (all of them by default), rebuilt if a source is newer than it.
 
-    Of processes that want the same one, one builds it, and the others wait.
+    If several processes want the same library, one builds it and the others wait.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".lock").open("w") as lock:
@@ -62,7 +62,7 @@ def _build(out: Path, sources: Path, ops: tuple[str, ...], sanitize: bool) -> Pa
 
 
 def environment(library: Path, **more: str) -> dict[str, str]:
-    """What a Python process needs that is to load it. Python itself is not instrumented, hence the preloaded runtime."""
+    """What a Python process needs to load `library`. Python itself is not instrumented, hence the preloaded runtime."""
     runtime = [subprocess.check_output([str(COMPILER), f"-print-file-name={name}"], text=True).strip()
                for name in ("libasan.so", "libstdc++.so.6")]  # fmt: skip
     return {**os.environ, "CMLM_FAST_LIBRARY": str(library), "LD_PRELOAD": " ".join(runtime), "OMP_NUM_THREADS": "1",

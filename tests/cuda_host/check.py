@@ -1,8 +1,8 @@
-"""Runs ops' CUDA kernels, on the CPU, over all samples: equal to the truth, and the same bits in every order of threads.
+"""Runs ops' CUDA kernels on the CPU over all samples: results must be right, and bit-identical in every order of threads.
 
     CMLM_FAST_LIBRARY=... python tests/cuda_host/check.py OP[-tiles | -rows] ...
 
-Prints each finding and then, a line an argument, their number and that of the checks.
+Prints each finding and then, one line per argument, the number of findings and of checks.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 
 from cmlm_fast import available
 from cmlm_fast._library import contracts, op
-from cmlm_fast.testing import errors_beside_eager, poisoned_memory, value_and_gradients
+from cmlm_fast.testing import errors_vs_eager, poisoned_memory, value_and_gradients
 
-ORDERS = ("1", "2")  # of threads; bits are compared
+ORDERS = ("1", "2")  # seeds of the thread order; bits are compared
 CPU = torch.device("cpu")
 
 
 def off_16_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that is contiguous and starts beside the boundary that 16-byte loads need."""
+    """A contiguous copy that starts off the boundary that 16-byte loads need."""
     base = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
     base[1:] = tensor.flatten()
     return base[1:].view(tensor.shape)
 
 
 def mask_samples(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Sequences longer than what shared memory was asked for, with and without units, and odd addresses."""
+    """Sequences longer than shared memory was sized for, with and without units, and misaligned addresses."""
     generator = torch.Generator().manual_seed(3)
     samples = dict(contracts["complementary_mask"].samples(dtype, CPU))
     ids, cu, special, _, _, _, *rest = samples["exact-ragged"]
@@ -46,11 +46,11 @@ def mask_samples(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def row_samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Rows at odd addresses, so long that they take several slices, and so many that several blocks share their columns."""
+    """Misaligned rows, rows so long that they take several slices, and so many that several blocks share their columns."""
     samples = dict(contracts[name].samples(dtype, CPU))
     label = "cross-65" if name == "info_nce" else "63x1000"
     first, second, *rest = samples[label]
-    if name != "info_nce":  # still more columns than the weights of one pass
+    if name != "info_nce":  # still more columns than one pass has weights for
         second, rest[0] = second[:280], rest[0].clamp_max(279)
     yield f"{label}-off", (off_16_bytes(first), off_16_bytes(second), *rest)
     generator = torch.Generator().manual_seed(4)
@@ -59,7 +59,7 @@ def row_samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any,
     if name != "info_nce":
         many = [torch.randn(n, 24, generator=generator, dtype=torch.float64).to(dtype) for n in (130, 200)]
         target = torch.arange(130)
-        target[:70] = -100  # a tile of queries that wants no key
+        target[:70] = -100  # a tile of queries that want no key
         yield "ignored-tile", (*many, target, rest[1], None, None, None, None, *rest[6:])
 
 
@@ -69,7 +69,7 @@ def samples(name: str, dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...
 
 
 def findings(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[str | None]:
-    """Of each check of one sample: what is wrong, or None."""
+    """For each check of one sample: what is wrong, or None."""
     exact, results = contracts[name].exact, []
     for order in ORDERS if exact or dtype != torch.float64 else ORDERS[:1]:
         os.environ["CMLM_HOST_ORDER"] = order
@@ -78,7 +78,7 @@ def findings(name: str, dtype: torch.dtype, args: tuple[Any, ...]) -> Iterator[s
     if exact:
         yield None if all(map(torch.equal, op(name, "_reference")(*args), results[0])) else "differs from the reference"
     else:
-        for what, ours, eager in errors_beside_eager(name, "", args, ours=results[0]):
+        for what, ours, eager in errors_vs_eager(name, "", args, ours=results[0]):
             yield None if ours <= 2 * eager else f"{what}: error {ours:.3g} against float64, eager's {eager:.3g}"
     if len(results) > 1:
         yield None if all(map(torch.equal, *results)) else "depends on the order of threads"

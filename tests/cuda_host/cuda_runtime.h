@@ -1,10 +1,10 @@
-// Runs the CUDA kernels on the CPU, in the place of the toolkit's header of this name: each thread of a block is a fiber, and
-// blocks come one after the other.
+// Runs the CUDA kernels on the CPU, in place of the toolkit's header of this name: each thread of a block is a fiber, and
+// blocks run one after another.
 //
-// Between two barriers the threads run one by one in an order that CMLM_HOST_ORDER seeds, as do the blocks of a grid: a result that
-// depends on the order lacks a barrier. Every array of shared memory is an allocation of its own, filled with garbage that depends
-// on the seed, so AddressSanitizer sees an index beyond its end. Copies of cp.async happen as late as they may: when waited for.
-// Misuse (barriers that not all threads reach, more shared memory than the launch asked for) throws.
+// Between two barriers the threads run one at a time in an order seeded by CMLM_HOST_ORDER, as do the blocks of a grid: if a
+// result depends on the order, a barrier is missing. Every array of shared memory is a separate allocation, filled with garbage
+// that depends on the seed, so AddressSanitizer sees an index beyond its end. cp.async copies happen as late as they may: when
+// waited for. Misuse (barriers that not all threads reach, more shared memory than the launch asked for) throws.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -44,7 +44,7 @@ namespace cmlm_host {
 
 constexpr size_t kStack = 256 << 10;
 
-// A stack that is not in use, and how to go from one to another. ucontext does it everywhere, with two system calls each time.
+// A suspended stack, and the switch from one to another. ucontext works everywhere, with two system calls per switch.
 #if defined(__x86_64__)
 struct Context {
   void** top = nullptr;
@@ -52,7 +52,7 @@ struct Context {
   void begin(unsigned char* stack, void (*function)()) {
     top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(stack + kStack) / 16 * 16) - 8;
     std::fill(top, top + 8, nullptr);
-    top[6] = reinterpret_cast<void*>(function);  // six registers, then where to return to
+    top[6] = reinterpret_cast<void*>(function);  // six registers, then the return address
   }
 };
 extern "C" void cmlm_host_switch(void*** from, void** to);
@@ -87,7 +87,7 @@ struct Thread {
   dim3 index;
   unsigned linear = 0;
   unsigned turn = 0;                    // warp operations so far
-  unsigned char slot[2][64];            // what it hands to its warp
+  unsigned char slot[2][64];            // the value it hands to its warp
   std::vector<std::vector<Copy>> copies;  // committed groups, and the open one at the back
   Context context;
   std::unique_ptr<unsigned char[]> stack{new unsigned char[kStack]};
@@ -111,7 +111,7 @@ inline Block block;
 [[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error("cuda_host: " + what); }
 
 
-// From one stack to another; AddressSanitizer is told of it.
+// Switches from one stack to another, and tells AddressSanitizer.
 inline void jump(Context& from, Context& to, const void* bottom, size_t size, bool ends = false) {
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
@@ -142,7 +142,7 @@ inline void start_thread() {
   wait(Thread::finished);
 }
 
-// Lets those go on whose barrier everyone reached.
+// Resumes the threads whose barrier everyone has reached.
 inline bool release(std::vector<Thread>& threads) {
   bool any = false, all = true;
   for (const Thread& thread : threads) all = all && (thread.state == Thread::at_block || thread.state == Thread::finished);
@@ -200,7 +200,7 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
   block.grid = grid, block.size = size, block.shared_bytes = shared_bytes;
   block.threads = &threads, block.body = &body;
   block.error.clear();
-  for (auto& [memory, bytes] : block.shared) std::free(memory);  // of a launch that stopped
+  for (auto& [memory, bytes] : block.shared) std::free(memory);  // left by a launch that stopped
   block.shared.clear();
   for (uint64_t b : blocks) {
     block.index = dim3(static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x), 0);
@@ -208,13 +208,13 @@ inline void run_grid(dim3 grid, dim3 size, size_t shared_bytes, const std::funct
     try {
       run_block(threads, order);
     } catch (...) {
-      threads.clear();  // their stacks are those of calls that never end
+      threads.clear();  // their stacks hold calls that never return
       throw;
     }
   }
 }
 
-// Hands `mine` to the warp and waits; the result gives any lane's.
+// Hands `mine` to the warp and waits; the result returns any lane's.
 template <class X>
 auto exchange(const X& mine) {
   static_assert(sizeof(X) <= 64);

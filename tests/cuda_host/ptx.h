@@ -1,7 +1,7 @@
-// What the kernels say in PTX, as its manual defines it. Part of cuda_runtime.h beside this.
+// What the kernels express in PTX, as its manual defines it. Part of cuda_runtime.h in this folder.
 #pragma once
 
-// What csrc/common/cuda.cuh says in PTX.
+// The PTX of csrc/common/cuda.cuh.
 namespace cmlm {
 inline float bits_to_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 inline uint32_t float_to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
@@ -28,7 +28,7 @@ inline unsigned char* shared_memory(size_t index, size_t offset, size_t bytes) {
   return block.shared[index].first;
 }
 
-// What csrc/cuda/mma.cuh says in PTX.
+// The PTX of csrc/cuda/mma.cuh.
 inline void copy_async(void* to, const void* from, bool whole) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (whole && reinterpret_cast<uintptr_t>(from) % 16 != 0))
     cmlm_host::fail("cp.async off 16 bytes");
@@ -49,7 +49,7 @@ void wait_copies() {
   }
 }
 
-// Registers of four 8×8 matrices of 16-bit numbers, each lane giving the address of a row (PTX: ldmatrix.x4).
+// Loads four 8×8 matrices of 16-bit elements, each lane supplying the address of a row (PTX: ldmatrix.x4).
 template <bool kTranspose>
 void load_matrices(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) cmlm_host::fail("ldmatrix off 16 bytes");

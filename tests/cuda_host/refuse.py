@@ -1,8 +1,8 @@
-"""Hands the CUDA kernels, on the CPU, values that only they can see to be wrong: each stops the launch and says the rule.
+"""Hands the CUDA kernels, on the CPU, wrong values that only they can see: each must stop the launch and state the rule.
 
     CMLM_FAST_LIBRARY=... python tests/cuda_host/refuse.py
 
-Prints what was not refused; the last line is its number and that of the cases.
+Prints what was not refused; the last line has the number of these and of all cases.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VOCABULARY = {"mask_token_id": 3, "vocab_size": 1000, "special_ids": (0, 1, 2, 3
 
 
 def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(The message's words, a call that must raise it.)"""
+    """Pairs of words of a message and a call that must raise it."""
     ids, units = torch.arange(4, 14), torch.arange(10, dtype=torch.int32)
     for sampling in ("exact", "bernoulli"):
         options = {**VOCABULARY, "sampling": sampling, "backend": "cpp"}

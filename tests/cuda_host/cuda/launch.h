@@ -1,4 +1,4 @@
-// The host side of a CUDA op where the device is the CPU: csrc/cuda/launch.h's names, over fibers and a plain matrix product.
+// The host side of a CUDA op with the CPU as device: the names of csrc/cuda/launch.h, over fibers and a plain matrix product.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,10 +15,10 @@
 namespace cmlm {
 
 constexpr auto kDevice = torch::headeronly::DeviceType::CPU;
-constexpr int64_t kChunkBytes = 32 << 10, kChunkRows = 8;  // so that small samples are cut as large ones are
-constexpr int64_t kSharedBytes = 0;  // each array its own, for AddressSanitizer to see its end
+constexpr int64_t kChunkBytes = 32 << 10, kChunkRows = 8;  // so that small samples are split as large ones are
+constexpr int64_t kSharedBytes = 0;  // each array has its own, for AddressSanitizer to see its end
 
-// CMLM_HOST_PATH=tiles|rows sends a contrast where its size would not.
+// CMLM_HOST_PATH=tiles|rows overrides the path that a contrast's size selects.
 inline bool goes_by_tiles(bool wish) {
   const char* path = std::getenv("CMLM_HOST_PATH");
   return path == nullptr ? wish : std::string(path) == "tiles";
@@ -32,7 +32,7 @@ class Launcher {
   void operator()(void (*kernel)(P), dim3 grid, unsigned threads, size_t shared, const P& params) const {
     cmlm_host::run_grid(grid, threads, shared, [&] { kernel(params); });
   }
-  // cublasGemmEx as its manual has it: column-major c [m, n] = op(a) [m, k] · op(b) [k, n] + beta · c; c is not read if beta is 0.
+  // cublasGemmEx as its manual has it: column-major c [m, n] = op(a) [m, k] · op(b) [k, n] + beta · c; beta 0: c is not read.
   template <class T, class O>
   void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, int beta, const T* a, int64_t lda, const T* b,
             int64_t ldb, O* c, int64_t ldc) const {
@@ -51,7 +51,7 @@ class Launcher {
       }
   }
   void clear(void* memory, size_t bytes) const { std::memset(memory, 0, bytes); }
-  int64_t multiprocessors() const { return 8; }  // so that small samples are shared by blocks as large ones are
+  int64_t multiprocessors() const { return 8; }  // so that blocks share small samples as they do large ones
 };
 
 }  // namespace cmlm
