@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHON = (sys.executable, "-W", "ignore")
 # What only a GPU shows comes first, in case the step is stopped; the reference, plain PyTorch, is left to the CPU.
 SWEEPS = ("tests/test_cuda_gpu.py", "tests/test_training_gpu.py", "tests/test_varlen_attention.py", "tests/test_parity.py",
-          "tests/test_registration.py", "tests/test_compiling.py", "tests/test_mlm_cross_entropy.py",
+          "tests/test_registration.py", "tests/test_compiling.py", "tests/test_mlm_cross_entropy.py", "tests/test_attention.py",
           "-k", "not reference-cuda")  # fmt: skip
 # The host spends most time compiling. Workers take few tests at a time, else one would get all of the first files'.
 PARALLEL = ("-n", str(min(os.cpu_count() or 1, 14)), "--maxschedchunk", "2") if find_spec("xdist") else ()

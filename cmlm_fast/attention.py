@@ -106,7 +106,7 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
               sliding_window: int | None) -> Tensor:  # fmt: skip
     """Like `attention_forward`, with PyTorch's kernels."""
     q, k, v = map(_rows, (query, key, value))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8) and _has_flash():
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] in range(8, 257, 8) and _has_flash(q.device):
         return _flash(q, k, v, packing.cu_seqlens, packing.longest, scaling, dropout, sliding_window)[None]
     runs: dict[int, list[tuple[int, int]]] = {}  # length -> (first token, number of sequences) of each run
     begin = 0
@@ -130,8 +130,8 @@ def _by_torch(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
 
 
 @cache
-def _has_flash() -> bool:
-    return torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 0)
+def _has_flash(device: torch.device) -> bool:
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scaling: float | None, dropout: float,

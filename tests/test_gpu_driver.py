@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,12 @@ def test_budgets_leave_the_run_below_nine_minutes():
     for step, after in pairwise(STEPS):
         assert not step.beside or step.seconds <= after.seconds  # ends no later than the next one
     assert len({step.name for step in STEPS}) == len(STEPS)
+
+
+def test_every_file_with_gpu_tests_is_run():
+    marked = re.compile(r"^from sweep import .*\b(cases|DEVICES)\b|^@?(pytestmark.*|    )?pytest\.mark\.gpu", re.MULTILINE)
+    found = {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())}
+    assert found == {word for word in gpu.SWEEPS if word.endswith(".py")}
 
 
 def test_dry_run_does_what_needs_no_gpu_and_prints_the_rest(monkeypatch, tmp_path, capsys):

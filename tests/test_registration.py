@@ -113,6 +113,18 @@ def test_public_function_compiles_once(name):
     assert counter.frame_count <= (2 if name in ("complementary_mask", "varlen_attention") else 1)
 
 
+@pytest.mark.parametrize("loss", [
+    lambda x, y: cmlm_fast.token_contrastive(x, y, torch.arange(8, device=x.device)), cmlm_fast.info_nce,
+])  # fmt: skip
+def test_compiled_autograd_traces_the_backward_pass(loss):
+    # 16 bits on any device but the CPU, which meta tensors stand for
+    x, y = (torch.randn(8, 16, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in "xy")
+    out = loss(x, y)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        out.backward()
+    assert x.grad.shape == x.shape and y.grad.dtype == torch.bfloat16
+
+
 def test_a_seed_that_changes_is_a_number_that_compiled_code_can_hold():
     torch._dynamo.reset()
     ones = torch.ones(12, 1, 4)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .._library import expect, expect_values, is_number, is_transformed
+from .._library import expect, expect_values, is_number, is_traced, is_transformed
 
 IGNORE = -100
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,7 +47,8 @@ def scaled(rows: Tensor, factor: Tensor) -> Tensor:
         return rows
     if rows.dtype == factor.dtype or on_cpu:
         return rows * factor
-    if torch._C._functorch.is_legacy_batchedtensor(factor):  # from is_grads_batched, which does not support `out`
+    # is_grads_batched does not support `out`, and dynamo not this question.
+    if not is_traced() and torch._C._functorch.is_legacy_batchedtensor(factor):
         return (rows * factor.reshape(1)).to(rows.dtype)
     return torch.mul(rows, factor.reshape(1), out=torch.empty_like(rows))
 
