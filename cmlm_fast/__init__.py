@@ -19,9 +19,12 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
+    from . import data
     from .config import CMLMConfig
+    from .data import CMLMDataCollator
     from .fewshot import FewShotExperiment
     from .losses import CMLMLoss, InfoNCELoss, TokenContrastiveLoss
+    from .masking import Masker
     from .modeling import CMLMModel
     from .trainer import CMLMTrainer, CMLMTrainingArguments
 
@@ -35,10 +38,12 @@ _library.load_kernels()
 # transformers takes seconds to import: names that need it are resolved on first use.
 _LAZY = {
     "CMLMConfig": "config",
+    "CMLMDataCollator": "data",
     "CMLMLoss": "losses",
     "InfoNCELoss": "losses",
     "TokenContrastiveLoss": "losses",
     "CMLMModel": "modeling",
+    "Masker": "masking",
     "CMLMTrainer": "trainer",
     "CMLMTrainingArguments": "trainer",
     "FewShotExperiment": "fewshot",
@@ -46,17 +51,20 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "data":
+        return import_module(".data", __name__)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted([*globals(), *_LAZY, "data"])
 
 
 __all__ = [
     "CMLMConfig",
+    "CMLMDataCollator",
     "CMLMLoss",
     "CMLMModel",
     "CMLMTrainer",
@@ -64,9 +72,11 @@ __all__ = [
     "ComplementaryMask",
     "FewShotExperiment",
     "InfoNCELoss",
+    "Masker",
     "TokenContrastiveLoss",
     "available",
     "complementary_mask",
+    "data",
     "info_nce",
     "mlm_cross_entropy",
     "ops",

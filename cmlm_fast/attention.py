@@ -24,12 +24,15 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from .backends import replacement_op
 from .ops import varlen_attention
 from .ops.varlen_attention import tile_row_bytes
 
 NAME = "cmlm_varlen"
+
+logger = logging.get_logger(__name__)
 
 #: Most tokens at which the op's tiles waste less than those of flash attention, which are 128 tokens long; and most bytes of a
 #: head's row at which its backward kernel spills no registers on sm_90.
@@ -79,6 +82,8 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
         sliding_window: positions i, j attend to each other if |i − j| < sliding_window.
         packing: the sequences' locations; None for a padded batch, [B, heads, L, D] with its `attention_mask`.
     """
+    if options.get("output_attentions"):
+        logger.warning_once("cmlm_varlen attention returns no attention maps; load another copy for output_attentions")
     if packing is None:
         if attention_mask is None and sliding_window is not None:
             attention_mask = _band(query.shape[2], sliding_window, query.device)
@@ -88,10 +93,9 @@ def attention_forward(module: torch.nn.Module, query: Tensor, key: Tensor, value
     if not isinstance(packing, PackingForOp) or (query.is_cuda and tile_row_bytes(query) > NARROW):
         return _by_torch(query, key, value, packing, scaling, dropout, sliding_window), None
     q, k, v = map(_rows, (query, key, value))
-    # From the device's default generator, whose state checkpoints save and activation checkpointing replays.
-    seed = torch.randint(2**62, (), device=q.device) if dropout else 0
     backend = "triton" if q.is_cuda else None  # no other backend has kernels there
-    out = varlen_attention(q, k, v, packing.cu_seqlens, scale=scaling, dropout=dropout, seed=seed, window=sliding_window or 0,
+    # The seed is drawn from the device's default generator, whose state checkpoints save and activation checkpointing replays.
+    out = varlen_attention(q, k, v, packing.cu_seqlens, scale=scaling, dropout=dropout, window=sliding_window or 0,
                            backend=backend)  # fmt: skip
     return out[None], None
 

@@ -55,6 +55,9 @@ class _Temperature(nn.Module):
             with torch.no_grad():
                 self.logit_scale.fill_(-math.log(self.start))
 
+    def extra_repr(self) -> str:
+        return f"{self.start}, learn={self.logit_scale is not None}"
+
     def clamp(self) -> None:
         if self.logit_scale is not None:
             with torch.no_grad():
@@ -65,6 +68,11 @@ class _Temperature(nn.Module):
             return self.start
         self.clamp()
         return torch.exp(-self.logit_scale).squeeze(0)
+
+
+def _check_options(op: Any, given_later: tuple[str, ...], options: dict[str, Any]) -> None:
+    """Raise TypeError for an option that `op` lacks, or that `forward` supplies."""
+    signature(op).bind_partial(*given_later, temperature=None, **options)
 
 
 class TokenContrastiveLoss(nn.Module):
@@ -90,7 +98,7 @@ class TokenContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
         self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
-        signature(token_contrastive).bind_partial(**options)  # raises TypeError for a wrong name now
+        _check_options(token_contrastive, ("query", "key", "target"), options)
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -108,7 +116,7 @@ class InfoNCELoss(nn.Module):
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
         self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
-        signature(info_nce).bind_partial(**options)
+        _check_options(info_nce, ("z1", "z2"), options)
         self.options = options
 
     def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:
@@ -152,7 +160,12 @@ class Anchors(NamedTuple):
 
 def _places(mask: Tensor, size: int | None) -> Tensor:
     """Positions where `mask` [T] is true, int64, in order; given their number `size`, nothing waits for the device."""
-    found = mask.nonzero() if size is None else torch.nonzero_static(mask, size=size)
+    if size is None or mask.device.type == "cpu":
+        found = mask.nonzero()
+        if size is not None and len(found) != size:  # nonzero_static would silently drop tokens, or repeat the last one
+            raise ValueError(f"CMLMModel: expected sizes to count tokens by role, here {len(found)}, got {size}")
+    else:
+        found = torch.nonzero_static(mask, size=size)
     return found[:, 0]
 
 

@@ -44,6 +44,9 @@ class Masker:
             view2, _, role2 = draw(rate=second, complement_rate=0.0, seed=(seed ^ INDEPENDENT) & (2**64 - 1))
             masked = ComplementaryMask(view1, view2, role1 | (role2 << 1))
         jitter = model.jitter(batch["sample_ids"], seed, step)
-        known = batch.pop("eligible_counts", None) if config.sampling == "exact" and config.complementary else None
+        counts = batch.pop("eligible_counts", None)
+        # Counted without restrictions that something behind the collator may have added.
+        counted = not any(batch.get(name) is not None for name in ("eligible", "unit_ids"))
+        known = counts if config.sampling == "exact" and config.complementary and counted else None
         sizes = None if known is None else (*exact_counts(known, config.rate, config.complement_rate), int(known.sum()))
         return {**batch, **masked._asdict(), "special_ids": self.special_ids, "jitter": jitter, "sizes": sizes}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .attention import Lengths, use_packed_attention
 from .compiling import compile_checkpointed_layers, compile_layers
@@ -27,7 +30,8 @@ from .ops.mlm_cross_entropy import head_losses
 from .pretrained import PretrainedModel
 
 
-class CMLMOutput(NamedTuple):
+@dataclass
+class CMLMOutput(ModelOutput):
     """What `CMLMModel.forward` returns.
 
     Attributes:
@@ -37,16 +41,17 @@ class CMLMOutput(NamedTuple):
     """
 
     loss: Tensor
-    sums: Tensor
-    counts: Tensor
-    measures: dict[str, Tensor]
+    sums: Tensor = None  # type: ignore[assignment]  # ModelOutput wants a default of None behind the first field
+    counts: Tensor = None  # type: ignore[assignment]
+    measures: dict[str, Tensor] = None  # type: ignore[assignment]
 
 
 class CMLMModel(PretrainedModel):
     """Any Hugging Face masked LM of the BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA, MPNet, ALBERT or ModernBERT family.
 
-    Other code can use the masked LM as before, but its attention and, on the CPU, its linear, dropout and embedding layers
-    are replaced by faster ones.
+    Wrapping changes the masked LM in place: its attention becomes `cmlm_varlen`, which returns no attention maps, and on the
+    CPU its linear, dropout and embedding layers become faster ones, some without a second derivative. Parameters and their
+    names stay. For other uses load another copy, or the saved checkpoint.
 
     Args:
         lm: the masked LM, `AutoModelForMaskedLM`.
@@ -57,15 +62,14 @@ class CMLMModel(PretrainedModel):
             for one with relative positions.
 
     Example:
-        >>> from cmlm_fast.data import CMLMDataCollator
-        >>> from cmlm_fast.masking import Masker
+        >>> from cmlm_fast import CMLMDataCollator, Masker
         >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
         >>> masker, collate = Masker(tokenizer), CMLMDataCollator(tokenizer, packed=model.takes_packed)
         >>> batch = masker(collate(rows), model, seed=0, step=step)  # rates, sampling, jitter, ...: as model.cmlm says
         >>> model(**batch).loss.backward()
         >>> model.save_pretrained("post-trained")
 
-    `masking.Masker` makes masks as the objective specifies; `forward` takes any views.
+    `Masker` makes masks as the objective specifies; `forward` takes any views.
     """
 
     _compiled: Mapping[str, Any] | None = None  # options of torch.compile, if compiled
@@ -101,15 +105,25 @@ class CMLMModel(PretrainedModel):
 
     @property
     def config(self) -> Any:
-        """The masked LM's Hugging Face configuration."""
+        """The masked LM's Hugging Face configuration; the objective is `cmlm`."""
         return self.lm.config
+
+    @property
+    def device(self) -> torch.device:
+        """The masked LM's device."""
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The masked LM's dtype."""
+        return self.lm.dtype
 
     def forward(self, input_ids: Tensor, view1: Tensor, view2: Tensor, role: Tensor, special_ids: Tensor,
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, jitter: Tensor | None = None,
                 divisor: Tensor | None = None, sizes: tuple[int, int, int] | None = None, measured: bool = False,
                 group: Any = None, stand_in: bool = False, cached: CachedContrast | None = None, vectors_only: bool = False,
-                **unused: Any) -> Any:  # fmt: skip
+                sample_ids: Any = None, unit_ids: Any = None, eligible_counts: Any = None) -> Any:  # fmt: skip
         """The objective of one batch of B sequences, padded to [B, L] or packed end to end to [T].
 
         Args:
@@ -127,7 +141,7 @@ class CMLMModel(PretrainedModel):
             stand_in: this batch is a placeholder, whose sequences do not count.
             cached: this batch's part of a larger batch's sequence contrast; see `gradient_cache`.
             vectors_only: return the sequence vectors (z1, z2), [B, E] each, and compute no loss.
-            unused: other entries of a collator's batch (sample_ids, unit_ids).
+            sample_ids, unit_ids, eligible_counts: entries of a collator's batch that only the masks depend on; ignored.
 
         Returns:
             `CMLMOutput`.

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import make_lm
 from datasets import Dataset
 
-from cmlm_fast import CMLMConfig, CMLMModel, complementary_mask, info_nce
+from cmlm_fast import CMLMConfig, CMLMModel, attention, complementary_mask, info_nce
 from cmlm_fast.config import PRESETS
 from cmlm_fast.data import CMLMDataCollator, mask_settings, tokenize_texts
 from cmlm_fast.layers import use_low_precision_layer_norm
@@ -392,6 +392,48 @@ def test_masks_by_the_objective_and_lengths_that_are_not_the_batchs(tiny_rows, t
     for lengths in wrong:
         with pytest.raises(ValueError, match="expected lengths to be those of the 6 sequences of cu_seqlens"):
             model(**{**batch, "lengths": lengths})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_a_collator_of_ones_own_takes_out_is_heeded(packed, tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm(), CMLMConfig()).eval()
+    masker, collate = Masker(tiny_tokenizer), CMLMDataCollator(tiny_tokenizer, packed=packed)
+    batch = collate(list(tiny_rows)[:4])
+    batch["eligible"] = batch["input_ids"] % 2 == 0  # the collator has counted the others, too
+    masked = masker(dict(batch), model, seed=0, step=0)
+    del batch["eligible_counts"]
+    known = masker(batch, model, seed=0, step=0)
+    assert masked["role"].bool().any() and not masked["role"].bool()[~batch["eligible"]].any()
+    assert model(**masked).loss == model(**known).loss
+
+
+def test_forward_refuses_sizes_that_are_not_the_batchs_and_names_it_does_not_know(tiny_lm, tiny_rows, tiny_tokenizer):
+    model = CMLMModel(tiny_lm(), CMLMConfig())
+    batch = Masker(tiny_tokenizer)(CMLMDataCollator(tiny_tokenizer, packed=True)(list(tiny_rows)[:4]), model, seed=0, step=0)
+    first, *others = batch["sizes"]
+    for wrong in (first - 1, first + 1):
+        with pytest.raises(ValueError, match=f"expected sizes to count tokens by role, here {first}, got {wrong}"):
+            model(**{**batch, "sizes": (wrong, *others)})
+    with pytest.raises(TypeError, match="jiter"):
+        model(**batch, jiter=3)
+    output = model(**batch)
+    assert output["loss"] is output.loss is output[0] and output.measures == {}
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_loss_modules_say_what_they_are_and_refuse_what_forward_gives():
+    assert "0.1, learn=True" in repr(InfoNCELoss(0.1, True)) and "0.05, learn=False" in repr(TokenContrastiveLoss())
+    for make in (lambda: TokenContrastiveLoss(target=3), lambda: InfoNCELoss(z1=3), lambda: InfoNCELoss(nonsense=1)):
+        with pytest.raises(TypeError, match=r"target|z1|nonsense"):
+            make()
+
+
+def test_attention_maps_are_missed_with_a_warning(tiny_lm, caplog):
+    lm = tiny_lm()
+    CMLMModel(lm)
+    attention.logger.warning_once.cache_clear()
+    assert not lm(torch.tensor([[2, 7, 3]]), output_attentions=True).attentions
+    assert "returns no attention maps" in caplog.text
 
 
 def test_means_of_runs_and_their_gradient_are_those_written_out():

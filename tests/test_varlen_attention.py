@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from sweep import DEVICES
@@ -123,3 +125,15 @@ def test_autocast_casts_as_it_does_for_torchs_attention():
     assert torch.equal(out, varlen_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), cu))
     out.sum().backward()
     assert q.grad.dtype == torch.float32
+
+
+def test_dropout_without_a_seed_is_drawn_anew_from_the_generator():
+    q, cu = torch.randn(40, 2, 8), torch.tensor([0, 25, 40], dtype=torch.int32)
+    draw = partial(varlen_attention, q, q, q, cu, dropout=0.5)
+    torch.manual_seed(0)
+    first, second = draw(), draw()
+    torch.manual_seed(0)
+    assert not torch.equal(first, second) and torch.equal(first, draw())
+    state = torch.get_rng_state()
+    varlen_attention(q, q, q, cu)
+    assert torch.equal(state, torch.get_rng_state())  # without dropout nothing is drawn

@@ -60,8 +60,12 @@ class PairedModel(CMLMModel):
     def forward(self, input_ids: Tensor, one: Tensor, two: Tensor, role: Tensor, special_ids: Tensor,  # type: ignore[override]
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
-                group: Any = None, **unused: Any) -> CMLMOutput:  # fmt: skip
-        """Contrast sequences `one` with sequences `two` of a batch of 2B; other arguments as for `CMLMModel.forward`."""
+                group: Any = None, view1: Any = None, view2: Any = None, jitter: Any = None, sizes: Any = None,
+                sample_ids: Any = None, eligible_counts: Any = None, measured: bool = False) -> CMLMOutput:  # fmt: skip
+        """Contrast sequences `one` with sequences `two` of a batch of 2B; other arguments as for `CMLMModel.forward`.
+
+        Views, and what comes with them, are ignored.
+        """
         can = can_be_masked(input_ids, special_ids, eligible)
         if cu_seqlens is not None and lengths is not None:
             position = positions(cu_seqlens, input_ids.numel()) + self._first_position(int(max(lengths)))

@@ -196,10 +196,11 @@ def complementary_mask(
         unit_ids: int32 >= 0, shape of `input_ids`; tokens of a sequence that share an id (a word, a span) are masked together.
         rate: share of eligible units masked in view 1, in [0, 1].
         complement_rate: share of the remaining units masked in view 2, in [0, 1].
-        sampling: "exact" masks floor(rate·n + ½) of a sequence's n eligible units, at least 1; "bernoulli" draws each alone.
+        sampling: "exact" masks floor(rate·n + ½) of a sequence's n eligible units, at least 1 if rate > 0; "bernoulli" draws
+            each alone.
         mask_share, random_share: shares of masked tokens replaced by `mask_token_id` and by a random id; the rest stay.
         seed: 64-bit key of the random numbers, in [-2⁶³, 2⁶⁴); a negative one is read as the unsigned number of the same bits.
-        step: training step, in [0, 2³²).
+        step: training step, in [0, 2³²). The same arguments give the same masks: pass a new step in every step.
         sample_ids: int64 [B], default 0..B-1: the id of each sequence in the dataset. Masks depend on
             (seed, step, sample id) alone, not on the batch, right padding, device or backend.
         backend: "reference", "cpp", "cuda" or "triton"; None: the current choice (see `use_backend`).

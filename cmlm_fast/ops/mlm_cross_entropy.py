@@ -33,8 +33,9 @@ def mlm_cross_entropy(
         hidden: [N, D], the decoder's input (after the head's transform).
         weight: [V, D], the decoder's weight, in hidden's dtype (under autocast PyTorch casts hidden, weight and bias).
         bias: [V], in the same dtype, or None.
-        target: int64 [N] token ids; -100 ignores the row. Ignored rows are dropped before the product; under torch.compile,
-            and wherever else shapes are fixed (fake tensors, `make_fx`), they are multiplied and then ignored.
+        target: int64 [N] token ids; -100 ignores the row. Ignored rows are dropped before the product, for which the host
+            waits on a GPU; so a CUDA graph cannot capture it. Under torch.compile, and wherever else shapes are fixed (fake
+            tensors, `make_fx`), they are multiplied and then ignored.
         reduction: "mean" over the rows not ignored, "sum", or "none".
 
     Returns:

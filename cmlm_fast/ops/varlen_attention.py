@@ -174,7 +174,7 @@ contracts[_NAME] = Contract(_NAME, _samples, FLOATING, differentiable=(0, 1, 2))
 
 
 def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, *, scale: float | None = None,
-                     dropout: float = 0.0, seed: int | Tensor = 0, window: int = 0,
+                     dropout: float = 0.0, seed: int | Tensor | None = None, window: int = 0,
                      backend: str | None = None) -> Tensor:  # fmt: skip
     """Softmax attention of each token over the tokens of its own sequence.
 
@@ -185,9 +185,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
         cu_seqlens: int32 [B + 1]; sequence b holds tokens [cu_seqlens[b], cu_seqlens[b + 1]).
         scale: factor on the scores; default 1/√D.
         dropout: probability that an attention weight is dropped, in [0, 1); also in evaluation, as there is no training mode.
-        seed: 64-bit seed of the dropout, in [-2⁶³, 2⁶⁴). The same seed drops the same weights, so give each call and layer its
-            own. `torch.randint(2**62, (), device=query.device)` draws one (int64 []) where the kernel reads it: nothing
-            synchronizes, and torch.compile can trace it.
+        seed: 64-bit seed of the dropout, in [-2⁶³, 2⁶⁴), or an int64 scalar tensor; the same seed drops the same weights. None
+            draws one from the generator of query's device: nothing synchronizes, and torch.compile can trace it.
         window: tokens i, j attend to each other if |i − j| < window; 0 means no window.
         backend: "reference", "cpp" or "triton"; None: the current choice (see `use_backend`). The Triton kernels are made
             for many sequences of at most a few hundred tokens; a sequence of thousands is one program per head.
@@ -213,6 +212,8 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     whole = isinstance(window, (int, np.integer)) and window < 2**63
     expect(_NAME, whole, "window", "a whole number in [0, 2⁶³)", window)
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    if seed is None:
+        seed = torch.randint(2**62, (), device=query.device) if dropout else 0
     if not isinstance(seed, Tensor):  # filled on the device: a copy from the host would wait
         seed = torch.full((), signed_seed(_NAME, seed), dtype=torch.int64, device=query.device)
     args = (query, key, value, cu_seqlens, scale, float(dropout), seed, window)
