@@ -301,7 +301,7 @@ def main() -> None:
     """Measure, print the table, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"),
-                        help="default: float32, and bfloat16 where the CPU multiplies it in hardware")
+                        help="default: float32, and bfloat16 if the CPU multiplies it in hardware")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--provider", action="append", choices=TIMED, help="only these; `ours` is needed")
     parser.add_argument("--output", type=Path, default=Path("out/bench_train.json"))

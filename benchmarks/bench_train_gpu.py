@@ -308,7 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"))
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=40, help="nothing is compiled that would be begun later")
+    parser.add_argument("--seconds", type=float, default=40, help="start no compilation later than this")
     parser.add_argument("--trace", action="store_true", help="also write tables of the profiler")
     parser.add_argument("--compile", action="store_true", help="only fill torch.compile's cache")
     options = parser.parse_args()

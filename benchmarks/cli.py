@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, invoke_w
 
 _Ops = Annotated[list[str] | None, typer.Option("--op", help="only this op; may be repeated")]
 _Shapes = Annotated[
-    list[str] | None, typer.Option("--shape", help="only shapes with this part in their label, also --full's: bert-base, D=768")
+    list[str] | None, typer.Option("--shape", help="only shapes (of --full, too) whose label contains this: D=768")
 ]
 
 
@@ -25,24 +25,24 @@ def bench(
     op: _Ops = None,
     shape: _Shapes = None,
     provider: Annotated[
-        list[str] | None, typer.Option(help="only providers with this part in their name: ours, eager")
+        list[str] | None, typer.Option(help="only providers whose name contains this: ours, eager")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1")] = "cpu",
     full: Annotated[
         bool, typer.Option("--full", help="every shape, up to 16 M tokens and 8,192 × 65,536 scores; hours")
     ] = False,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="for the timed rounds of a shape, at least 5; checks and compilation come on top")
+        float, typer.Option(min=0.0, help="for the timed rounds of a shape, at least 5; checks and compilation are extra")
     ] = 1.0,
     output: Annotated[
         Path | None,
-        typer.Option(help="results go here, after each shape; default: out/bench.json, of a part alone out/bench-part.json"),
+        typer.Option(help="results, updated after each shape; default: out/bench.json, or out/bench-part.json for a part"),
     ] = None,
     update: Annotated[
-        bool, typer.Option("--update", help="keep the other shapes that --output holds of this commit")
+        bool, typer.Option("--update", help="keep other shapes of this commit that --output already holds")
     ] = False,
 ) -> None:
-    """Time the ops of cmlm_fast against what others offer: minutes on a CPU. A row is printed only if its answer was right.
+    """Time the ops of cmlm_fast against other implementations: minutes on a CPU. A row is printed only if its result is right.
 
     Without a command, the suite runs; `compare` and `report` read the results of earlier runs.
     """
@@ -59,7 +59,7 @@ def bench(
         raise ValueError(f"bench: expected --shape, without which nothing runs here: {asked[0][1].unfit(where)}; got none")
     names = {p.name for o, _ in plan for p in o.providers}
     if provider and not any(part in name for part in provider for name in names):
-        raise ValueError(f"bench: expected --provider to be a part of {'; '.join(sorted(names))}, got {provider}")
+        raise ValueError(f"bench: expected --provider to be contained in one of {'; '.join(sorted(names))}, got {provider}")
     if output is None:  # a partial run must not overwrite a full one, which took minutes
         output = Path("out/bench-part.json" if (op or shape or provider) and not update else "out/bench.json")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +90,13 @@ def chosen(ops: list[str] | None, shapes: list[str] | None, suite: str) -> list[
         if name not in names:
             raise ValueError(f"bench: expected --op to be one of {', '.join(names)}, got {name!r}")
     if "" in (shapes or ()):
-        raise ValueError("bench: expected --shape to be a part of a shape's label, got ''")
+        raise ValueError("bench: expected --shape to be contained in a shape's label, got ''")
     wanted = [o for o in OPS if not ops or o.name in ops]
     plan = [(o, s) for o in wanted for s in o.chosen(suite, tuple(shapes or ()))]
     if not plan:
         labels, more = (list(dict.fromkeys(s.label for o in wanted for s in o.chosen(suite))) for suite in ("quick", "full"))
         rest = f" (or of {len(more) - len(labels)} labels that --full adds)" * (len(more) > len(labels))
-        raise ValueError(f"bench: expected --shape to be a part of one of {'; '.join(labels)}{rest}, got {shapes}")
+        raise ValueError(f"bench: expected --shape to be contained in one of {'; '.join(labels)}{rest}, got {shapes}")
     return plan
 
 
@@ -115,12 +115,12 @@ def compare(
     a: Annotated[str, typer.Argument(help="results file, git ref, or . for the working tree: the one before")],
     b: Annotated[str, typer.Argument(help="the one after")] = ".",
     threshold: Annotated[
-        float, typer.Option(min=0.0, help="a ratio above 1 + this, with its whole interval, is a failure")
+        float, typer.Option(min=0.0, help="fail if a ratio's whole interval lies above 1 + this")
     ] = 0.1,
     op: _Ops = None,
     shape: _Shapes = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="time for the pairs of a shape (refs)")] = 6.0,
-    device: Annotated[str, typer.Option(help="cpu or cuda (refs)")] = "cpu",
+    seconds: Annotated[float, typer.Option(min=0.1, help="time for the pairs of a shape (git refs only)")] = 6.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda (git refs only)")] = "cpu",
 ) -> None:
     """Is B slower than A? Exit code 1 if any row is, beyond both the threshold and noise."""
     from . import run

@@ -69,7 +69,7 @@ def main() -> None:
     """Write the file and say where it is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of `make gpu`")
-    parser.add_argument("--commit", help="what was measured; default: what is checked out")
+    parser.add_argument("--commit", help="the measured commit; default: the one checked out")
     options = parser.parse_args()
     print(collect(options.out, options.commit))
 

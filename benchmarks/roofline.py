@@ -236,15 +236,16 @@ def table(measured: dict[str, float] | None = None) -> list[str]:
 
 TEXT = """# Floors of the Triton kernels
 
-Made by `python -m benchmarks.roofline --write` from operations and bytes: forward and backward, bfloat16 rows, int64 ids.
-A floor is what no run of these kernels can beat at the data sheets' rates, launches not counted; each launch is taken to
-fetch its operands from memory, though small ones may still lie in L2. docs/tuning.md has what was measured on an H100.
+Made by `python -m benchmarks.roofline --write` from operations and bytes, for forward and backward, bfloat16 rows and int64
+ids. A floor is the time that no run of these kernels can beat at the data sheets' rates, not counting launches. Each launch
+is assumed to fetch its operands from memory, although small ones may still be in L2. docs/tuning.md has measurements on an
+H100.
 
-Operations counted are three products of the rows (nt_xent, whose scores are symmetric: two). The kernels do more, since
-they make the scores twice: {done:.3g} times those counted of token_contrastive. So its goal, 60 % of the matrix rate counting
-6·N·M·D, asks the kernels for {asked:.0%} of it. Operations done, bytes and launches (of Triton kernels alone) are those of the
-H100's configuration. Where a call has tens of launches and little to do, they will decide: each is a Python call on the
-host, unless a CUDA graph holds them.
+The counted operations are three products of the rows (two for nt_xent, whose scores are symmetric). The kernels do more,
+since they compute the scores twice: for token_contrastive, {done:.3g} times the counted operations. So its goal, 60 % of the
+matrix rate counting 6·N·M·D, requires the kernels to reach {asked:.0%} of that rate. Operations done, bytes and launches (of
+Triton kernels alone) are those of the H100's configuration. In a call with tens of launches and little work, the launches
+dominate: each is a Python call on the host, unless a CUDA graph holds them.
 
 {table}
 

@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=1000)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--share", type=float, default=1.0, help="of the texts, to be tokenised")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the texts to tokenise")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--only", type=Path, help=argparse.SUPPRESS)  # the measured process
     options = parser.parse_args()

@@ -170,7 +170,7 @@ def no_second_derivative(name: str) -> None:
     (`once_differentiable` raises only if the incoming gradient requires grad.)
     """
     if torch.is_grad_enabled():
-        raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False, there is no second derivative, got True")
+        raise RuntimeError(f"cmlm_fast::{name}: expected create_graph to be False (there is no second derivative), got True")
 
 
 def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:

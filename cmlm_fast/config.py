@@ -98,7 +98,7 @@ class CMLMConfig:
         rule(weights > 0, "sequence_weight", "> 0 where the other weights are 0")
         for name in ("token_temperature", "sequence_temperature"):
             rule(0.0 < getattr(self, name) < float("inf"), name, "finite and > 0")
-            rule(not self.learn_temperature or getattr(self, name) >= 0.01, name, ">= 0.01 where it is learned")
+            rule(not self.learn_temperature or getattr(self, name) >= 0.01, name, ">= 0.01 if learned")
         for name, allowed in _CHOICES.items():
             rule(getattr(self, name) in allowed, name, " or ".join(map(repr, allowed)))
         for name in ("position_jitter", "projection"):

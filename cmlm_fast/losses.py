@@ -18,10 +18,12 @@ from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._library import is_traced
 from .config import CMLMConfig
 from .ops import info_nce, token_contrastive
 from .ops._rows import take_rows
@@ -42,7 +44,7 @@ class _Temperature(nn.Module):
         super().__init__()
         least = 0.01 if learn else 0.0
         number = isinstance(temperature, Real) and not isinstance(temperature, bool)
-        rule = "a number, finite and > 0" + (", at least 0.01 where it is learned" if learn else "")
+        rule = "a number, finite and > 0" + (", at least 0.01 if learned" if learn else "")
         if not (number and least <= temperature < math.inf and temperature > 0):
             raise ValueError(f"{owner}: expected temperature to be {rule}, got {temperature}")
         self.start = temperature
@@ -160,13 +162,13 @@ class Anchors(NamedTuple):
 
 def _places(mask: Tensor, size: int | None) -> Tensor:
     """Positions where `mask` [T] is true, int64, in order; given their number `size`, nothing waits for the device."""
-    if size is None or mask.device.type == "cpu":
-        found = mask.nonzero()
-        if size is not None and len(found) != size:  # nonzero_static would silently drop tokens, or repeat the last one
-            raise ValueError(f"CMLMModel: expected sizes to count tokens by role, here {len(found)}, got {size}")
-    else:
-        found = torch.nonzero_static(mask, size=size)
-    return found[:, 0]
+    if size is None:
+        return mask.nonzero()[:, 0]
+    if mask.device.type == "cpu" and not is_traced():
+        count = np.count_nonzero(mask.numpy())
+        if count != size:  # nonzero_static would silently drop tokens, or repeat the last one
+            raise ValueError(f"CMLMModel: expected sizes to count tokens by role, here {count}, got {size}")
+    return torch.nonzero_static(mask, size=size)[:, 0]
 
 
 class CMLMLoss(nn.Module):

@@ -63,7 +63,7 @@ class CMLMTrainer(ScoringTrainer):
                  **options: Any) -> None:  # fmt: skip
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
-                rule = "None: the objective is the model's, and evaluate gives its parts, not predictions"
+                rule = "None, since the model has its own objective and evaluate returns its parts, not predictions"
                 raise ValueError(f"CMLMTrainer: expected {name} to be {rule}, got {options[name]}")
         tokenizer = processing_class if processing_class is not None else getattr(data_collator, "tokenizer", None)
         if tokenizer is None:
@@ -80,12 +80,12 @@ class CMLMTrainer(ScoringTrainer):
             model = self._checked(model)
         elif model is None:
             if any(options.get("optimizers") or ()):
-                raise ValueError("CMLMTrainer: expected optimizers to be None where model_init makes the model, got one")
+                raise ValueError("CMLMTrainer: expected optimizers to be None if model_init is given, got one")
             self.model_init: Any = model_init  # read by call_model_init
             set_seed(args.seed)
             model = self.call_model_init()
         else:
-            raise ValueError("CMLMTrainer: expected model to be None where model_init is given, got both")
+            raise ValueError("CMLMTrainer: expected model to be None if model_init is given, got both")
         self._sums = Sums()
         self._cache: GradientCache | None = None
         self._first = False  # no batch of this training was seen
@@ -96,14 +96,14 @@ class CMLMTrainer(ScoringTrainer):
         super().__init__(model, args, processing_class=tokenizer, data_collator=data_collator, **options)
         self.model_init = model_init
         if args.low_precision_layer_norm and self.accelerator.mixed_precision == "no":
-            rule = "False where neither bf16 nor fp16 is used: all is float32 there"
+            rule = "False without bf16 or fp16"
             raise ValueError(f"CMLMTrainer: expected low_precision_layer_norm to be {rule}, got True")
         plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is not None and args.contrastive_batch_size is not None and model.cmlm.learn_temperature:
-            rule = "None where FSDP shards a learned temperature, which the contrast needs outside the forward pass"
+            rule = "None if FSDP shards a learned temperature, which the contrast needs outside the forward pass"
             raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
         if args.contrastive_batch_size is not None and model.cmlm.sequence_weight == 0:
-            rule = "None where sequence_weight is 0: there is no sequence contrast"
+            rule = "None if sequence_weight is 0 (there is no sequence contrast)"
             raise ValueError(f"CMLMTrainer: expected contrastive_batch_size to be {rule}, got {args.contrastive_batch_size}")
         # compute_loss already divides by the counts of the whole optimizer step.
         self.loss_is_scaled_for_ga = True

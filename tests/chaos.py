@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; default: another each time")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the moments; default: a new one each time")
     options = parser.parse_args()
     seed = random.randrange(2**32) if options.seed is None else options.seed
     with tempfile.TemporaryDirectory(prefix="cmlm_fast_chaos_") as folder:

@@ -241,10 +241,10 @@ def test_compare_of_processes_catches_a_planted_slowdown(tmp_path, monkeypatch):
     ("arguments", "words"),
     [
         (["--op", "softmax"], "expected --op to be one of complementary_mask, token_contrastive"),
-        (["--shape", "bert-huge"], "expected --shape to be a part of one of 64x128"),
+        (["--shape", "bert-huge"], "expected --shape to be contained in one of 64x128"),
         (["--op", "token_contrastive", "--shape", "N=7"], " labels that --full adds), got ['N=7']"),
-        (["--shape", ""], "expected --shape to be a part of a shape's label, got ''"),
-        (["--provider", "nobody"], "expected --provider to be a part of"),
+        (["--shape", ""], "expected --shape to be contained in a shape's label, got ''"),
+        (["--provider", "nobody"], "expected --provider to be contained in"),
         (["--output", "."], "expected --output to be a file"),
         (["--device", "tpu"], "expected --device to be one that is here"),
         (["compare", "a.json", "HEAD"], "expected two results files or two git refs"),

@@ -299,7 +299,7 @@ def bad_inputs(tiny_checkpoint, sentence_file, tmp_path, tokenizer):
         "blank": (["--train-file", file("blank.txt", b"\n \n")], "expected train_file to be one with a text that is not blank"),
         "whole": (["--eval-share", "0.9999"], "expected eval_share to be small enough to leave a text to train on, got"),
         "bytes": (["--train-file", file("latin.txt", b"caf\xe9\n")], "expected train_file to be a UTF-8 file, got"),
-        "which": (["--train-file", csv], "expected text_column to be given where no column is named text"),
+        "which": (["--train-file", csv], "expected text_column to be given, unless a column is named text"),
         "column": (["--train-file", csv, "--text-column", "text"], "expected text_column to be one of the columns"),
         "model": (["--model", tmp_path / "nothing"], "expected model to be"),
         "no tokenizer": (["--model", bare], "expected model to be a folder, or a hub id that can be reached, with a tokenizer"),

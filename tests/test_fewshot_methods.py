@@ -207,7 +207,7 @@ def test_methods_by_name_and_option():
     assert find_method("scl:weight=0.5").contrast == Contrast(weight=0.5)
     for text, words in {
         "bert": "expected methods to be among ft, scl, tapt",
-        "ft:rate=0.1": "expected method ft to stand without options",
+        "ft:rate=0.1": "expected method ft to have no options",
         "cmlm:speed=1": "expected an option of method cmlm to be one of rate, complement_rate",
         "cmlm:rate=much": "expected rate of method cmlm to be a float, got 'much'",
         "cmlm:rate=2": r"expected rate to be in \[0, 1\], got 2.0",

@@ -139,7 +139,7 @@ def test_fsdp2_keeps_a_learned_temperature_in_bounds(runs):
 
 def test_gradient_caching_of_a_temperature_that_fsdp_shards_is_refused(runs):
     for rank in load(runs, "fsdp-2"):
-        refusal = "CMLMTrainer: expected contrastive_batch_size to be None where FSDP shards a learned temperature"
+        refusal = "CMLMTrainer: expected contrastive_batch_size to be None if FSDP shards a learned temperature"
         assert rank["refused"].startswith(refusal) and rank["refused"].endswith(", got 8")
 
 

@@ -117,7 +117,7 @@ FUNCTIONS = [
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_forward_mode_is_refused_not_zero(function):
-    with pytest.raises(NotImplementedError, match="to be without a tangent, there is no forward mode"):
+    with pytest.raises(NotImplementedError, match=r"to be without a tangent \(there is no forward mode\)"):
         torch.func.jvp(function, (Q,), (torch.ones_like(Q),))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="without a tangent"):
         function(forward_ad.make_dual(Q, torch.ones_like(Q)))

@@ -184,7 +184,7 @@ def test_a_list_of_modules_that_is_none_is_refused(content, tiny_checkpoint):
 def test_an_optimizer_of_another_model_is_refused(tmp_path, tiny_rows, tiny_tokenizer):
     trainer = make_trainer(tmp_path, tiny_rows, tiny_tokenizer)
     optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
-    with pytest.raises(ValueError, match="expected optimizers to be None where model_init makes the model"):
+    with pytest.raises(ValueError, match="expected optimizers to be None if model_init is given"):
         CMLMTrainer(args=trainer.args, train_dataset=tiny_rows, processing_class=tiny_tokenizer,
                     model_init=lambda: CMLMModel(make_lm()), optimizers=(optimizer, None))  # fmt: skip
 

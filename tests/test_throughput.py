@@ -201,7 +201,7 @@ def test_a_contrast_that_does_not_fit_is_refused(tmp_path, tiny_rows, tiny_token
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=20, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="expected contrastive_batch_size to be None with max_tokens, got 16"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=16, max_tokens=200)
-    with pytest.raises(ValueError, match="expected contrastive_batch_size to be None where sequence_weight is 0"):
+    with pytest.raises(ValueError, match="expected contrastive_batch_size to be None if sequence_weight is 0"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, config=CMLMConfig.from_preset("tapt"), contrastive_batch_size=8)
     with pytest.raises(ValueError, match="divides the 3 batches of gradient_accumulation_steps"):
         make_trainer(tmp_path, tiny_rows, tiny_tokenizer, contrastive_batch_size=16, gradient_accumulation_steps=3)

@@ -26,7 +26,7 @@ def as_text_dataset(dataset: Dataset | Sequence[str], function: str) -> Dataset:
             return Dataset.from_dict({"text": list(dataset)})
         except UnicodeEncodeError as error:
             found = repr(error.object[error.start : error.end])
-            raise fail(function, "dataset", "texts that UTF-8 can hold, no half of a surrogate pair", found) from error
+            raise fail(function, "dataset", "texts that UTF-8 can encode, without half a surrogate pair", found) from error
     if not isinstance(dataset, Dataset) or "text" not in dataset.column_names:
         found = f"columns {dataset.column_names}" if isinstance(dataset, Dataset) else type(dataset).__name__
         raise fail(function, "dataset", "a list of texts, or a Dataset with a column 'text'", found)

@@ -107,7 +107,7 @@ def _choose_column(types: Mapping[str, str], given: str | None, taken: Collectio
         return _check_column(types, "text_column", chosen, TEXT_TYPES)
     if len(texts) == 1:
         return texts[0]
-    rule = "given where no column is named text or sentence and not exactly one holds text"
+    rule = "given, unless a column is named text or sentence, or exactly one holds text"
     raise fail("load_texts", "text_column", rule, f"columns {dict(types)}")
 
 

@@ -96,7 +96,7 @@ class FewShotExperiment:
     def _of_plain_numbers(self) -> FewShotExperiment:
         """Normalise numbers, so that 2 and 2.0 epochs, or NumPy scalars, mean the same cells."""
         several = isinstance(self.shots, Sequence) and not isinstance(self.shots, str)
-        expect(several, "shots", "a sequence, (16,), say", repr(self.shots))
+        expect(several, "shots", "a sequence such as (16,)", repr(self.shots))
         values: dict[str, Any] = {"shots": tuple(_plain("shots", "int", each) for each in self.shots)}
         for field in fields(self):
             kind, value = str(field.type).removesuffix(" | None"), getattr(self, field.name)
@@ -119,7 +119,7 @@ class FewShotExperiment:
         expect(self.validation >= 0, "validation", ">= 0", self.validation)
         expect(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
         several = isinstance(self.methods, Sequence) and not isinstance(self.methods, str)
-        expect(several, "methods", 'a sequence, ("ft",), say', repr(self.methods))
+        expect(several, "methods", 'a sequence such as ("ft",)', repr(self.methods))
         expect(bool(self.methods), "methods", "at least one", self.methods)
         expect(bool(self.shots) and min(self.shots) >= 1, "shots", "at least one number, all >= 1", self.shots)
         methods = {name: find_method(name) for name in dict.fromkeys(self.methods)}

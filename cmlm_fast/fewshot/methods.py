@@ -100,7 +100,7 @@ def find_method(text: str) -> Method:
         return method
     options: Any = method.objective or method.contrast
     if options is None:
-        raise ValueError(f"expected method {name} to stand without options, got {text!r}")
+        raise ValueError(f"expected method {name} to have no options, got {text!r}")
     kinds = {field.name: str(field.type) for field in fields(options)}
     if method.objective and method.second != "masked":  # two texts share no positions: no masks, no other losses
         kinds = {field: kind for field, kind in kinds.items() if field in _SEQUENCE}

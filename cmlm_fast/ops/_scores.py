@@ -159,7 +159,7 @@ def autocast_is_on(device_type: str) -> bool:
 
 def _no_tangent(op: str, name: str, given: Tensor) -> None:
     if unpack_dual(given).tangent is not None:  # its derivative would be lost
-        rule = "without a tangent, there is no forward mode"
+        rule = "without a tangent (there is no forward mode)"
         raise NotImplementedError(f"cmlm_fast::{op}: expected {name} to be {rule}, got one")
 
 

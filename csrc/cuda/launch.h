@@ -38,7 +38,7 @@ inline CublasGemm cublas_gemm() {
   static const CublasGemm found = [] {
     void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
     void* symbol = torch == nullptr ? nullptr : dlsym(torch, "cublasGemmEx");  // also searches its dependencies
-    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected libtorch_cuda.so to bring cublasGemmEx, got none");
+    if (symbol == nullptr) throw std::runtime_error("cmlm_fast: expected libtorch_cuda.so to provide cublasGemmEx, got none");
     return reinterpret_cast<CublasGemm>(symbol);
   }();
   return found;
