@@ -44,7 +44,7 @@ class CMLMTrainingArguments(TrainingArguments):
     """
 
     mask_seed: int | None = field(default=None, metadata={"help": "64-bit seed of the masks; default: seed"})
-    packed: bool = field(default=True, metadata={"help": "pack sequences end to end where the encoder can"})
+    packed: bool = field(default=True, metadata={"help": "pack sequences end to end if the encoder can"})
     max_tokens: int | None = field(default=None, metadata={"help": "tokens per batch, instead of sequences per batch"})
     contrastive_batch_size: int | None = field(default=None, metadata={"help": "sequences that are contrasted together"})
     low_precision_layer_norm: bool = field(default=False, metadata={"help": "layer norms in 16 bits under bf16 or fp16"})

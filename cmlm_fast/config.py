@@ -95,7 +95,7 @@ class CMLMConfig:
         for name in ("mlm_weight", "token_weight", "sequence_weight"):
             rule(0.0 <= getattr(self, name) < float("inf"), name, "finite and >= 0")
         weights = self.mlm_weight + self.token_weight + self.sequence_weight
-        rule(weights > 0, "sequence_weight", "> 0 where the other weights are 0")
+        rule(weights > 0, "sequence_weight", "> 0 if the other weights are 0")
         for name in ("token_temperature", "sequence_temperature"):
             rule(0.0 < getattr(self, name) < float("inf"), name, "finite and > 0")
             rule(not self.learn_temperature or getattr(self, name) >= 0.01, name, ">= 0.01 if learned")
@@ -104,8 +104,8 @@ class CMLMConfig:
         for name in ("position_jitter", "projection"):
             rule(getattr(self, name) >= 0, name, ">= 0")
         masked = self.rate > 0 or (self.complement_rate > 0 and self.mlm_views == "both")
-        rule(masked or self.mlm_weight == 0, "mlm_weight", "0 where nothing is masked")
-        rule(self.rate + self.complement_rate > 0 or self.token_weight == 0, "token_weight", "0 where nothing is masked")
+        rule(masked or self.mlm_weight == 0, "mlm_weight", "0 if nothing is masked")
+        rule(self.rate + self.complement_rate > 0 or self.token_weight == 0, "token_weight", "0 if nothing is masked")
 
     @classmethod
     def from_preset(cls, name: str, **changes: Any) -> CMLMConfig:

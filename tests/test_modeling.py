@@ -310,7 +310,7 @@ BAD = {
 
 @pytest.mark.parametrize("changes", [{"complement_rate": 0.0}, {"mlm_views": "first"}])
 def test_mlm_without_masks_is_refused(changes):
-    with pytest.raises(ValueError, match=r"expected mlm_weight to be 0 where nothing is masked, got 1\.0"):
+    with pytest.raises(ValueError, match=r"expected mlm_weight to be 0 if nothing is masked, got 1\.0"):
         CMLMConfig(rate=0.0, **changes)
 
 
