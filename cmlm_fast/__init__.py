@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .fewshot import FewShotExperiment
     from .losses import CMLMLoss, InfoNCELoss, TokenContrastiveLoss
     from .masking import Masker
-    from .modeling import CMLMModel
+    from .modeling import CMLMModel, CMLMOutput
     from .trainer import CMLMTrainer, CMLMTrainingArguments
 
 try:
@@ -43,6 +43,7 @@ _LAZY = {
     "InfoNCELoss": "losses",
     "TokenContrastiveLoss": "losses",
     "CMLMModel": "modeling",
+    "CMLMOutput": "modeling",
     "Masker": "masking",
     "CMLMTrainer": "trainer",
     "CMLMTrainingArguments": "trainer",
@@ -59,7 +60,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY, "data"])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
 
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "CMLMDataCollator",
     "CMLMLoss",
     "CMLMModel",
+    "CMLMOutput",
     "CMLMTrainer",
     "CMLMTrainingArguments",
     "ComplementaryMask",

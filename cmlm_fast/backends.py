@@ -126,7 +126,7 @@ def _why_unavailable(name: str, on: torch.device, backend: str) -> str | None:
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
         if on.type == "cuda":
-            return _other_device("Triton", ("80",), on)
+            return _other_device("Triton", ("80",), on) if torch.cuda.is_available() else "PyTorch sees no GPU"
         return f"Triton kernels run on GPU tensors, not on {on.type} (or interpreted, with TRITON_INTERPRET=1)"
     device, key, library = _DISPATCH_KEY[backend]
     if library in load_errors:

@@ -23,7 +23,7 @@ _POST, _FINE, _OTHER = "Post-training", "Fine-tuning", "Other"
 
 
 def few_shot_command(
-    model: Annotated[str, typer.Option(help="folder or hub id to start from, with an LM head (see warm-head)")],
+    model: Annotated[str, typer.Option(help="folder or hub id to start from; should have an LM head (see warm-head)")],
     train: Annotated[str, typer.Option(help="labelled texts: .csv, .tsv, .jsonl, .json, .parquet or saved datasets folder")],
     output_dir: Annotated[str, typer.Option(help="gets cells.jsonl, results.md, .csv and .png; cells already there are kept")],
     test: Annotated[str | None, typer.Option(help="texts to score, with the same columns as --train")] = None,

@@ -58,7 +58,7 @@ class _Temperature(nn.Module):
                 self.logit_scale.fill_(-math.log(self.start))
 
     def extra_repr(self) -> str:
-        return f"{self.start}, learn={self.logit_scale is not None}"
+        return f"initial={self.start}, learn={self.logit_scale is not None}"
 
     def clamp(self) -> None:
         if self.logit_scale is not None:
@@ -72,9 +72,12 @@ class _Temperature(nn.Module):
         return torch.exp(-self.logit_scale).squeeze(0)
 
 
-def _check_options(op: Any, given_later: tuple[str, ...], options: dict[str, Any]) -> None:
+def _check_options(owner: str, op: Any, given_later: tuple[str, ...], options: dict[str, Any]) -> None:
     """Raise TypeError for an option that `op` lacks, or that `forward` supplies."""
-    signature(op).bind_partial(*given_later, temperature=None, **options)
+    try:
+        signature(op).bind_partial(*given_later, temperature=None, **options)
+    except TypeError as error:
+        raise TypeError(f"{owner}: {error}") from None
 
 
 class TokenContrastiveLoss(nn.Module):
@@ -100,7 +103,7 @@ class TokenContrastiveLoss(nn.Module):
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
         self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
-        _check_options(token_contrastive, ("query", "key", "target"), options)
+        _check_options(type(self).__name__, token_contrastive, ("query", "key", "target"), options)
         self.options = options
 
     def forward(self, query: Tensor, key: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -109,7 +112,15 @@ class TokenContrastiveLoss(nn.Module):
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce` with a fixed or learned temperature; arguments as for `TokenContrastiveLoss`.
+    """`info_nce` with a fixed or learned temperature.
+
+    Args:
+        temperature, learn_temperature: as for `TokenContrastiveLoss`.
+        options: further keyword arguments of `info_nce` (scheme, symmetric, normalize, reduction, group, backend).
+
+    Raises:
+        ValueError: an invalid temperature.
+        TypeError: an option that `info_nce` does not have.
 
     >>> round(InfoNCELoss(temperature=0.5)(torch.eye(4), torch.eye(4)).item(), 4)
     0.3408
@@ -118,7 +129,7 @@ class InfoNCELoss(nn.Module):
     def __init__(self, temperature: float = 0.05, learn_temperature: bool = False, **options: Any) -> None:
         super().__init__()
         self.temperature = _Temperature(type(self).__name__, temperature, learn_temperature)
-        _check_options(info_nce, ("z1", "z2"), options)
+        _check_options(type(self).__name__, info_nce, ("z1", "z2"), options)
         self.options = options
 
     def forward(self, z1: Tensor, z2: Tensor, **options: Any) -> Tensor:

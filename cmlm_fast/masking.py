@@ -27,7 +27,17 @@ class Masker:
         self.special_ids = torch.tensor(self.settings.pop("special_ids"))
 
     def __call__(self, batch: dict[str, Any], model: CMLMModel, seed: int, step: int) -> dict[str, Any]:
-        """The batch, on its own device, with everything else that the model takes: views, roles, shifts, sizes."""
+        """The batch, on its own device, with everything else that `CMLMModel.forward` takes.
+
+        Args:
+            batch: from `CMLMDataCollator`, or with its entries input_ids, sample_ids, attention_mask or cu_seqlens, and
+                optionally eligible and unit_ids, which restrict what is masked.
+            model: whose objective decides how tokens are masked.
+            seed, step: with the sample ids they decide the masks; see `complementary_mask`.
+
+        Returns:
+            The batch with view1, view2, role, special_ids, jitter and sizes.
+        """
         config = model.cmlm
         self.special_ids = self.special_ids.to(batch["input_ids"].device)
         draw = partial(

@@ -36,7 +36,7 @@ class CMLMOutput(ModelOutput):
 
     Attributes:
         loss: scalar, the objective.
-        sums, counts: [3], this batch's parts in the order of `losses.PARTS`, and the number of terms in each.
+        sums, counts: [3], this batch's MLM, token and sequence part, and the number of terms in each.
         measures: name -> [2], a sum and its count, if requested.
     """
 
@@ -63,13 +63,17 @@ class CMLMModel(PretrainedModel):
 
     Example:
         >>> from cmlm_fast import CMLMDataCollator, Masker
-        >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced"))
+        >>> model = CMLMModel.from_pretrained("bert-base-uncased", CMLMConfig.from_preset("balanced")).train()
         >>> masker, collate = Masker(tokenizer), CMLMDataCollator(tokenizer, packed=model.takes_packed)
         >>> batch = masker(collate(rows), model, seed=0, step=step)  # rates, sampling, jitter, ...: as model.cmlm says
         >>> model(**batch).loss.backward()
-        >>> model.save_pretrained("post-trained")
+        >>> model.save_pretrained("post-trained")  # without the tokenizer
 
-    `Masker` makes masks as the objective specifies; `forward` takes any views.
+    `rows` come from `tokenize_texts`. `Masker` makes masks as the objective specifies; `forward` takes any views. Like any
+    model of transformers, one from `from_pretrained` is in evaluation mode: without `train()` there is no dropout.
+
+    Attributes:
+        takes_packed: whether the encoder's attention takes packed batches.
     """
 
     _compiled: Mapping[str, Any] | None = None  # options of torch.compile, if compiled
@@ -98,6 +102,8 @@ class CMLMModel(PretrainedModel):
             self.projection: nn.Module = nn.Sequential(*head)
         else:
             self.projection = nn.Identity()
+        if not lm.training:  # as `from_pretrained` of transformers leaves it
+            self.eval()
 
     def tie_weights(self) -> None:
         """Tie the masked LM's weights; called after the model was moved in a way that splits a shared weight in two."""
@@ -132,7 +138,7 @@ class CMLMModel(PretrainedModel):
             attention_mask: [B, L]; 0 at padding. Only with a padded batch, which requires it.
             cu_seqlens, lengths: int32 [B + 1] and B ints, the sequences of a packed batch.
             token_type_ids: shape of input_ids, for encoders that have them.
-            eligible: bool, shape of input_ids; False excludes further tokens.
+            eligible: bool, shape of input_ids; False excludes a token from contrasts and pooling, like special_ids.
             jitter: int64 [B], shifts of view 2's positions.
             divisor: [3], the counts that the parts are means over; None: those of this batch.
             sizes: numbers of tokens with role 1, with role 2, and eligible, if the host knows them; see `Views`.

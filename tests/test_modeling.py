@@ -422,10 +422,17 @@ def test_forward_refuses_sizes_that_are_not_the_batchs_and_names_it_does_not_kno
 
 
 def test_loss_modules_say_what_they_are_and_refuse_what_forward_gives():
-    assert "0.1, learn=True" in repr(InfoNCELoss(0.1, True)) and "0.05, learn=False" in repr(TokenContrastiveLoss())
+    assert "initial=0.1, learn=True" in repr(InfoNCELoss(0.1, True))
+    assert "initial=0.05, learn=False" in repr(TokenContrastiveLoss())
     for make in (lambda: TokenContrastiveLoss(target=3), lambda: InfoNCELoss(z1=3), lambda: InfoNCELoss(nonsense=1)):
-        with pytest.raises(TypeError, match=r"target|z1|nonsense"):
+        with pytest.raises(TypeError, match=r"Loss: .*(target|z1|nonsense)"):
             make()
+
+
+def test_a_model_is_in_the_mode_of_its_masked_lm(tiny_lm):
+    assert CMLMModel(tiny_lm().train(), CMLMConfig(projection=4)).projection.training
+    model = CMLMModel(tiny_lm().eval(), CMLMConfig(projection=4))
+    assert not any(module.training for module in model.modules())
 
 
 def test_attention_maps_are_missed_with_a_warning(tiny_lm, caplog):
