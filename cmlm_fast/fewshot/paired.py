@@ -61,7 +61,8 @@ class PairedModel(CMLMModel):
                 attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None, lengths: Lengths | None = None,
                 token_type_ids: Tensor | None = None, eligible: Tensor | None = None, divisor: Tensor | None = None,
                 group: Any = None, view1: Any = None, view2: Any = None, jitter: Any = None, sizes: Any = None,
-                sample_ids: Any = None, eligible_counts: Any = None, measured: bool = False) -> CMLMOutput:  # fmt: skip
+                sample_ids: Any = None, unit_ids: Any = None, eligible_counts: Any = None,
+                measured: bool = False) -> CMLMOutput:  # fmt: skip
         """Contrast sequences `one` with sequences `two` of a batch of 2B; other arguments as for `CMLMModel.forward`.
 
         Views, and what comes with them, are ignored.
