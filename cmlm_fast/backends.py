@@ -7,7 +7,7 @@
 
 The choice, in order of precedence: the function's `backend=` argument, `use_backend(...)`, the environment variable
 `CMLM_FAST_BACKEND`, and the table CHOICES below. A named backend is used or raises; it never falls back.
-Only where a kernel runs in place of one of PyTorch's own functions (`replacement_op`) does that function run without it.
+The exceptions are kernels that replace a PyTorch function (`replacement_op`): without one, that function runs.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def test_budgets_leave_the_run_below_nine_minutes():
 
 
 def test_every_file_with_gpu_tests_is_run():
-    marked = re.compile(r"^from sweep import .*\b(cases|DEVICES)\b|^@?(pytestmark.*|    )?pytest\.mark\.gpu", re.MULTILINE)
+    marked = re.compile(r"^from sweep import .*\b(cases|DEVICES)\b|^\W*pytest\.mark\.gpu", re.MULTILINE)
     found = {f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*.py") if marked.search(path.read_text())}
     assert found == {word for word in gpu.SWEEPS if word.endswith(".py")}
 

@@ -52,8 +52,8 @@ class CMLMDataCollator:
     is [cu_seqlens[b], cu_seqlens[b + 1]); lengths, B ints.
 
     Both layouts include eligible_counts, B ints, if tokens are masked individually (no unit_ids, no eligible): they tell the
-    host how many tokens exact sampling masks. (Code that adds `eligible` or `unit_ids` need not remove them.) They and lengths
-    are NumPy arrays because code that moves a batch to a device would visit each number of a tuple.
+    host how many tokens exact sampling masks. Code that adds `eligible` or `unit_ids` need not remove them. Like lengths, they
+    are NumPy arrays, because code that moves a batch to a device would visit each number of a tuple.
 
     An empty list of rows (a rank's share of a round with too few batches, see `RankShare`) becomes one sequence of a special
     token with the entry stand_in = True: the encoder runs as on every other rank, and the result counts for nothing.
